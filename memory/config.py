@@ -1,0 +1,80 @@
+"""Sizes and thresholds of a memory, checked."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+POLICIES = ("novel", "clean", "fifo", "uniform")
+EVICTIONS = ("oldest", "redundant")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """How many latent frames are remembered, and by which rule (Context Forcing, sec. 3; method.md 5.1, 8.3).
+
+    The chunk being made counts among the fast frames: it sees `sink + slow + fast - chunk` remembered frames,
+    and its last frame has position `sink + slow + fast - 1` at most.
+    """
+
+    sink: int = 3
+    """The first latent frames of the video; they never leave."""
+    slow: int = 12
+    """Keyframes kept for long; 0 means no slow memory."""
+    fast: int = 6
+    """The most recent latent frames, the chunk being made included."""
+    chunk: int = 3
+    """Latent frames made together."""
+    window: int = 21
+    """Positions the student was trained with; sink + slow + fast must fit in."""
+    policy: str = "novel"
+    """Which frames leaving fast are promoted to slow:
+    `clean` those unlike the frame just before them (the paper's rule), `novel` those unlike everything remembered,
+    `fifo` all, `uniform` every `uniform_stride`-th."""
+    slow_similarity_threshold: float = 0.95
+    """tau: a frame whose key similarity is below it counts as new (policies clean and novel)."""
+    eviction: str = "oldest"
+    """Who goes when slow is full: the `oldest` entry, or the most `redundant` one."""
+    novel_against_sink: bool = True
+    """Policy novel compares with the sink too."""
+    uniform_stride: int = 6
+
+    def __post_init__(self):
+        for name in ("sink", "slow"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)} latent frames; it must be 0 or more")
+        for name in ("chunk", "uniform_stride"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} latent frames; it must be 1 or more")
+        least = self.chunk + 1 if self.slow else self.chunk
+        if self.fast < least:
+            raise ValueError(
+                f"fast: {self.fast} latent frames; it holds the chunk being made ({self.chunk}) and, with a slow"
+                f" memory, the frame before it, so at least {least}"
+            )
+        if self.sink + self.slow + self.fast > self.window:
+            raise ValueError(
+                f"window: sink {self.sink} + slow {self.slow} + fast {self.fast} ="
+                f" {self.sink + self.slow + self.fast} frames do not fit in the window of {self.window};"
+                " make one of them smaller (positions past the window were never trained)"
+            )
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy: {self.policy!r} is not one of {', '.join(POLICIES)}")
+        if self.eviction not in EVICTIONS:
+            raise ValueError(f"eviction: {self.eviction!r} is not one of {', '.join(EVICTIONS)}")
+        if not -1 <= self.slow_similarity_threshold <= 1:
+            raise ValueError(
+                f"slow_similarity_threshold: {self.slow_similarity_threshold} is not a cosine; it must be in [-1, 1]"
+            )
+
+    @property
+    def capacity(self) -> int:
+        """Most latent frames a memory holds between chunks."""
+        return self.sink + self.slow + self.fast - self.chunk
+
+    @classmethod
+    def from_dict(cls, raw: Mapping) -> "MemoryConfig":
+        """Raises ValueError for unknown fields."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(raw) - known):
+            raise ValueError(f"memory: unknown fields {unknown}; known are {sorted(known)}")
+        return cls(**raw)

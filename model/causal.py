@@ -1,0 +1,174 @@
+"""One forward pass over any module tree with Wan's names: ours, and the one inside a ComfyUI MODEL.
+
+What is visible to which token is not decided here: `attend_self` does it, per layer, from raw (not yet rotated)
+queries, keys and values. `MemoryAttention` is the one for generating a chunk over a memory.
+
+Shapes: B batch, C latent channels, T latent frames, H W latent rows and columns, P tokens per latent frame,
+S tokens of one text group, G text groups, N heads, E head dim, D model width, L text tokens.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..memory.view import MemoryView
+from .attention import Attention, sdpa
+from .rope import rotary_tables, rotate
+
+AttendSelf = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q_BTPNE, k_BTPNE, v_BTPNE) -> out_BTPNE"""
+
+
+@dataclass(frozen=True)
+class TextContext:
+    """Cross-attention keys and values of a prompt per layer, [B * G, L, N, E], made once per prompt.
+
+    With G > 1 groups the frames of a pass are split into G equal runs, each with a text of its own.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    bias: Tensor | None
+    num_groups: int = 1
+
+
+def embed_text(net: nn.Module, text_BLC: Tensor, num_groups: int = 1) -> TextContext:
+    """Text embeddings -> what cross-attention needs.
+
+    Wan pads the text with zero rows to `text_len` and attends to all of them (method.md 1.2.4). Zero rows have
+    equal keys and values, so they are computed once and weigh log(count) more: the same result, much cheaper.
+    Raises ValueError for a text longer than `text_len`.
+    """
+    if text_BLC.shape[1] > net.text_len:
+        raise ValueError(
+            f"text: {text_BLC.shape[1]} rows, the model takes {net.text_len} at most; shorten the prompt"
+        )
+    used = text_BLC.ne(0).any(dim=-1).any(dim=0).nonzero()
+    num_used = int(used[-1]) + 1 if len(used) else 0
+    num_padding = net.text_len - num_used
+    text_BLC = text_BLC[:, :num_used]
+    bias = None
+    if num_padding:
+        text_BLC = F.pad(text_BLC, (0, 0, 0, 1))
+        bias = torch.zeros(num_used + 1, device=text_BLC.device, dtype=text_BLC.dtype)
+        bias[-1] = math.log(num_padding)
+        bias = bias[None, None, None]
+    embedded_BLD = net.text_embedding(text_BLC)
+    keys, values = [], []
+    for block in net.blocks:
+        attn = block.cross_attn
+        keys.append(_heads(attn, attn.norm_k(attn.k(embedded_BLD))))
+        values.append(_heads(attn, attn.v(embedded_BLD)))
+    return TextContext(tuple(keys), tuple(values), bias, num_groups)
+
+
+def causal_forward(
+    net: nn.Module,
+    x_BCTHW: Tensor,
+    timestep_BT: Tensor,
+    text: TextContext,
+    attend_self: AttendSelf,
+    attention: Attention = sdpa,
+) -> Tensor:
+    """Predicted flow [B, C, T, H, W] of latents at `timestep_BT` (0 .. 1000, one per frame); method.md 1.2."""
+    dtype = x_BCTHW.dtype
+    tokens = net.patch_embedding(x_BCTHW.to(net.patch_embedding.weight.dtype)).to(dtype)
+    rows, columns = tokens.shape[-2:]
+    x = rearrange(tokens, "B D T h w -> B T (h w) D")
+    temb_BTD = net.time_embedding(sinusoid(timestep_BT, net.time_embedding[0].in_features).to(dtype))
+    tproj_BT6D = net.time_projection(temb_BTD).unflatten(-1, (6, -1))
+    for layer, block in enumerate(net.blocks):
+        x = _block(block, layer, x, tproj_BT6D, text, attend_self, attention)
+    shift, scale = (net.head.modulation.to(x) + temb_BTD[:, :, None]).unsqueeze(-2).unbind(dim=2)
+    patches = net.head.head(net.head.norm(x) * (1 + scale) + shift)
+    _, patch_rows, patch_columns = net.patch_size
+    return rearrange(
+        patches, "B T (h w) (p q C) -> B C T (h p) (w q)",
+        h=rows, w=columns, p=patch_rows, q=patch_columns,
+    )  # fmt: skip
+
+
+def _block(
+    block: nn.Module,
+    layer: int,
+    x_BTPD: Tensor,
+    tproj_BT6D: Tensor,
+    text: TextContext,
+    attend_self: AttendSelf,
+    attention: Attention,
+) -> Tensor:
+    modulation = (block.modulation.to(x_BTPD) + tproj_BT6D).unsqueeze(-2)
+    shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = modulation.unbind(dim=2)
+
+    attn = block.self_attn
+    y = block.norm1(x_BTPD) * (1 + scale_sa) + shift_sa
+    q, k, v = attn.norm_q(attn.q(y)), attn.norm_k(attn.k(y)), attn.v(y)
+    y = attend_self(layer, _heads(attn, q), _heads(attn, k), _heads(attn, v))
+    x = x_BTPD + gate_sa * attn.o(y.flatten(-2))
+
+    attn = block.cross_attn
+    q = _heads(attn, attn.norm_q(attn.q(block.norm3(x))))
+    y = attention(
+        rearrange(q, "B (G T) P N E -> (B G) (T P) N E", G=text.num_groups),
+        text.keys[layer],
+        text.values[layer],
+        text.bias,
+    )
+    x = x + attn.o(y.reshape(x.shape))
+
+    return x + gate_ff * block.ffn(block.norm2(x) * (1 + scale_ff) + shift_ff)
+
+
+def _heads(attn: nn.Module, x: Tensor) -> Tensor:
+    return x.unflatten(-1, (attn.num_heads, -1))
+
+
+def sinusoid(timestep_BT: Tensor, width: int) -> Tensor:
+    """[cos(all), sin(all)] of t * 10000^(-i / half), [B, T, width]; float64 inside where the device has it."""
+    half = width // 2
+    real = torch.float32 if timestep_BT.device.type == "mps" else torch.float64
+    frequency = 10000.0 ** (-torch.arange(half, device=timestep_BT.device, dtype=real) / half)
+    angle = timestep_BT.to(real)[..., None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class MemoryAttention:
+    """Self-attention of one chunk: over the memory, and over itself in both directions.
+
+    The chunk stands right after the memory: frames at positions M .. M + T - 1. With `keep=True` the raw keys
+    and values of the pass stay in `kept` as one pair per layer, [B, T, P, N, E], to be remembered.
+    """
+
+    def __init__(
+        self,
+        view: MemoryView | None,
+        grid: tuple[int, int],
+        num_frames: int,
+        head_dim: int,
+        device: torch.device,
+        attention: Attention = sdpa,
+        keep: bool = False,
+    ):
+        first = view.num_frames if view else 0
+        positions = torch.arange(first, first + num_frames, device=device)
+        self.tables = rotary_tables(positions, *grid, head_dim)
+        self.view = view
+        self.attention = attention
+        self.kept: list[tuple[Tensor, Tensor]] | None = [] if keep else None
+
+    def __call__(self, layer: int, q_BTPNE: Tensor, k_BTPNE: Tensor, v_BTPNE: Tensor) -> Tensor:
+        if self.kept is not None:
+            self.kept.append((k_BTPNE, v_BTPNE))
+        q = rotate(q_BTPNE, self.tables).flatten(1, 2)
+        k = rotate(k_BTPNE, self.tables).flatten(1, 2)
+        v = v_BTPNE.flatten(1, 2)
+        if self.view and self.view.keys:
+            k = torch.cat([self.view.keys[layer], k], dim=1)
+            v = torch.cat([self.view.values[layer], v], dim=1)
+        return self.attention(q, k, v).view_as(q_BTPNE)
+

@@ -1,0 +1,91 @@
+"""Sizes of a Wan 2.1 text-to-video transformer, and the card that a student carries."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..memory.config import MemoryConfig
+from .flow import warped_sigmas
+
+CARD_KEY = "context_forcing"
+"""The key of the student card in a safetensors file's metadata."""
+
+VAE_STRIDE = (4, 8, 8)
+"""Pixel frames, rows and columns in one latent, Wan 2.1 VAE."""
+
+PIXEL_MULTIPLE = 16
+"""Width and height are multiples of this: VAE stride 8 times patch 2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanConfig:
+    """Sizes of one network (method.md 1.1); everything else follows from them."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ValueError(f"num_heads: {self.num_heads} must divide dim {self.dim} into even head dims")
+
+
+PRESETS: Mapping[str, WanConfig] = {
+    "demo": WanConfig(dim=128, ffn_dim=512, num_heads=2, num_layers=4),
+    "wan2.1-1.3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
+    "wan2.1-14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentCard:
+    """What a student was trained with; loader and sampler take their defaults from it (architecture.md, promise 7)."""
+
+    name: str = "unnamed"
+    base: str = "wan2.1-1.3b"
+    stage: str = "unknown"
+    steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
+    """Denoising steps before the warp."""
+    shift: float = 5.0
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    fps: int = 16
+    size: tuple[int, int] = (832, 480)
+    """Width and height in pixels that the student saw in training."""
+    revision: str = "unknown"
+    """Git revision of the code that trained it."""
+    data: str = "unknown"
+    data_seed: int | None = None
+    train_steps: int | None = None
+    train_seconds: float | None = None
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """Noise levels of the sampler, warped, without the final 0."""
+        return warped_sigmas(self.steps, self.shift)
+
+    def to_json(self) -> str:
+        """The card as it is written into a file's metadata."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "StudentCard":
+        """Read a card. Raises ValueError for unknown fields, so that a newer card is not half understood."""
+        raw = json.loads(text)
+        if not isinstance(raw, dict):
+            raise ValueError("student card: not a JSON object")
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(raw) - known):
+            raise ValueError(f"student card: unknown fields {unknown}; the file was made by a newer version")
+        memory = MemoryConfig.from_dict(raw.pop("memory", {}))
+        for name in ("steps", "size"):
+            if name in raw:
+                raw[name] = tuple(raw[name])
+        return cls(memory=memory, **raw)

@@ -1,0 +1,43 @@
+"""Flow matching as Wan and Self-Forcing compute it (method.md 3.1).
+
+sigma is in [0, 1]; the network is told timestep = 1000 * sigma.
+x_sigma = (1 - sigma) * x0 + sigma * noise, flow = noise - x0, x0 = x_sigma - sigma * flow.
+"""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+TIMESTEPS = 1000
+
+
+def warp(sigma: float | Tensor, shift: float) -> float | Tensor:
+    """Move noise levels towards 1: shift * s / (1 + (shift - 1) * s)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def warped_sigmas(steps: Sequence[float], shift: float) -> tuple[float, ...]:
+    """Noise levels of a few-step list as published, before the warp: 1000, 750, 500, 250 for most students.
+
+    Raises ValueError for an empty list, a step outside (0, 1000] or a list that does not fall.
+    """
+    if not steps:
+        raise ValueError("steps: the list is empty; a student needs at least one step, for example 1000 750 500 250")
+    if any(not 0 < step <= TIMESTEPS for step in steps):
+        raise ValueError(f"steps: {list(steps)} has a value outside (0, {TIMESTEPS}]")
+    if any(later >= earlier for earlier, later in zip(steps, steps[1:])):
+        raise ValueError(f"steps: {list(steps)} must fall from noise (1000) towards 0")
+    if not (shift > 0 and math.isfinite(shift)):
+        raise ValueError(f"shift: {shift} must be a positive number (5 for Wan 1.3B students)")
+    return tuple(float(warp(step / TIMESTEPS, shift)) for step in steps)
+
+
+def add_noise(x0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
+    """x_sigma on the straight line from x0 to noise."""
+    return (1 - sigma) * x0 + sigma * noise
+
+
+def x0_from_flow(x_sigma: Tensor, flow: Tensor, sigma: float | Tensor) -> Tensor:
+    """The clean latents that a predicted flow points to."""
+    return x_sigma - sigma * flow

@@ -1,0 +1,60 @@
+"""Wan's 3-D rotary embedding, computed from positions: no table, no last position.
+
+Shapes: T latent frames, P tokens per latent frame (row-major), N heads, E head dim.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+THETA = 10000.0
+
+
+@dataclass(frozen=True)
+class RotaryTables:
+    """cos and sin of every rotary angle, float32, shape [..., T, P, 1, E/2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary_tables(positions: Tensor, rows: int, columns: int, head_dim: int) -> RotaryTables:
+    """Tables for latent frames at temporal `positions` [..., T] on a grid of rows x columns tokens.
+
+    Each head has E/2 complex pairs, shared out as time, row, column (method.md 1.3): at head dim 128 22 + 21 + 21.
+    Angles are taken in float64 where the device has it, because the temporal position is unbounded by itself.
+    """
+    pairs = head_dim // 2
+    spatial_pairs = pairs // 3
+    temporal_pairs = pairs - 2 * spatial_pairs
+    device = positions.device
+    real = torch.float32 if device.type == "mps" else torch.float64
+
+    def angles(position: Tensor, num_pairs: int) -> Tensor:
+        exponent = torch.arange(num_pairs, device=device, dtype=real) / num_pairs
+        return position.to(real)[..., None] * THETA**-exponent
+
+    row, column = torch.meshgrid(
+        torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
+    )
+    space = torch.cat([angles(row.flatten(), spatial_pairs), angles(column.flatten(), spatial_pairs)], dim=-1)
+    time = angles(positions, temporal_pairs)
+    shape = (*positions.shape, rows * columns)
+    both = torch.cat(
+        [
+            time[..., None, :].expand(*shape, temporal_pairs),
+            space.expand(*shape, 2 * spatial_pairs),
+        ],
+        dim=-1,
+    )[..., None, :]
+    return RotaryTables(both.cos().float(), both.sin().float())
+
+
+def rotate(x: Tensor, tables: RotaryTables) -> Tensor:
+    """Rotate queries or keys [..., T, P, N, E]; pairs are interleaved (2j, 2j + 1); float32 inside."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack(
+        [even * tables.cos - odd * tables.sin, even * tables.sin + odd * tables.cos], dim=-1
+    )
+    return rotated.flatten(-2).to(x.dtype)

@@ -1,0 +1,124 @@
+"""The causal sampler: chunk loop, few-step denoising, commit to memory (method.md 3.2)."""
+
+import hashlib
+import math
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..memory.memory import Memory
+from ..memory.view import MemoryView
+from .attention import Attention, sdpa
+from .causal import MemoryAttention, TextContext, causal_forward
+from .config import VAE_STRIDE
+from .flow import TIMESTEPS, add_noise, x0_from_flow
+from .rope import rotary_tables, rotate
+
+Noise = Callable[[int, int], Tensor]
+"""(absolute latent frame, step) -> standard normal noise [B, C, H, W]."""
+
+COMMIT_ATTENDS = ("all", "no sink", "fast only")
+
+
+def seeded_noise(seed: int, latent_size: tuple[int, int, int]) -> Noise:
+    """Noise as a function of (seed, absolute latent frame, step): never of call order, chunking or device."""
+
+    def noise(frame: int, step: int) -> Tensor:
+        digest = hashlib.blake2b(struct.pack("<Qqq", seed, frame, step), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        return torch.randn((1, *latent_size), generator=generator)
+
+    return noise
+
+
+def chunks_for(seconds: float, fps: float, chunk: int) -> int:
+    """Whole chunks that cover `seconds`: 12 pixel frames a chunk of 3 latent frames.
+
+    Raises ValueError unless seconds is positive and finite.
+    """
+    if not (seconds > 0 and math.isfinite(seconds)):
+        raise ValueError(f"seconds: {seconds} must be a positive number")
+    return max(1, math.ceil(round(seconds * fps / (VAE_STRIDE[0] * chunk), 6)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalSampler:
+    """A network with a prompt, ready to continue memories.
+
+    The network runs in `dtype` on `device`; noise levels, x0 and the film are float32. `on_pass` is called before
+    every pass of the network, the place to honour an interrupt.
+    """
+
+    net: nn.Module
+    text: TextContext
+    device: torch.device
+    dtype: torch.dtype
+    attention: Attention = sdpa
+    commit_attends: str = "all"
+    """What the pass over clean latents sees while it writes their keys: `all`, `no sink`, `fast only`."""
+    on_pass: Callable[[], None] = lambda: None
+
+    def __post_init__(self):
+        if self.commit_attends not in COMMIT_ATTENDS:
+            raise ValueError(f"commit_attends: {self.commit_attends!r} is not one of {', '.join(COMMIT_ATTENDS)}")
+
+    def rollout(
+        self, memory: Memory, num_chunks: int, *, sigmas: Sequence[float], noise: Noise
+    ) -> Iterator[Memory]:
+        """Continue a memory by `num_chunks` chunks; yields the memory after each."""
+        memory = memory.to(self.device, self.dtype)
+        for _ in range(num_chunks):
+            memory = self.make_chunk(memory, sigmas, noise)
+            yield memory
+
+    def make_chunk(self, memory: Memory, sigmas: Sequence[float], noise: Noise) -> Memory:
+        """Denoise one chunk against the memory, then commit it."""
+        first = memory.num_frames
+        view = self.view(memory)
+        attend_self = self._attend(memory, view, memory.config.chunk)
+        x0 = None
+        for step, sigma in enumerate(sigmas):
+            fresh = torch.stack([noise(first + t, step) for t in range(memory.config.chunk)], dim=2).to(self.device)
+            x = fresh if x0 is None else add_noise(x0, fresh, sigma)
+            x0 = x0_from_flow(x, self._flow(x, sigma, attend_self), sigma)
+        return self.commit(memory, x0, view)
+
+    def commit(self, memory: Memory, x0_BCTHW: Tensor, view: MemoryView | None = None) -> Memory:
+        """One pass at sigma 0 over clean latents, whose only purpose is to write their keys and values."""
+        view = view or self.view(memory)
+        num_sink, num_slow = len(memory.slots.sink), len(memory.slots.slow)
+        hidden = {"all": 0, "no sink": num_sink, "fast only": num_sink + num_slow}[self.commit_attends]
+        attend_self = self._attend(memory, view.without_first(hidden), x0_BCTHW.shape[2], keep=True)
+        self._flow(x0_BCTHW, 0.0, attend_self)
+        return memory.append(x0_BCTHW, attend_self.kept)
+
+    def view(self, memory: Memory) -> MemoryView:
+        """The memory as this network's attention sees it: keys rotated to their ranks."""
+        grid, head_dim = self._grid(memory), self._head_dim
+        ranks = torch.arange(len(memory.slots.all), device=self.device)
+        tables = rotary_tables(ranks, *grid, head_dim)
+        return memory.view(lambda keys: rotate(keys, tables))
+
+    def _attend(self, memory: Memory, view: MemoryView, num_frames: int, keep: bool = False) -> MemoryAttention:
+        return MemoryAttention(
+            view, self._grid(memory), num_frames, self._head_dim, self.device, self.attention, keep
+        )
+
+    def _flow(self, x_BCTHW: Tensor, sigma: float, attend_self: MemoryAttention) -> Tensor:
+        self.on_pass()
+        timestep = torch.full((1, x_BCTHW.shape[2]), TIMESTEPS * sigma, device=self.device, dtype=torch.float64)
+        flow = causal_forward(
+            self.net, x_BCTHW.to(self.dtype), timestep, self.text, attend_self, self.attention
+        )
+        return flow.float()
+
+    def _grid(self, memory: Memory) -> tuple[int, int]:
+        _, height, width = memory.latent_size
+        return height // self.net.patch_size[1], width // self.net.patch_size[2]
+
+    @property
+    def _head_dim(self) -> int:
+        return self.net.blocks[0].self_attn.head_dim

@@ -1,0 +1,92 @@
+"""Wan 2.1's text-to-video module tree, parameter names exactly those of Wan's checkpoints (method.md 1.5).
+
+Modules only: what is computed with them stands in `causal.py`, which runs on any tree with these names.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from .config import WanConfig
+
+
+class SelfAttention(nn.Module):
+    """q, k, v, o with RMS norms over the full width before the split in heads."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.head_dim = config.dim // config.num_heads
+        self.q = nn.Linear(config.dim, config.dim)
+        self.k = nn.Linear(config.dim, config.dim)
+        self.v = nn.Linear(config.dim, config.dim)
+        self.o = nn.Linear(config.dim, config.dim)
+        self.norm_q = nn.RMSNorm(config.dim, eps=config.eps)
+        self.norm_k = nn.RMSNorm(config.dim, eps=config.eps)
+
+
+class CrossAttention(SelfAttention):
+    """The same parts; keys and values come from the text."""
+
+
+class Block(nn.Module):
+    """One transformer block: self-attention, cross-attention, feed-forward."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.dim, eps=config.eps, elementwise_affine=False)
+        self.self_attn = SelfAttention(config)
+        self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
+        self.cross_attn = CrossAttention(config)
+        self.norm2 = nn.LayerNorm(config.dim, eps=config.eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(config.ffn_dim, config.dim),
+        )
+        self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
+
+
+class Head(nn.Module):
+    """Modulated projection of tokens to patches of flow."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.dim, eps=config.eps, elementwise_affine=False)
+        self.head = nn.Linear(config.dim, config.channels * math.prod(config.patch_size))
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
+
+
+class WanModel(nn.Module):
+    """The tree. `reset_parameters` draws fresh weights; loading overwrites them."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.config = config
+        self.text_len = config.text_len
+        self.patch_size = config.patch_size
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.channels, dim, config.patch_size, stride=config.patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
+        self.head = Head(config)
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Draw fresh weights for training from scratch."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv3d)):
+                fan_in = module.weight[0].numel()
+                nn.init.normal_(module.weight, std=fan_in**-0.5, generator=generator)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, (Block, Head)):
+                nn.init.zeros_(module.modulation)
+        nn.init.zeros_(self.head.head.weight)
+        nn.init.zeros_(self.time_projection[1].weight)
+        for block in self.blocks:
+            # Gates start at one, shifts and scales at zero.
+            block.modulation.data[:, [2, 5]] = 1

@@ -1,0 +1,1 @@
+"""Training and evaluation of students, and the demo world they are trained on."""
