@@ -1,0 +1,116 @@
+"""Files on disk -> networks ready to run. Reading never executes code; every refusal is one line with a remedy."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .codec import DemoCodec
+from .config import CARD_KEY, PRESETS, StudentCard, WanConfig
+from .wan import WanModel
+
+ASSETS = Path(__file__).parent / "assets"
+DEMO_STUDENT = ASSETS / "demo_student.safetensors"
+DEMO_CODEC = ASSETS / "demo_codec.safetensors"
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata. Raises ValueError for a missing, truncated or foreign file."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with safe_open(path, "pt") as f:
+            return {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def save_student(path: str | Path, net: nn.Module, card: StudentCard) -> None:
+    """A student in Wan's layout with its card; ComfyUI's UNETLoader reads it too."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    num_heads = net.blocks[0].self_attn.num_heads
+    metadata = {
+        CARD_KEY: card.to_json(),
+        # ComfyUI guesses heads = dim / 128 unless told.
+        "config": json.dumps({"transformer": {"num_heads": num_heads}}),
+    }
+    part = path.with_name(path.name + ".part")
+    save_file({key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}, part, metadata)
+    part.replace(path)
+
+
+def infer_config(state: dict[str, Tensor], num_heads: int | None, path: str | Path) -> WanConfig:
+    """Sizes of the network whose state dict this is. Raises ValueError when it is not a Wan 2.1 text-to-video model."""
+    needed = ("patch_embedding.weight", "head.modulation", "head.head.weight", "blocks.0.ffn.0.weight",
+              "text_embedding.0.weight", "time_embedding.0.weight")  # fmt: skip
+    if missing := [key for key in needed if key not in state]:
+        raise ValueError(
+            f"{path}: not a Wan 2.1 model, {missing[0]} is missing; give a student in Wan's own layout"
+        )
+    dim, channels = state["patch_embedding.weight"].shape[:2]
+    if "img_emb.proj.0.weight" in state or channels != PRESETS["wan2.1-1.3b"].channels:
+        raise ValueError(
+            f"{path}: a Wan model with {channels} input channels or image inputs; only text-to-video Wan 2.1"
+            " (16 channels) can be rolled out"
+        )
+    layers = {int(key.split(".")[1]) for key in state if key.startswith("blocks.") and key.split(".")[1].isdigit()}
+    return WanConfig(
+        dim=dim,
+        ffn_dim=state["blocks.0.ffn.0.weight"].shape[0],
+        num_heads=num_heads or max(1, dim // 128),
+        num_layers=max(layers) + 1,
+        channels=channels,
+        freq_dim=state["time_embedding.0.weight"].shape[1],
+        text_dim=state["text_embedding.0.weight"].shape[1],
+    )
+
+
+def load_student(path: str | Path | None = None, dtype: torch.dtype = torch.float32) -> tuple[WanModel, StudentCard]:
+    """A student of our own export, strict; None is the built-in one.
+
+    Raises ValueError, one line, for a file that is not such a student.
+    """
+    path = Path(path or DEMO_STUDENT)
+    state, metadata = read_safetensors(path)
+    config = infer_config(state, metadata_num_heads(metadata), path)
+    if CARD_KEY not in metadata:
+        raise ValueError(f"{path}: no student card in its metadata; it was not exported by `context-forcing train`")
+    card = StudentCard.from_json(metadata[CARD_KEY])
+    with torch.device("meta"):
+        net = WanModel(config)
+    expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    if expected != found:
+        wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+        raise ValueError(
+            f"{path}: {len(wrong)} of {len(expected)} tensors missing, extra or of another shape, first {wrong[0]}"
+            f" (expected {expected.get(wrong[0])}, found {found.get(wrong[0])})"
+        )
+    net.load_state_dict({key: value.to(dtype) for key, value in state.items()}, strict=True, assign=True)
+    return net.eval().requires_grad_(False), card
+
+
+def metadata_num_heads(metadata: dict[str, str]) -> int | None:
+    """Heads as ComfyUI's `config` metadata gives them, or None."""
+    try:
+        return json.loads(metadata.get("config", "{}")).get("transformer", {}).get("num_heads")
+    except (json.JSONDecodeError, AttributeError):
+        return None
+
+
+def load_demo_codec(path: str | Path | None = None) -> DemoCodec:
+    """The demo codec from a file; None is the built-in one."""
+    path = Path(path or DEMO_CODEC)
+    state, _ = read_safetensors(path)
+    if "stem.weight" not in state or "mean" not in state:
+        raise ValueError(f"{path}: not a demo codec")
+    width = state["stem.weight"].shape[0]
+    num_blocks = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("body."))
+    codec = DemoCodec(width, num_blocks)
+    codec.load_state_dict(state, strict=True)
+    return codec.eval().requires_grad_(False)

@@ -1,0 +1,225 @@
+import numpy as np
+import pytest
+
+from context_forcing.train.world import (
+    ALL_STYLES, CHUNK, LANDMARK, LANDMARK_TOP, NUM_CLASSES, NUM_STATIONS, RING_COLUMNS, RING_WIDTH, STATION_COLUMNS,
+    TOKEN, VIEW_COLUMNS, WORDS, Scene, Style, background, benchmark_script, canonical_words, caption, frame_moves,
+    headings, landmarks_in_view, panorama, parse_prompt, random_script, random_styles, render_latent_frames,
+    render_pixel_frames, template, templates, upscale, view,
+)
+
+DAY, NIGHT = Style(), Style(ground="snow", weather="cloudy", time="night")
+FILLER = {"a", "under", "sky", "by", "at", "the", "camera", "field"}
+
+
+def make_scene(seed=0):
+    return Scene.sample(np.random.default_rng(seed))
+
+
+def test_headings_ignore_the_first_move_and_add_up_the_rest():
+    assert headings([1, 1, 1, 0, -1, -1, -1]).tolist() == [0, 1, 2, 2, 1, 0, -1]
+
+
+@pytest.mark.parametrize("move", [-1, 1])
+def test_latent_frames_shift_by_one_token_column_per_move(move):
+    frames = render_latent_frames(make_scene(), [DAY] * 4, [move] * 12)
+    assert frames.shape == (12, 32, 64, 3) and frames.dtype == np.uint8
+    for earlier, later in zip(frames, frames[1:]):
+        left, right = (earlier, later) if move > 0 else (later, earlier)
+        np.testing.assert_array_equal(left[:, TOKEN:], right[:, :-TOKEN])
+
+
+def test_pixel_frames_shift_by_two_art_pixels_and_stay_when_told_to():
+    frames = render_pixel_frames(make_scene(), [DAY, DAY], [0, 1, 1, 0, 0, 0])
+    np.testing.assert_array_equal(frames[0][:, 2:], frames[1][:, :-2])
+    np.testing.assert_array_equal(frames[7][:, 2:], frames[8][:, :-2])
+    assert (frames[8:] == frames[8]).all()
+
+
+def test_a_turn_around_the_ring_ends_where_it_began():
+    frames = render_latent_frames(make_scene(), [DAY] * 17, [0] * 3 + [1] * RING_COLUMNS)
+    np.testing.assert_array_equal(frames[2], frames[-1])
+    pano = panorama(make_scene(), DAY)
+    np.testing.assert_array_equal(view(pano, -TOKEN), view(pano, RING_WIDTH - TOKEN))
+    np.testing.assert_array_equal(view(pano, RING_WIDTH - 8)[:, 8:], pano[:, :56])
+
+
+def test_latent_frames_are_every_fourth_pixel_frame_and_styles_switch_with_their_chunk():
+    rng = np.random.default_rng(5)
+    scene, moves = make_scene(5), frame_moves(random_script(rng, 5))
+    styles = [DAY, DAY, NIGHT, NIGHT, DAY]
+    latent, pixel = (render(scene, styles, moves) for render in (render_latent_frames, render_pixel_frames))
+    assert len(pixel) == 1 + 4 * (len(latent) - 1)
+    np.testing.assert_array_equal(latent, pixel[::4])
+    offset = int(headings(moves)[5]) * TOKEN + 2 * moves[6]
+    np.testing.assert_array_equal(pixel[21], view(panorama(scene, NIGHT), offset))
+
+
+def test_a_seed_fixes_everything():
+    def draw(seed):
+        rng = np.random.default_rng(seed)
+        return Scene.sample(rng), random_script(rng, 12), random_styles(rng, 12)
+
+    assert draw(3) == draw(3)
+    assert draw(3) != draw(4)
+    np.testing.assert_array_equal(panorama(make_scene(2), NIGHT), panorama(make_scene(2), NIGHT))
+
+
+def test_neighbours_are_never_of_one_class():
+    for seed in range(50):
+        class_ids = np.array(make_scene(seed).class_ids)
+        assert (class_ids != np.roll(class_ids, 1)).all() and class_ids.max() < NUM_CLASSES
+
+
+def test_scenes_differ_only_in_their_landmarks():
+    one, other = panorama(make_scene(0), DAY), panorama(make_scene(1), DAY)
+    free = np.ones(one.shape[:2], dtype=bool)
+    for station in range(NUM_STATIONS):
+        left = station * STATION_COLUMNS * TOKEN
+        free[LANDMARK_TOP:LANDMARK_TOP + LANDMARK, left:left + LANDMARK] = False
+    np.testing.assert_array_equal(one[free], other[free])
+    assert (one[~free] != other[~free]).any()
+
+
+def test_every_heading_has_a_background_of_its_own():
+    for style in ALL_STYLES:
+        views = np.stack([view(background(style), TOKEN * heading) for heading in range(RING_COLUMNS)])
+        distance = np.abs(views[:, None, :8] - views[None, :, :8]).mean(axis=(2, 3, 4))
+        assert distance[~np.eye(RING_COLUMNS, dtype=bool)].min() > 0.5
+
+
+def test_landmarks_in_view_are_where_they_are_drawn():
+    scene = make_scene(7)
+    for heading in range(-RING_COLUMNS, 2 * RING_COLUMNS):
+        picture = view(panorama(scene, DAY), heading * TOKEN)
+        landmarks = landmarks_in_view(scene, heading)
+        assert 2 <= sum(landmark.fully_visible for landmark in landmarks) <= 3
+        for station, class_id, column, full in landmarks:
+            assert class_id == scene.class_ids[station]
+            assert full == (0 <= column <= VIEW_COLUMNS - 2) and -1 <= column < VIEW_COLUMNS
+            if full:
+                crop = picture[LANDMARK_TOP:LANDMARK_TOP + LANDMARK, column * TOKEN:column * TOKEN + LANDMARK]
+                np.testing.assert_array_equal(crop, template(class_id, DAY, station))
+
+
+def test_classes_stay_apart_in_every_style_even_when_averaged_over_four_pixels():
+    for style in ALL_STYLES:
+        for station in (0, 8):
+            crops = templates(style, station).astype(np.float64)
+            assert crops.shape == (NUM_CLASSES, LANDMARK, LANDMARK, 3)
+            coarse = crops.reshape(NUM_CLASSES, 4, 4, 4, 4, 3).mean(axis=(2, 4))
+            distance = np.sqrt(((coarse[:, None] - coarse[None]) ** 2).mean(axis=(2, 3, 4)))
+            assert distance[~np.eye(NUM_CLASSES, dtype=bool)].min() > 10
+
+
+def test_captions_are_understood_and_made_of_known_words():
+    for style in ALL_STYLES:
+        for move in (-1, 0, 1):
+            text = caption(style, move)
+            assert parse_prompt(text, NIGHT if style != NIGHT else DAY) == (style, move)
+            assert set(text.lower().replace(".", "").split()) - FILLER <= set(WORDS)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("Snowy, misty sunset; panning to the left", (Style(ground="snow", weather="foggy", time="dusk"), -1)),
+    ("a grassy field, overcast at NOON, the camera moves right", (Style(weather="cloudy"), 1)),
+    ("sand dunes in the nighttime, sunny, static camera",
+     (Style(ground="desert", weather="clear", time="night"), 0)),
+    ("pan left", (DAY, -1)),
+    ("pans right", (DAY, 1)),
+    ("The camera pans left, then stays.", (DAY, 0)),
+    ("a tower on the left", (DAY, 0)),
+    ("flying purple spaghetti", (DAY, 0)),
+])
+def test_synonyms(text, expected):
+    assert parse_prompt(text, DAY) == expected
+
+
+def test_synonyms_reach_the_encoder_as_the_words_of_the_caption():
+    style = Style(ground="snow", weather="foggy", time="dusk")
+    assert canonical_words("Wintry, misty, at sunset. The camera is panning leftwards") == canonical_words(
+        caption(style, -1))
+    assert all(concept in WORDS for concept in WORDS.values())
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("kind, gap", [("dwell", 0), ("dwell", 5), ("wander", 4), ("wander", 28)])
+def test_benchmark_scripts_return_exactly_and_hide_the_targets_between(kind, gap, mirror):
+    script = benchmark_script(kind, gap, mirror)
+    path = headings(script.frame_moves)
+    assert script.headings == tuple(path) and len(path) == len(script.moves) * CHUNK
+    assert (path[script.return_frame:] == script.target_heading).all()
+    assert path[script.target_frame] == script.target_heading == (-6 if mirror else 6)
+    scene = make_scene(1)
+    targets = {landmark.station for landmark in landmarks_in_view(scene, script.target_heading)}
+    assert sum(landmark.fully_visible for landmark in landmarks_in_view(scene, script.target_heading)) == 3
+    for frame in script.hidden_frames:
+        assert not targets & {landmark.station for landmark in landmarks_in_view(scene, path[frame])}
+    first = script.hidden_frames[0]
+    assert script.hidden_frames == tuple(range(first, first + gap * CHUNK + 3))
+    frames = render_latent_frames(scene, [DAY] * len(script.moves), script.frame_moves)
+    np.testing.assert_array_equal(frames[script.target_frame], frames[script.return_frame])
+    assert tuple(-move for move in script.moves) == benchmark_script(kind, gap, not mirror).moves
+
+
+def test_random_clips_return_to_something_that_was_hidden_for_a_chunk():
+    returns = 0
+    for seed in range(40):
+        script = random_script(np.random.default_rng(seed), 12)
+        path = headings(frame_moves(script))
+        assert len(script) == 12 and set(script) <= {-1, 0, 1}
+        away = np.abs(path[:, None] - path[None]) >= VIEW_COLUMNS
+        returns += any(
+            path[late] == path[early] and away[early, early:late].sum() >= CHUNK
+            for late in range(len(path)) for early in range(late)
+        )
+    assert returns >= 36
+
+
+def test_random_styles_change_one_concept_at_most_once():
+    changed = 0
+    for seed in range(200):
+        styles = random_styles(np.random.default_rng(seed), 12)
+        changes = [(a, b) for a, b in zip(styles, styles[1:]) if a != b]
+        assert len(styles) == 12 and len(changes) <= 1
+        for a, b in changes:
+            assert (a.ground != b.ground) + (a.weather != b.weather) + (a.time != b.time) == 1
+        changed += len(changes)
+    assert 40 <= changed <= 80
+
+
+def test_upscale_repeats_pixels():
+    frames = np.arange(12, dtype=np.uint8).reshape(1, 2, 2, 3)
+    big = upscale(frames, 3)
+    assert big.shape == (1, 6, 6, 3)
+    np.testing.assert_array_equal(big[:, ::3, ::3], frames)
+    np.testing.assert_array_equal(big[:, 2::3, 2::3], frames)
+
+
+def test_shared_pictures_cannot_be_written_to():
+    for shared in (panorama(make_scene(), DAY), templates(DAY, 0), background(DAY)):
+        with pytest.raises(ValueError, match="read-only"):
+            shared[0] = 0
+
+
+@pytest.mark.parametrize("call, match", [
+    (lambda: Style(ground="sea"), "ground is 'sea'.*'meadow'"),
+    (lambda: Style(weather="rain"), "weather is 'rain'"),
+    (lambda: Style(time="noon"), "time is 'noon'"),
+    (lambda: Scene(landmarks=((0, 0),)), "landmarks has 1 entries"),
+    (lambda: Scene(landmarks=((9, 0),) * 16), r"landmarks has \(9, 0\)"),
+    (lambda: caption(DAY, 2), "move is 2"),
+    (lambda: headings([0, 2]), "moves is 2"),
+    (lambda: render_latent_frames(make_scene(), [DAY], [0, 1]), "moves has 2 entries"),
+    (lambda: render_pixel_frames(make_scene(), [], []), "moves has 0 entries"),
+    (lambda: benchmark_script("sleep", 4, False), "kind is 'sleep'"),
+    (lambda: benchmark_script("wander", 3, False), "gap_chunks is 3"),
+    (lambda: random_script(np.random.default_rng(0), 0), "num_chunks is 0"),
+    (lambda: random_styles(np.random.default_rng(0), 0), "num_chunks is 0"),
+    (lambda: template(NUM_CLASSES, DAY, 0), "class_id is 24"),
+    (lambda: templates(DAY, 16), "station is 16"),
+    (lambda: upscale(np.zeros((1, 1, 3)), 0), "factor is 0"),
+])
+def test_bad_values_are_named(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()

@@ -1,0 +1,121 @@
+"""Clips of the demo world as latents: drawn on the fly, a function of (data seed, step).
+
+Shapes: B batch, T latent frames, C latent channels, H W latent rows and columns, L text tokens.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..memory.config import MemoryConfig
+from ..memory.policy import Slots, advance
+from ..model.codec import DemoCodec
+from ..model.text import TEXT_DIM, canonical_words, concept_embedding
+from .world import Scene, Style, caption, headings, random_script, random_styles, render_latent_frames
+from .world.camera import frame_moves
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Ground truth of one clip: what stands where, what is asked for, where the camera looks."""
+
+    scene: Scene
+    styles: tuple[Style, ...]
+    """One per chunk."""
+    moves: tuple[int, ...]
+    """One per chunk."""
+    chunk: int
+
+    @property
+    def headings(self) -> np.ndarray:
+        return headings(frame_moves(self.moves, self.chunk))
+
+    @property
+    def captions(self) -> list[str]:
+        return [caption(style, move) for style, move in zip(self.styles, self.moves)]
+
+    def art(self) -> np.ndarray:
+        """Art pixels of every latent frame, uint8."""
+        return render_latent_frames(self.scene, self.styles, frame_moves(self.moves, self.chunk), self.chunk)
+
+
+def random_clip(rng: np.random.Generator, num_chunks: int, chunk: int) -> Clip:
+    """A clip whose camera leaves places and comes back to them."""
+    return Clip(
+        Scene.sample(rng), tuple(random_styles(rng, num_chunks)), tuple(random_script(rng, num_chunks)), chunk
+    )
+
+
+def to_latents(codec: DemoCodec, clips: list[Clip]) -> Tensor:
+    """Normalised latents [B, C, T, H, W]."""
+    art = torch.from_numpy(np.stack([clip.art() for clip in clips])).float() / 127.5 - 1
+    return codec.encode_art(art)
+
+
+def to_text(captions: list[list[str]]) -> Tensor:
+    """Text rows [B * chunks, L, 4096], cut to the longest prompt of the batch: zero rows are the model's business."""
+    flat = [sorted(set(canonical_words(text))) for texts in captions for text in texts]
+    length = max(1, max(len(concepts) for concepts in flat))
+    table = {concept: concept_embedding(concept) for concepts in flat for concept in concepts}
+    rows = torch.zeros(len(flat), length, TEXT_DIM)
+    for i, concepts in enumerate(flat):
+        for j, concept in enumerate(concepts):
+            rows[i, j] = table[concept]
+    return rows
+
+
+def memory_layout(rng: np.random.Generator, clip: Clip, config: MemoryConfig) -> list[tuple[int, ...]]:
+    """Which frames each chunk of a clip remembers, in the order of their positions.
+
+    A mixture, so that a student can be used with any policy: 70 % the full memory, 15 % sink and fast, 15 % fast
+    alone; slow frames by the real rules (60 %), one a chunk (20 %) or by coin (20 %) (demo_world.md 3). The
+    similarity of two frames comes from the world: the same view counts as alike.
+    """
+    look = [(heading, clip.styles[t // clip.chunk]) for t, heading in enumerate(clip.headings)]
+    alike = lambda frame, others: [1.0 if look[frame] == look[other] else 0.8 for other in others]
+    coin = lambda frame, others: [float(rng.integers(2)) for _ in others]
+    layout = rng.choice(["full", "sink and fast", "fast"], p=[0.7, 0.15, 0.15])
+    rule = rng.choice(["novel", "clean", "uniform", "coin"], p=[0.3, 0.3, 0.2, 0.2])
+    config = MemoryConfig(
+        sink=0 if layout == "fast" else config.sink,
+        slow=config.slow if layout == "full" else 0,
+        fast=config.fast,
+        chunk=config.chunk,
+        window=config.window,
+        policy="clean" if rule == "coin" else str(rule),
+        uniform_stride=config.chunk,
+    )
+    slots, seen = Slots(), []
+    for first in range(0, len(look), clip.chunk):
+        seen.append(slots.all)
+        slots, _ = advance(slots, config, range(first, first + clip.chunk), coin if rule == "coin" else alike)
+    return seen
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training step's worth of clips."""
+
+    clips: list[Clip]
+    latents: Tensor
+    """[B, C, T, H, W]"""
+    text: Tensor
+    """[B * chunks, L, 4096]"""
+    slots: Tensor
+    """[B, chunks, M]: remembered frames by position, -1 where there is none."""
+
+
+def make_batch(
+    codec: DemoCodec, config: MemoryConfig, *, seed: tuple[int, ...], size: int, num_chunks: int, text_dropout: float
+) -> Batch:
+    """The batch of a seed; no state, so that a resumed run sees the same data."""
+    rng = np.random.default_rng(seed)
+    clips = [random_clip(rng, num_chunks, config.chunk) for _ in range(size)]
+    slots = torch.full((size, num_chunks, config.capacity), -1)
+    for b, clip in enumerate(clips):
+        for c, frames in enumerate(memory_layout(rng, clip, config)):
+            slots[b, c, : len(frames)] = torch.tensor(frames, dtype=slots.dtype)
+    captions = [clip.captions if rng.random() >= text_dropout else [""] * num_chunks for clip in clips]
+    return Batch(clips, to_latents(codec, clips), to_text(captions), slots)

@@ -1,0 +1,170 @@
+"""Stage `pretrain`: a causal student by teacher-forced flow matching over the Slow-Fast layout (demo_world.md 3)."""
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..model.causal import causal_forward, embed_text
+from ..model.checkpoint import load_demo_codec, save_student
+from ..model.config import PRESETS, VAE_STRIDE, StudentCard
+from ..model.flow import TIMESTEPS, add_noise, warp, x0_from_flow
+from ..model.wan import WanModel
+from .checkpoint import load_checkpoint, save_checkpoint
+from .config import PretrainConfig
+from .data import Batch, make_batch
+from .forcing import TeacherForcing, interleave, noisy_part
+from .log import RunLog
+from .optim import build_optimizers
+from .vae import git_revision
+from .world import ART_SCALE, LANDMARK, LANDMARK_TOP, STATION_COLUMNS, TOKEN, VIEW_COLUMNS, VIEW_HEIGHT, VIEW_WIDTH
+
+log = logging.getLogger("context_forcing")
+
+VALIDATION_SIGMA = 0.95
+"""Noise level at which hardly anything but the memory can tell what stood there."""
+
+
+def teacher_forced_flow(
+    net: WanModel, batch: Batch, context: Tensor, noisy: Tensor, sigma_BT: Tensor, chunk: int
+) -> Tensor:
+    """Predicted flow of the noisy clip [B, C, T, H, W], every chunk seeing its own memory of the clean one."""
+    num_chunks = batch.slots.shape[1]
+    grid = (context.shape[3] // net.patch_size[1], context.shape[4] // net.patch_size[2])
+    head_dim = net.blocks[0].self_attn.head_dim
+    attend = TeacherForcing(batch.slots, chunk, grid, head_dim)
+    frames = interleave(context, noisy, chunk)
+    sigma_KSn = torch.stack([torch.zeros_like(sigma_BT), sigma_BT], dim=1).unflatten(-1, (num_chunks, chunk))
+    timestep = TIMESTEPS * sigma_KSn.transpose(1, 2).flatten(1)
+    text = embed_text(net, batch.text, num_groups=num_chunks)
+    return noisy_part(causal_forward(net, frames, timestep, text, attend), chunk)
+
+
+def noised_context(config: PretrainConfig, latents: Tensor, generator: torch.Generator) -> Tensor:
+    """Clean frames with a little noise, labelled clean: a student's own memory is never perfect."""
+    batch, _, num_frames = latents.shape[:3]
+    sigma = config.context_noise * torch.rand(batch, 1, num_frames, 1, 1, generator=generator)
+    sigma = sigma * (torch.rand(batch, 1, 1, 1, 1, generator=generator) < config.context_noise_share)
+    return add_noise(latents, torch.randn(latents.shape, generator=generator), sigma)
+
+
+def training_loss(net: WanModel, config: PretrainConfig, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Mean squared error of the flow; one noise level a chunk, warped."""
+    chunk = config.memory.chunk
+    latents = batch.latents
+    u = torch.rand(latents.shape[0], config.num_chunks, generator=generator)
+    sigma_BT = warp(u, config.shift).repeat_interleave(chunk, dim=1)
+    noise = torch.randn(latents.shape, generator=generator)
+    noisy = add_noise(latents, noise, sigma_BT[:, None, :, None, None])
+    context = noised_context(config, latents, generator)
+    flow = teacher_forced_flow(net, batch, context, noisy, sigma_BT, chunk)
+    return (flow - (noise - latents)).square().mean()
+
+
+@torch.no_grad()
+def recall_error(net: WanModel, config: PretrainConfig, batch: Batch) -> dict[str, float]:
+    """x0 error from almost pure noise, of landmark columns by where they were last seen.
+
+    `fast`: in a recent frame; `memory`: only in sink or slow frames; `unseen`: nowhere yet. When `memory` falls
+    under `unseen` the student has learnt to look things up (demo_world.md 3): the earliest sign that it works.
+    """
+    chunk, latents = config.memory.chunk, batch.latents
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(latents.shape, generator=generator)
+    sigma = torch.full((latents.shape[0], latents.shape[2]), VALIDATION_SIGMA)
+    noisy = add_noise(latents, noise, VALIDATION_SIGMA)
+    flow = teacher_forced_flow(net, batch, latents, noisy, sigma, chunk)
+    error = (x0_from_flow(noisy, flow, VALIDATION_SIGMA) - latents).square().mean(1)
+    latents_a_token = error.shape[-1] // VIEW_COLUMNS
+    rows = slice(LANDMARK_TOP // TOKEN * latents_a_token, (LANDMARK_TOP + LANDMARK) // TOKEN * latents_a_token)
+    columns = error[:, :, rows].mean(2).unflatten(-1, (VIEW_COLUMNS, latents_a_token)).mean(-1)
+    sums = {"fast": [], "memory": [], "unseen": []}
+    num_fast = config.memory.fast - chunk
+    for b, clip in enumerate(batch.clips):
+        headings = clip.headings
+        seen_in = lambda frames: {int(headings[f]) + column for f in frames for column in range(VIEW_COLUMNS)}
+        for c in range(config.num_chunks):
+            slots = [f for f in batch.slots[b, c].tolist() if f >= 0]
+            recent = seen_in([f for f in slots if f >= c * chunk - num_fast])
+            remembered = seen_in(slots)
+            for t in range(c * chunk, (c + 1) * chunk):
+                for column in range(VIEW_COLUMNS):
+                    place = int(headings[t]) + column
+                    if place % STATION_COLUMNS == STATION_COLUMNS - 1:
+                        continue
+                    where = "fast" if place in recent else "memory" if place in remembered else "unseen"
+                    sums[where].append(columns[b, t, column].item())
+    return {where: sum(values) / max(1, len(values)) for where, values in sums.items()}
+
+
+def train_pretrain(config: PretrainConfig, resume: bool = False) -> Path:
+    """Train a student from scratch; returns its file."""
+    out = Path(config.out)
+    codec = load_demo_codec(None if config.codec == "assets" else config.codec)
+    net = WanModel(PRESETS[config.preset])
+    net.reset_parameters(torch.Generator().manual_seed(config.seed))
+    optimizers = build_optimizers(net, config.lr)
+    make = lambda seed, size: make_batch(
+        codec, config.memory, seed=seed, size=size, num_chunks=config.num_chunks, text_dropout=config.text_dropout
+    )
+    validation = make((config.data_seed, 0), 2 * config.batch)
+    start, seconds = 0, 0.0
+    if resume:
+        state = load_checkpoint(out)
+        net.load_state_dict(state["net"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        start, seconds = state["step"], state["seconds"]
+    began = time.monotonic() - seconds
+
+    with RunLog(out, "pretrain", config.steps, start) as run:
+        for step in range(start, config.steps):
+            batch = make((config.data_seed, 1, step), config.batch)
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+            loss = training_loss(net, config, batch, generator)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
+            rate = min(1.0, (step + 1) / 50, (config.steps - step) / (config.decay * config.steps))
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = config.lr * rate
+                optimizer.step()
+                optimizer.zero_grad()
+            run.step(step, loss=loss.item(), grad_norm=norm.item())
+            if (step + 1) % config.validate_every == 0:
+                run.note(step + 1, **recall_error(net, config, validation))
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+                seconds = time.monotonic() - began
+                save_checkpoint(
+                    out,
+                    {
+                        "net": net.state_dict(),
+                        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                        "step": step + 1,
+                        "seconds": seconds,
+                    },
+                )
+                save_student(out / "student.safetensors", net, student_card(config, step + 1, seconds))
+    return out / "student.safetensors"
+
+
+def student_card(config: PretrainConfig, step: int, seconds: float) -> StudentCard:
+    """What the student was trained with, for its file."""
+    return StudentCard(
+        name=f"{config.preset} student, teacher forced",
+        base=config.preset,
+        stage="pretrain",
+        steps=tuple(TIMESTEPS * (1 - k / config.sample_steps) for k in range(config.sample_steps)),
+        shift=config.shift,
+        memory=config.memory,
+        fps=16,
+        size=(VIEW_WIDTH * ART_SCALE, VIEW_HEIGHT * ART_SCALE),
+        revision=git_revision(),
+        data=f"demo world, drawn on the fly; clips of {config.num_chunks * config.memory.chunk} latent frames,"
+        f" {VAE_STRIDE[0]} pixel frames each",
+        data_seed=config.data_seed,
+        train_steps=step,
+        train_seconds=round(seconds),
+    )

@@ -1,0 +1,241 @@
+"""The background of the ring: a function of heading and style alone, the same in every scene."""
+
+from functools import lru_cache
+
+import numpy as np
+
+from . import palette
+from .geometry import NUM_STATIONS, RING_WIDTH, VIEW_HEIGHT
+from .palette import lit, mix, rgb
+from .prompts import Style
+
+HORIZON = 18
+"""First art row of the ground."""
+
+_X = np.arange(RING_WIDTH, dtype=np.float32)[None, :]
+_Y = np.arange(VIEW_HEIGHT, dtype=np.float32)[:, None]
+_ANGLE = 2 * np.pi * _X / RING_WIDTH
+
+# (art column, height above the horizon, half width): one giant, a pair of twins, ranges and passes between.
+_PEAKS = (
+    (14, 9, 22), (40, 6, 16), (92, 5, 20), (124, 10, 20), (146, 8, 18), (172, 6, 18),
+    (208, 16, 30), (242, 8, 18), (276, 13, 16), (296, 13, 16), (322, 7, 18), (356, 10, 24), (376, 6, 14),
+)
+_SUN_COLUMN = 68
+# (art column, row of the flat bottom, half width)
+_CLEAR_CLOUDS = ((20, 6, 10), (112, 5, 8), (160, 7, 11), (250, 5, 9), (330, 6, 12))
+_OVERCAST_CLOUDS = (
+    (8, 6, 14), (38, 8, 10), (66, 4, 12), (94, 7, 13), (126, 4, 11), (148, 8, 10), (176, 6, 14), (228, 5, 12),
+    (254, 8, 11), (284, 4, 13), (312, 7, 11), (338, 4, 12), (362, 8, 10),
+)
+_CASTLE = (
+    "...kk...",
+    "...kk...",
+    "kk.kk.kk",
+    "kk.kk.kk",
+    "kkkyykkk",
+    "kkkyykkk",
+    "kkkkkkkk",
+    "kkkkkkkk",
+)
+_CASTLE_COLUMN = 88
+
+
+def _ring_delta(column: float) -> np.ndarray:
+    """Signed art pixels from `column`, the short way round, [1, W]."""
+    return (_X - column + RING_WIDTH / 2) % RING_WIDTH - RING_WIDTH / 2
+
+
+def _waves(*terms: tuple[int, float, float]) -> np.ndarray:
+    """Sum of (turns around the ring, amplitude, phase) cosines [1, W]: continuous over the wrap."""
+    return sum(amplitude * np.cos(turns * _ANGLE + phase) for turns, amplitude, phase in terms)
+
+
+def _paint(canvas: np.ndarray, mask: np.ndarray, colour: np.ndarray) -> None:
+    canvas[...] = np.where(mask[..., None], colour, canvas)
+
+
+def _sky(style: Style) -> np.ndarray:
+    zenith, middle, horizon = (rgb(colour) for colour in palette.SKY[style.time])
+    height = np.clip(_Y / (HORIZON - 2), 0, 1)[..., None]
+    sky = np.where(height < 0.5, mix(zenith, middle, height * 2), mix(middle, horizon, height * 2 - 1))
+    with_cos, with_sin = (rgb(tint) for tint in palette.SKY_TINT[style.time])
+    sky = sky + with_cos * np.cos(_ANGLE)[..., None] + with_sin * np.sin(_ANGLE)[..., None]
+    if style.weather == "cloudy":
+        sky = mix(sky, rgb(palette.OVERCAST[style.time]), 0.62)
+    return np.broadcast_to(sky, (VIEW_HEIGHT, RING_WIDTH, 3)).copy()
+
+
+def _stars(canvas: np.ndarray) -> None:
+    rng = np.random.default_rng(11)
+    for index in range(72):
+        column, row = 2 * int(rng.integers(RING_WIDTH // 2)), 2 * int(rng.integers(4))
+        size = 2 if index % 4 == 0 else 1
+        canvas[row:row + size, column:column + size] += 90 if size == 2 else 60
+
+
+def _sun_and_moon(canvas: np.ndarray, style: Style) -> None:
+    row = {"day": 4.0, "dusk": 9.5, "night": 4.5}[style.time]
+    distance = np.hypot(_ring_delta(_SUN_COLUMN), _Y - row)
+    strength = {"clear": 1.0, "cloudy": 0.45, "foggy": 0.7}[style.weather]
+    reach = {"day": 20, "dusk": 44, "night": 16}[style.time]
+    glow = np.clip(1 - distance / reach, 0, 1)[..., None] ** 2 * strength
+    tone = {"day": (255, 250, 214), "dusk": (255, 190, 96), "night": (196, 208, 255)}[style.time]
+    canvas[...] = mix(canvas, rgb(tone), glow * 0.75)
+    disc = (distance < 4.2).astype(np.float32)
+    if style.time == "night":
+        disc *= np.hypot(_ring_delta(_SUN_COLUMN + 3), _Y - row + 1.5) > 3.4
+    face = {"day": (255, 236, 130), "dusk": (255, 226, 140), "night": (250, 246, 216)}[style.time]
+    canvas[...] = mix(canvas, rgb(face), disc[..., None] * strength)
+
+
+def _clouds(canvas: np.ndarray, style: Style) -> None:
+    if style.weather == "foggy":
+        return
+    overcast = style.weather == "cloudy"
+    table = palette.OVERCAST_CLOUD if overcast else palette.CLOUD
+    top, bottom = (rgb(colour) for colour in table[style.time])
+    for column, row, size in _OVERCAST_CLOUDS if overcast else _CLEAR_CLOUDS:
+        mask = np.zeros((VIEW_HEIGHT, RING_WIDTH), dtype=bool)
+        for shift, lift, scale in ((-0.55, 0.4, 0.42), (-0.05, 1.4, 0.5), (0.5, 0.6, 0.46)):
+            dx = _ring_delta(column + shift * size) / (size * scale)
+            mask |= np.hypot(dx, (_Y - row + lift) / (size * scale * 0.66)) < 1
+        mask &= _Y < row
+        shade = np.clip((_Y - row + 4) / 3, 0, 1)[..., None]
+        _paint(canvas, mask, mix(top, bottom, np.round(shade * 2) / 2))
+
+
+def _mountains(canvas: np.ndarray, style: Style) -> None:
+    jag = np.round(_waves((29, 0.7, 1.0), (47, 0.6, 2.0), (71, 0.4, 0.0)))
+    heights = np.concatenate([
+        peak * (1 - np.abs(_ring_delta(column)) / width) for column, peak, width in _PEAKS
+    ])
+    owner = heights.argmax(axis=0)
+    skyline = np.maximum(heights.max(axis=0)[None], 2.0) + 0.5 * jag
+    depth = _Y - (HORIZON - skyline)
+    anchors = [rgb(colour) for colour in palette.MOUNTAIN]
+    near = [np.clip(np.cos(_ANGLE - index * np.pi / 2), 0, 1)[..., None] ** 2 for index in range(4)]
+    tone = sum(anchor * weight for anchor, weight in zip(anchors, near))
+    if style.ground == "desert":
+        tone = mix(tone, rgb((206, 132, 96)), 0.45)
+    delta = np.stack([_ring_delta(column)[0] for column, _, _ in _PEAKS])[owner, np.arange(RING_WIDTH)][None]
+    shaded = delta + jag > depth * 0.25
+    body = np.where(shaded[..., None], tone * 0.80, tone * 1.06)
+    tall = np.array([peak for _, peak, _ in _PEAKS])[owner][None]
+    cap = (depth < tall * 0.34 - 1 + jag) & (tall >= 10)
+    body = np.where(cap[..., None], rgb(palette.SNOWCAP) * np.where(shaded, 0.84, 1.0)[..., None], body)
+    # Distant air takes a share of the sky behind it, more of it towards the foot.
+    haze = np.clip(0.12 + 0.03 * depth, 0, 0.5)[..., None]
+    _paint(canvas, depth >= 0, mix(lit(body, style), canvas, haze))
+
+
+def _hills(canvas: np.ndarray, style: Style) -> None:
+    hills = rgb(palette.GROUND[style.ground][5])
+    far = HORIZON - 2.2 - _waves((5, 1.0, 0.4), (9, 0.8, 2.1), (14, 0.4, 4.0))
+    _paint(canvas, _Y >= far, lit(mix(hills, rgb(palette.MOUNTAIN[0]), 0.30), style))
+    if style.ground == "desert":
+        _mesas(canvas, style)
+    else:
+        _forest(canvas, style, far)
+    _castle(canvas, style)
+    close = HORIZON - 0.6 - _waves((4, 0.8, 3.0), (7, 0.7, 1.1))
+    _paint(canvas, _Y >= close, lit(hills, style))
+
+
+def _forest(canvas: np.ndarray, style: Style, far: np.ndarray) -> None:
+    colour = rgb(palette.FOREST[style.ground])
+    # Woods on a quarter of the ring and single copses elsewhere, so that they tell the heading too.
+    woods = np.clip(_waves((1, 1.0, -5.2), (6, 0.35, 1.0)) - 0.35, 0, 1) * 3.2
+    copses = 3.0 * (np.abs(_ring_delta(140)) < 9) + 2.0 * (np.abs(_ring_delta(22)) < 5)
+    teeth = 1.4 * np.abs((_X + 2) % 6 - 3) / 3
+    height = np.where(woods + copses > 0.3, woods + copses + 1.6 - teeth * 1.6, 0)
+    mask = (_Y >= far - height + 1.5) & (height > 0)
+    _paint(canvas, mask, lit(np.where((((_X + 2) % 6) < 3)[..., None], colour * 1.15, colour), style))
+
+
+def _mesas(canvas: np.ndarray, style: Style) -> None:
+    for column, half_width, height in ((140, 9, 6), (318, 13, 5), (336, 6, 8), (22, 6, 4)):
+        delta = _ring_delta(column)
+        mask = (np.abs(delta) < half_width + (_Y - HORIZON + height) * 0.3) & (_Y >= HORIZON - height)
+        strata = np.where((_Y % 3) < 1, 0.86, 1.0) * np.where(delta > half_width * 0.3, 0.80, 1.0)
+        _paint(canvas, mask, lit(rgb((204, 116, 78)) * strata[..., None], style))
+
+
+def _castle(canvas: np.ndarray, style: Style) -> None:
+    stone = lit(rgb((124, 116, 150)), style)
+    window = rgb(palette.WINDOW[style.time])
+    for offset_row, line in enumerate(_CASTLE):
+        for offset, key in enumerate(line):
+            if key != ".":
+                shade = 1.12 if offset < 4 else 0.88
+                canvas[HORIZON - 10 + offset_row, _CASTLE_COLUMN + offset] = window if key == "y" else stone * shade
+
+
+def _ground(canvas: np.ndarray, style: Style) -> None:
+    far, near, dark, light, path, _ = (rgb(colour) for colour in palette.GROUND[style.ground])
+    depth = np.clip((_Y - HORIZON) / (VIEW_HEIGHT - 1 - HORIZON), 0, 1)[..., None]
+    ground = np.broadcast_to(mix(far, near, depth), canvas.shape).copy()
+    patches = _waves((3, 0.5, 0.0), (8, 0.5, 1.0)) + np.cos(11 * _ANGLE + _Y * 0.5) * 0.6
+    ground += (np.round(np.clip(patches, -1, 1)) * 5.0)[..., None]
+    _texture(ground, dark, light, style)
+    centre = 27 + _waves((4, 1.4, 0.5), (7, 1.0, 2.0), (2, 0.8, 4.0))
+    width = 1.7 + 0.4 * np.cos(10 * _ANGLE)
+    edge = np.abs(_Y - centre)
+    _paint(ground, edge < width + 0.8, mix(ground, dark, 0.35))
+    _paint(ground, edge < width, path)
+    # 24 divides the ring: worn patches have no seam.
+    worn = (edge < width) & ((_X + 3 * _Y) % 24 < 5) & (centre > _Y)
+    _paint(ground, worn, mix(path, light, 0.4))
+    _paint(canvas, np.broadcast_to(_Y >= HORIZON, (VIEW_HEIGHT, RING_WIDTH)), lit(ground, style))
+
+
+def _texture(ground: np.ndarray, dark: np.ndarray, light: np.ndarray, style: Style) -> None:
+    """Tufts, ripples or drifts fixed to the ring: what makes the camera's motion visible."""
+    rng = np.random.default_rng({"meadow": 1, "desert": 2, "snow": 3}[style.ground])
+    for _ in range(230):
+        row = HORIZON + 1 + int(rng.random() ** 0.8 * (VIEW_HEIGHT - HORIZON - 2))
+        column = int(rng.integers(RING_WIDTH))
+        size = 1 + (row - HORIZON) // 4
+        width = size + 1 if style.ground == "meadow" else 2 * size + 2
+        columns = (column + np.arange(width)) % RING_WIDTH
+        ink = light if rng.random() < 0.45 else dark
+        ground[row, columns] = mix(ground[row, columns], ink, 0.45)
+        if style.ground == "meadow" and row > HORIZON + 3:
+            ground[row - 1, columns[::2]] = mix(ground[row - 1, columns[::2]], ink, 0.35)
+    if style.ground == "meadow":
+        _flowers(ground, rng)
+
+
+def _flowers(ground: np.ndarray, rng: np.random.Generator) -> None:
+    for index in range(3 * NUM_STATIONS):
+        row = int(rng.integers(HORIZON + 3, VIEW_HEIGHT - 2))
+        columns = (int(rng.integers(RING_WIDTH)) + np.arange(2)) % RING_WIDTH
+        colour = rgb(palette.FLOWERS[index % 3])
+        ground[row, columns] = mix(ground[row, columns], colour, 0.85)
+
+
+def _fog(canvas: np.ndarray, style: Style) -> None:
+    """Thickest at the horizon, thin at the camera's feet; never so thick that the heading is lost."""
+    above = np.clip((_Y + 14) / (HORIZON + 14), 0, 1)
+    below = np.clip(1 - (_Y - HORIZON) / 13, 0, 1)
+    density = np.where(_Y < HORIZON, 0.26 + 0.32 * above, 0.16 + 0.42 * below)
+    density = density + 0.07 * np.cos(6 * _ANGLE + _Y * 0.35) * np.cos(2 * _ANGLE)
+    canvas[...] = mix(canvas, rgb(palette.FOG[style.time]), np.clip(density, 0, 0.8)[..., None])
+
+
+@lru_cache(maxsize=None)
+def background(style: Style) -> np.ndarray:
+    """The whole ring without landmarks, float32 [32, 384, 3] in 0..255, read-only."""
+    canvas = _sky(style)
+    if style.time == "night" and style.weather == "clear":
+        _stars(canvas)
+    _sun_and_moon(canvas, style)
+    _clouds(canvas, style)
+    _mountains(canvas, style)
+    _hills(canvas, style)
+    _ground(canvas, style)
+    if style.weather == "foggy":
+        _fog(canvas, style)
+    canvas = np.clip(canvas, 0, 255).astype(np.float32)
+    canvas.setflags(write=False)
+    return canvas

@@ -1,0 +1,20 @@
+"""Sizes of the demo world, in art pixels (1 art pixel = 2 x 2 video pixels) and token columns."""
+
+TOKEN = 8
+"""Art pixels a token is wide and high."""
+VIEW_COLUMNS = 8
+VIEW_WIDTH = VIEW_COLUMNS * TOKEN
+VIEW_HEIGHT = 32
+NUM_STATIONS = 16
+STATION_COLUMNS = 3
+"""Token columns from one landmark to the next."""
+RING_COLUMNS = NUM_STATIONS * STATION_COLUMNS
+RING_WIDTH = RING_COLUMNS * TOKEN
+LANDMARK_COLUMNS = 2
+LANDMARK = LANDMARK_COLUMNS * TOKEN
+"""Art pixels a landmark is wide and high."""
+LANDMARK_TOP = 8
+ART_SCALE = 2
+"""Video pixels per art pixel."""
+FRAMES_PER_LATENT = 4
+"""Pixel frames per latent frame, the first latent frame excepted (1)."""

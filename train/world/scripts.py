@@ -1,0 +1,123 @@
+"""Camera scripts and style changes: random ones to train on, fixed ones to measure memory with."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .camera import frame_moves, headings
+from .geometry import RING_COLUMNS, VIEW_COLUMNS
+from .prompts import GROUNDS, TIMES, WEATHERS, Style, check_choice
+
+CHUNK = 3
+_LEAD = (0, 1, 1, 0)
+_AWAY = (1, 1, 1)
+_AFTER = (0, 0)
+_WANDER = (1, 1, -1, -1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Script:
+    """A clip that shows targets, leaves them, and comes back to exactly the same heading."""
+
+    kind: str
+    mirror: bool
+    moves: tuple[int, ...]
+    """One move per chunk."""
+    headings: tuple[int, ...]
+    """Columns, per latent frame, not wrapped."""
+    target_heading: int
+    target_frame: int
+    """Last latent frame before leaving."""
+    return_frame: int
+    """First latent frame back at `target_heading`; the camera stays there to the end."""
+    hidden_frames: tuple[int, ...]
+    """Latent frames in which no column of the target view is visible."""
+
+    @property
+    def frame_moves(self) -> tuple[int, ...]:
+        """One move per latent frame."""
+        return tuple(frame_moves(self.moves, CHUNK))
+
+
+def _shares_columns(heading: int, other: int) -> bool:
+    distance = (heading - other) % RING_COLUMNS
+    return min(distance, RING_COLUMNS - distance) < VIEW_COLUMNS
+
+
+def benchmark_script(kind: str, gap_chunks: int, mirror: bool) -> Script:
+    """S R R S, R R R, `gap_chunks` chunks elsewhere, L L L, S S; `mirror` swaps left and right.
+
+    Elsewhere the camera stays ("dwell") or goes back and forth, R R L L ("wander").
+    """
+    check_choice("kind", kind, ("dwell", "wander"))
+    if gap_chunks < 0 or (kind == "wander" and gap_chunks % len(_WANDER)):
+        raise ValueError(f"gap_chunks is {gap_chunks}, must be at least 0, for 'wander' a multiple of {len(_WANDER)}")
+    gap = (0,) * gap_chunks if kind == "dwell" else _WANDER * (gap_chunks // len(_WANDER))
+    back = tuple(-move for move in _AWAY)
+    sign = -1 if mirror else 1
+    moves = tuple(sign * move for move in _LEAD + _AWAY + gap + back + _AFTER)
+    path = headings(frame_moves(moves, CHUNK)).tolist()
+    target_frame = len(_LEAD) * CHUNK - 1
+    target = path[target_frame]
+    return_frame = next(frame for frame in range(target_frame + 2, len(path)) if path[frame] == target)
+    return Script(
+        kind=kind, mirror=mirror, moves=moves, headings=tuple(path), target_heading=target,
+        target_frame=target_frame, return_frame=return_frame,
+        hidden_frames=tuple(frame for frame, heading in enumerate(path) if not _shares_columns(heading, target)),
+    )
+
+
+def _elsewhere(rng: np.random.Generator, length: int, out: int) -> list[int]:
+    """`length` chunks that end where they began, far from the start of a trip that went `out`."""
+    if rng.random() < 0.45:
+        return [0] * length
+    middle: list[int] = []
+    while len(middle) + 2 <= length:
+        reach = int(rng.integers(1, min(2, (length - len(middle)) // 2) + 1))
+        # Further out as a rule; turning back would show what was left.
+        middle += [out] * reach + [-out] * reach
+    return middle + [0] * (length - len(middle))
+
+
+def _trip(rng: np.random.Generator, budget: int) -> list[int]:
+    """Stay, leave, do something elsewhere, return, stay: about `budget` chunks, at least 8."""
+    out = int(rng.choice((-1, 1)))
+    before = int(rng.integers(0, 3))
+    reach = int(rng.integers(3, 6)) if budget >= before + 11 else 3
+    spare = max(budget - before - 2 * reach - 1, 0)
+    # Now and then the camera stops one chunk short of home, or goes on beyond it.
+    back = max(reach + int(rng.choice((-1, 0, 0, 0, 0, 1))), 1)
+    middle = _elsewhere(rng, int(rng.integers(0, spare + 1)), out)
+    return [0] * before + [out] * reach + middle + [-out] * back + [0] * int(rng.integers(1, 3))
+
+
+def random_script(rng: np.random.Generator, num_chunks: int) -> list[int]:
+    """One move per chunk for training: trips away from a place and back to it, after a random approach."""
+    if num_chunks < 1:
+        raise ValueError(f"num_chunks is {num_chunks}, must be at least 1")
+    approach = int(rng.integers(0, min(3, max(num_chunks - 8, 1))))
+    script = [int(rng.choice((-1, 1)))] * approach
+    while len(script) < num_chunks:
+        script += _trip(rng, num_chunks - len(script))
+    return script[:num_chunks]
+
+
+def random_style(rng: np.random.Generator) -> Style:
+    """Any style, all equally likely."""
+    return Style(
+        ground=str(rng.choice(GROUNDS)), weather=str(rng.choice(WEATHERS)), time=str(rng.choice(TIMES))
+    )
+
+
+def random_styles(rng: np.random.Generator, num_chunks: int) -> list[Style]:
+    """One style per chunk: the same throughout (70 %), or one concept changes at a random chunk."""
+    if num_chunks < 1:
+        raise ValueError(f"num_chunks is {num_chunks}, must be at least 1")
+    first = random_style(rng)
+    if num_chunks == 1 or rng.random() < 0.7:
+        return [first] * num_chunks
+    values = {"ground": first.ground, "weather": first.weather, "time": first.time}
+    concept, choices = (("ground", GROUNDS), ("weather", WEATHERS), ("time", TIMES))[int(rng.integers(3))]
+    values[concept] = str(rng.choice([choice for choice in choices if choice != values[concept]]))
+    change = int(rng.integers(1, num_chunks))
+    return [first] * change + [Style(**values)] * (num_chunks - change)
