@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..memory.view import MemoryView
 from .attention import Attention, sdpa
-from .rope import rotary_tables, rotate
+from .rope import rotary_table, rotate
 
 AttendSelf = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q_BTPNE, k_BTPNE, v_BTPNE) -> out_BTPNE"""
@@ -156,7 +156,7 @@ class MemoryAttention:
     ):
         first = view.num_frames if view else 0
         positions = torch.arange(first, first + num_frames, device=device)
-        self.tables = rotary_tables(positions, *grid, head_dim)
+        self.table = rotary_table(positions, *grid, head_dim)
         self.view = view
         self.attention = attention
         self.kept: list[tuple[Tensor, Tensor]] | None = [] if keep else None
@@ -164,8 +164,8 @@ class MemoryAttention:
     def __call__(self, layer: int, q_BTPNE: Tensor, k_BTPNE: Tensor, v_BTPNE: Tensor) -> Tensor:
         if self.kept is not None:
             self.kept.append((k_BTPNE, v_BTPNE))
-        q = rotate(q_BTPNE, self.tables).flatten(1, 2)
-        k = rotate(k_BTPNE, self.tables).flatten(1, 2)
+        q = rotate(q_BTPNE, self.table).flatten(1, 2)
+        k = rotate(k_BTPNE, self.table).flatten(1, 2)
         v = v_BTPNE.flatten(1, 2)
         if self.view and self.view.keys:
             k = torch.cat([self.view.keys[layer], k], dim=1)

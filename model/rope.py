@@ -3,24 +3,14 @@
 Shapes: T latent frames, P tokens per latent frame (row-major), N heads, E head dim.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 THETA = 10000.0
 
 
-@dataclass(frozen=True)
-class RotaryTables:
-    """cos and sin of every rotary angle, float32, shape [..., T, P, 1, E/2]."""
-
-    cos: Tensor
-    sin: Tensor
-
-
-def rotary_tables(positions: Tensor, rows: int, columns: int, head_dim: int) -> RotaryTables:
-    """Tables for latent frames at temporal `positions` [..., T] on a grid of rows x columns tokens.
+def rotary_table(positions: Tensor, rows: int, columns: int, head_dim: int) -> Tensor:
+    """Unit complex numbers [..., T, P, 1, E/2] for latent frames at temporal `positions` [..., T], rows x columns tokens.
 
     Each head has E/2 complex pairs, shared out as time, row, column (method.md 1.3): at head dim 128 22 + 21 + 21.
     Angles are taken in float64 where the device has it, because the temporal position is unbounded by itself.
@@ -48,13 +38,10 @@ def rotary_tables(positions: Tensor, rows: int, columns: int, head_dim: int) -> 
         ],
         dim=-1,
     )[..., None, :]
-    return RotaryTables(both.cos().float(), both.sin().float())
+    return torch.complex(both.cos().float(), both.sin().float())
 
 
-def rotate(x: Tensor, tables: RotaryTables) -> Tensor:
+def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Rotate queries or keys [..., T, P, N, E]; pairs are interleaved (2j, 2j + 1); float32 inside."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack(
-        [even * tables.cos - odd * tables.sin, even * tables.sin + odd * tables.cos], dim=-1
-    )
-    return rotated.flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)

@@ -15,7 +15,7 @@ from .attention import Attention, sdpa
 from .causal import MemoryAttention, TextContext, causal_forward
 from .config import VAE_STRIDE
 from .flow import TIMESTEPS, add_noise, x0_from_flow
-from .rope import rotary_tables, rotate
+from .rope import rotary_table, rotate
 
 Noise = Callable[[int, int], Tensor]
 """(absolute latent frame, step) -> standard normal noise [B, C, H, W]."""
@@ -99,8 +99,8 @@ class CausalSampler:
         """The memory as this network's attention sees it: keys rotated to their ranks."""
         grid, head_dim = self._grid(memory), self._head_dim
         ranks = torch.arange(len(memory.slots.all), device=self.device)
-        tables = rotary_tables(ranks, *grid, head_dim)
-        return memory.view(lambda keys: rotate(keys, tables))
+        table = rotary_table(ranks, *grid, head_dim)
+        return memory.view(lambda keys: rotate(keys, table))
 
     def _attend(self, memory: Memory, view: MemoryView, num_frames: int, keep: bool = False) -> MemoryAttention:
         return MemoryAttention(

@@ -35,8 +35,8 @@ class PretrainConfig:
     codec: str = "assets"
     """`assets` for the shipped codec, or the path of a codec file."""
     num_chunks: int = 12
-    steps: int = 2400
-    batch: int = 6
+    steps: int = 2200
+    batch: int = 4
     lr: float = 2e-3
     decay: float = 0.3
     """The last part of the steps in which the learning rate falls to zero."""

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..model.attention import Attention, sdpa
-from ..model.rope import RotaryTables, rotary_tables, rotate
+from ..model.rope import rotary_table, rotate
 
 CLEAN, NOISY = 0, 1
 
@@ -42,13 +42,10 @@ class TeacherForcing:
         rows = slots.clamp(min=0) + torch.arange(batch, device=slots.device)[:, None, None] * num_chunks * chunk
         self.rows = rows.flatten()
         present = slots >= 0
-        self.memory_tables = rotary_tables(torch.arange(capacity, device=slots.device), *grid, head_dim)
+        self.memory_table = rotary_table(torch.arange(capacity, device=slots.device), *grid, head_dim)
         first = present.sum(-1)
         own = first[:, :, None] + torch.arange(chunk, device=slots.device)
-        tables = rotary_tables(own.flatten(), *grid, head_dim)
-        self.own_tables = RotaryTables(
-            *(rearrange(t, "(B K n) P one e -> B K 1 n P one e", B=batch, n=chunk) for t in (tables.cos, tables.sin))
-        )
+        self.own_table = rotary_table(own, *grid, head_dim)[:, :, None]
         seen = present.repeat_interleave(tokens, -1)[:, :, None, :].expand(-1, -1, 2 * chunk * tokens, -1)
         stream = torch.arange(2, device=slots.device).repeat_interleave(chunk * tokens)
         own_seen = (stream[:, None] == stream[None]).expand(batch, num_chunks, -1, -1)
@@ -68,8 +65,8 @@ class TeacherForcing:
             return rearrange(x, "B K s n P N E -> (B K) (s n P) N E")
 
         keys = torch.cat(
-            [rotate(remembered(k), self.memory_tables).flatten(1, 2), tokens(rotate(k, self.own_tables))], dim=1
+            [rotate(remembered(k), self.memory_table).flatten(1, 2), tokens(rotate(k, self.own_table))], dim=1
         )
         values = torch.cat([remembered(v).flatten(1, 2), tokens(v)], dim=1)
-        out = self.attention(tokens(rotate(q, self.own_tables)), keys, values, self.mask)
+        out = self.attention(tokens(rotate(q, self.own_table)), keys, values, self.mask)
         return out.reshape(q_BTPNE.shape)

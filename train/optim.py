@@ -1,15 +1,62 @@
 """Optimisers: Muon for the hidden matrices, AdamW for the rest (demo_world.md 3)."""
 
+from collections import defaultdict
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Nearest semi-orthogonal matrices [..., m, n] by Newton-Schulz iteration (Jordan et al. 2024)."""
+    a, b, c = NEWTON_SCHULZ
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised; the update is scaled to the size of AdamW's.
+
+    torch.optim.Muon iterates matrix by matrix in bfloat16, which takes seconds a step on a CPU without bfloat16
+    units; this one takes all matrices of a shape together, in float32 there (0.05 s for the demo student).
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape[parameter.shape].append(parameter)
+            for shape, parameters in by_shape.items():
+                updates = []
+                for parameter in parameters:
+                    state = self.state[parameter]
+                    if not state:
+                        state["momentum"] = torch.zeros_like(parameter)
+                    state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                    updates.append(parameter.grad.lerp(state["momentum"], group["momentum"]))
+                update = orthogonalise(self._working(torch.stack(updates))) * (0.2 * max(shape) ** 0.5)
+                for parameter, delta in zip(parameters, update):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * delta.to(parameter))
+
+    @staticmethod
+    def _working(matrices: Tensor) -> Tensor:
+        return matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
 
 
 def build_optimizers(net: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon, its update scaled to AdamW's size, on the blocks' matrices; AdamW on embeddings, head, norms and biases."""
+    """Muon on the blocks' matrices; AdamW on embeddings, head, norms and biases."""
     hidden, rest = [], []
     for name, parameter in net.named_parameters():
         (hidden if name.startswith("blocks.") and parameter.ndim == 2 else rest).append(parameter)
-    return [
-        torch.optim.Muon(hidden, lr=lr, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
-    ]
+    return [Muon(hidden, lr=lr), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)]

@@ -110,13 +110,13 @@ def train_pretrain(config: PretrainConfig, resume: bool = False) -> Path:
         codec, config.memory, seed=seed, size=size, num_chunks=config.num_chunks, text_dropout=config.text_dropout
     )
     validation = make((config.data_seed, 0), 2 * config.batch)
-    start, seconds = 0, 0.0
+    start, seconds, revision = 0, 0.0, git_revision()
     if resume:
         state = load_checkpoint(out)
         net.load_state_dict(state["net"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        start, seconds = state["step"], state["seconds"]
+        start, seconds, revision = state["step"], state["seconds"], state["revision"]
     began = time.monotonic() - seconds
 
     with RunLog(out, "pretrain", config.steps, start) as run:
@@ -144,13 +144,15 @@ def train_pretrain(config: PretrainConfig, resume: bool = False) -> Path:
                         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                         "step": step + 1,
                         "seconds": seconds,
+                        "revision": revision,
                     },
                 )
-                save_student(out / "student.safetensors", net, student_card(config, step + 1, seconds))
+                card = student_card(config, step + 1, seconds, revision)
+                save_student(out / "student.safetensors", net, card)
     return out / "student.safetensors"
 
 
-def student_card(config: PretrainConfig, step: int, seconds: float) -> StudentCard:
+def student_card(config: PretrainConfig, step: int, seconds: float, revision: str) -> StudentCard:
     """What the student was trained with, for its file."""
     return StudentCard(
         name=f"{config.preset} student, teacher forced",
@@ -161,7 +163,7 @@ def student_card(config: PretrainConfig, step: int, seconds: float) -> StudentCa
         memory=config.memory,
         fps=16,
         size=(VIEW_WIDTH * ART_SCALE, VIEW_HEIGHT * ART_SCALE),
-        revision=git_revision(),
+        revision=revision,
         data=f"demo world, drawn on the fly; clips of {config.num_chunks * config.memory.chunk} latent frames,"
         f" {VAE_STRIDE[0]} pixel frames each",
         data_seed=config.data_seed,

@@ -77,12 +77,12 @@ def train_vae(config: VaeConfig, resume: bool = False) -> Path:
     codec = DemoCodec(config.width, config.num_blocks)
     fit_statistics(codec, config.data_seed)
     optimizer = torch.optim.AdamW(codec.parameters(), lr=config.lr, weight_decay=0.01)
-    start, seconds = 0, 0.0
+    start, seconds, revision = 0, 0.0, git_revision()
     if resume:
         state = load_checkpoint(out)
         codec.load_state_dict(state["codec"])
         optimizer.load_state_dict(state["optimizer"])
-        start, seconds = state["step"], state["seconds"]
+        start, seconds, revision = state["step"], state["seconds"], state["revision"]
     began = time.monotonic() - seconds
     with RunLog(out, "vae", config.steps, start) as run:
         for step in range(start, config.steps):
@@ -107,11 +107,12 @@ def train_vae(config: VaeConfig, resume: bool = False) -> Path:
                         "optimizer": optimizer.state_dict(),
                         "step": step + 1,
                         "seconds": seconds,
+                        "revision": revision,
                     },
                 )
     path = out / "demo_codec.safetensors"
     card = {
-        "kind": "demo codec", "revision": git_revision(), "config": dataclasses.asdict(config),
+        "kind": "demo codec", "revision": revision, "config": dataclasses.asdict(config),
         "train_seconds": round(seconds), "psnr": run.mean("psnr"),
     }  # fmt: skip
     save_file({k: v.contiguous() for k, v in codec.state_dict().items()}, path, {"context_forcing": json.dumps(card)})

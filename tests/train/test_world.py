@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
+from context_forcing.model.text import WORDS, canonical_words
 from context_forcing.train.world import (
     ALL_STYLES, CHUNK, LANDMARK, LANDMARK_TOP, NUM_CLASSES, NUM_STATIONS, RING_COLUMNS, RING_WIDTH, STATION_COLUMNS,
-    TOKEN, VIEW_COLUMNS, WORDS, Scene, Style, background, benchmark_script, canonical_words, caption, frame_moves,
+    TOKEN, VIEW_COLUMNS, Scene, Style, background, benchmark_script, caption, frame_moves,
     headings, landmarks_in_view, panorama, parse_prompt, random_script, random_styles, render_latent_frames,
     render_pixel_frames, template, templates, upscale, view,
 )

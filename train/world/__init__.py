@@ -7,7 +7,7 @@ from .geometry import (
     STATION_COLUMNS, TOKEN, VIEW_COLUMNS, VIEW_HEIGHT, VIEW_WIDTH,
 )
 from .prompts import (
-    ALL_STYLES, GROUNDS, TIMES, WEATHERS, WORDS, Style, canonical_words, caption, parse_prompt,
+    ALL_STYLES, GROUNDS, TIMES, WEATHERS, Style, caption, parse_prompt,
 )
 from .scene import Scene, VisibleLandmark, landmarks_in_view, panorama, template, templates
 from .scripts import CHUNK, Script, benchmark_script, random_script, random_style, random_styles
@@ -17,7 +17,7 @@ __all__ = [
     "ALL_STYLES", "ART_SCALE", "CHUNK", "COLOURS", "FRAMES_PER_LATENT", "GROUNDS", "LANDMARK", "LANDMARK_COLUMNS",
     "LANDMARK_TOP", "NUM_CLASSES", "NUM_COLOURS", "NUM_SHAPES", "NUM_STATIONS", "RING_COLUMNS", "RING_WIDTH",
     "SHAPES", "STATION_COLUMNS", "Scene", "Script", "Style", "TIMES", "TOKEN", "VIEW_COLUMNS", "VIEW_HEIGHT",
-    "VIEW_WIDTH", "VisibleLandmark", "WEATHERS", "WORDS", "background", "benchmark_script", "canonical_words",
+    "VIEW_WIDTH", "VisibleLandmark", "WEATHERS", "background", "benchmark_script",
     "caption", "frame_moves", "headings", "landmarks_in_view", "panorama", "parse_prompt", "random_script",
     "random_style", "random_styles", "render_latent_frames", "render_pixel_frames", "template", "templates",
     "upscale", "view",

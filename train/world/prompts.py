@@ -1,30 +1,12 @@
 """Styles of the demo world and the words that name them."""
 
-import re
 from dataclasses import dataclass
+
+from ...model.text import canonical_words
 
 GROUNDS = ("meadow", "desert", "snow")
 WEATHERS = ("clear", "cloudy", "foggy")
 TIMES = ("day", "dusk", "night")
-
-_SYNONYMS = {
-    "meadow": "meadow meadows grass grassy grassland pasture prairie",
-    "desert": "desert deserts sand sandy dune dunes",
-    "snow": "snow snowy snowfield winter wintry arctic",
-    "clear": "clear sunny cloudless bright",
-    "cloudy": "cloudy cloud clouds clouded overcast",
-    "foggy": "foggy fog mist misty haze hazy",
-    "day": "day daytime daylight noon midday morning afternoon",
-    "dusk": "dusk sunset sundown twilight evening",
-    "night": "night nighttime midnight moonlight moonlit",
-    "stay": "stay stays staying static still stationary fixed stands stops halts rests",
-    "pan": "pan pans panning panned move moves moving turn turns turning rotates rotating swings slides",
-    "left": "left leftward leftwards",
-    "right": "right rightward rightwards",
-}
-WORDS: dict[str, str] = {
-    surface: concept for concept, surfaces in _SYNONYMS.items() for surface in surfaces.split()
-}
 
 _GROUND_PHRASES = {"meadow": "meadow", "desert": "desert", "snow": "snowy field"}
 _TIME_PHRASES = {"day": "by day", "dusk": "at dusk", "night": "at night"}
@@ -65,11 +47,6 @@ def caption(style: Style, move: int) -> str:
         f"A {_GROUND_PHRASES[style.ground]} under a {style.weather} sky {_TIME_PHRASES[style.time]}. "
         f"The camera {_MOVE_PHRASES[move]}."
     )
-
-
-def canonical_words(text: str) -> list[str]:
-    """The concepts named in `text`, in order, repetitions included; words not in WORDS are dropped."""
-    return [WORDS[word] for word in re.findall(r"[a-z]+", text.lower()) if word in WORDS]
 
 
 def parse_prompt(text: str, default: Style) -> tuple[Style, int]:
