@@ -1,5 +1,6 @@
 """Files on disk -> networks ready to run. Reading never executes code; every refusal is one line with a remedy."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -36,8 +37,8 @@ def save_student(path: str | Path, net: nn.Module, card: StudentCard) -> None:
     num_heads = net.blocks[0].self_attn.num_heads
     metadata = {
         CARD_KEY: card.to_json(),
-        # ComfyUI guesses heads = dim / 128 unless told.
-        "config": json.dumps({"transformer": {"num_heads": num_heads}}),
+        # What ComfyUI cannot guess from shapes: heads other than dim / 128, and that the model is causal.
+        "config": json.dumps({"transformer": {"num_heads": num_heads, "causal_ar": True}}),
     }
     part = path.with_name(path.name + ".part")
     save_file({key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}, part, metadata)
@@ -114,3 +115,14 @@ def load_demo_codec(path: str | Path | None = None) -> DemoCodec:
     codec = DemoCodec(width, num_blocks)
     codec.load_state_dict(state, strict=True)
     return codec.eval().requires_grad_(False)
+
+
+def fingerprint(net: nn.Module) -> str:
+    """Short name of a network's weights: equal keys mean equal fingerprints. Works on any tree with Wan's names."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(net.named_parameters()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.half().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,5 +1,5 @@
 """`torchrun -m context_forcing.train STAGE ...`: the same as `context-forcing train STAGE ...`."""
 
-from ..cli import train_app
+from ..cli import train_main
 
-train_app()
+train_main()

@@ -1,0 +1,217 @@
+"""The `context-forcing` command."""
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+console = Console(stderr=True)
+app = typer.Typer(
+    help="Long videos that stay consistent: prompts chained over one Slow-Fast memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _root() -> None:
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_time=False, show_path=False)]
+    )
+
+
+@app.command()
+def generate(
+    story: Annotated[Path, typer.Argument(help="YAML file: segments with `prompt` and `seconds`; size, fps, seed.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The video to write, .mp4.")],
+    student: Annotated[str, typer.Option(help="`demo`, or a student file of `context-forcing train`.")] = "demo",
+    seed: Annotated[Optional[int], typer.Option(min=0, help="Replaces the story's seed.")] = None,
+    policy: Annotated[
+        Optional[str], typer.Option(help="What slow memory keeps: novel, clean, fifo or uniform. Default: the student's.")
+    ] = None,
+    slow: Annotated[Optional[int], typer.Option(help="Slow slots, in latent frames; 0 is no slow memory.")] = None,
+    threshold: Annotated[
+        Optional[float], typer.Option(help="Frames less similar than this are new (policies novel and clean).")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bf16 or fp32; auto is bf16 on CUDA, fp32 on the CPU.")] = "auto",
+    memory_in: Annotated[Optional[Path], typer.Option(help="Continue this memory; the video starts at its start.")] = None,
+    memory_out: Annotated[Optional[Path], typer.Option(help="Save the memory at the end.")] = None,
+    report: Annotated[Optional[Path], typer.Option(help="Draw what is remembered at the end, .png.")] = None,
+    scale: Annotated[
+        Optional[int],
+        typer.Option(min=1, max=64, help="Nearest-neighbour enlargement. Default: shorter side at least 360 pixels."),
+    ] = None,
+) -> None:
+    """Make a video from a story."""
+    from .memory.report import draw_report, summary
+    from .memory.snapshot import load_memory, save_memory
+    from .model.pipeline import Pipeline, pick_device
+    from .model.story import load_story
+    from .model.video import check_writable, default_scale, write_video
+
+    told = load_story(story)
+    if seed is not None:
+        told = told.with_seed(seed)
+    check_writable(output)
+    for option, path in (("--memory-out", memory_out), ("--report", report)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"{option}: the folder {path.parent} does not exist")
+    if report is not None and report.suffix.lower() != ".png":
+        raise ValueError(f"--report: {report} must end in .png")
+    pipeline = Pipeline.load(None if student == "demo" else student, *pick_device(device, dtype))
+    settings = {"policy": policy, "slow": slow, "slow_similarity_threshold": threshold}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if memory_in is not None:
+        memory = load_memory(memory_in, pipeline.fingerprint())
+        _check_continues(memory, told, settings)
+    else:
+        memory = pipeline.empty_memory(told.size, **settings)
+    fps = told.fps or pipeline.card.fps
+    _announce_rounding(told, memory, fps)
+    height, width = (side * 8 for side in memory.latent_size[1:])
+    began = time.monotonic()
+
+    final = memory
+    with _progress() as progress:
+        total = told.num_chunks(fps, memory.config.chunk)
+        task = progress.add_task("generate", total=total, says="")
+
+        def latents():
+            nonlocal final
+            yield from final.film
+            for done, final in enumerate(pipeline.tell(told, final), 1):
+                frames = done * memory.config.chunk * 4
+                rate = frames / max(1e-6, time.monotonic() - began)
+                slots = final.slots
+                progress.update(
+                    task,
+                    completed=done,
+                    says=f"{rate:.1f} frames/s  remembers {len(slots.sink)} sink {len(slots.slow)} slow"
+                    f" {len(slots.fast)} fast",
+                )
+                yield final.film[-1]
+
+        count = write_video(output, pipeline.decode(latents()), fps=fps, scale=scale or default_scale(width, height))
+    seconds = time.monotonic() - began
+    if memory_out is not None:
+        save_memory(memory_out, final, pipeline.fingerprint())
+    if report is not None:
+        draw_report(final, pipeline.thumbnails(final).numpy(), fps).save(report)
+    console.print(summary(final, fps), highlight=False)
+    console.print(f"{output}: {count} frames, {count / fps:.2f} s, made in {seconds:.1f} s", highlight=False)
+
+
+def _check_continues(memory, told, settings: dict) -> None:
+    height, width = (side * 8 for side in memory.latent_size[1:])
+    if told.size is not None and told.size != (width, height):
+        raise ValueError(f"size: the story says {list(told.size)}, the memory was made at {[width, height]}")
+    for name, value in settings.items():
+        if getattr(memory.config, name) != value:
+            raise ValueError(
+                f"{name}: {value} was asked for, the memory was made with {getattr(memory.config, name)};"
+                " a memory keeps its settings"
+            )
+
+
+def _announce_rounding(told, memory, fps: float) -> None:
+    from .model.sampler import chunks_for
+
+    a_chunk = 4 * memory.config.chunk / fps
+    for i, scene in enumerate(told.segments):
+        seconds = chunks_for(scene.seconds, fps, memory.config.chunk) * a_chunk
+        if abs(seconds - scene.seconds) > 1e-6:
+            console.print(
+                f"segments\\[{i}]: {scene.seconds:g} s rounded up to {seconds:g} s, whole chunks of {a_chunk:g} s",
+                highlight=False,
+            )
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[says]}"), console=console,
+    )  # fmt: skip
+
+
+@app.command()
+def train(
+    stage: Annotated[str, typer.Argument(help="vae or pretrain.")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(help="key=value, for example steps=100.")] = None,
+    config: Annotated[str, typer.Option(help="A named configuration: demo, or smoke for seconds.")] = "demo",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last checkpoint.")] = False,
+) -> None:
+    """Train the demo codec (`vae`) or a causal student (`pretrain`)."""
+    from .train import run_stage
+
+    console.print(f"written to {run_stage(stage, config, overrides or [], resume)}", highlight=False)
+
+
+@app.command()
+def evaluate(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the table, the JSON and the frames.")],
+    student: Annotated[str, typer.Option(help="`demo`, or a student file.")] = "demo",
+    policies: Annotated[str, typer.Option(help="Comma-separated: novel, clean, fifo, uniform, none (no slow memory).")] = (
+        "novel,clean,none"
+    ),
+    rollouts: Annotated[int, typer.Option(min=2, help="Scenes a cell.")] = 12,
+    gaps: Annotated[str, typer.Option(help="Chunks spent elsewhere before the camera returns.")] = "8,24",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of scenes and noise.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
+) -> None:
+    """Measure recall over gaps on the demo world: does what the camera left stand there when it returns?"""
+    from .train.evaluate import evaluate_recall
+
+    gap_chunks = [_whole_number("gaps", gap) for gap in gaps.split(",")]
+    table = evaluate_recall(
+        None if student == "demo" else student, policies.split(","), gap_chunks, rollouts, seed, device, dtype, output
+    )
+    console.print(table, highlight=False)
+
+
+def _whole_number(name: str, text: str) -> int:
+    if not text.strip().isdigit():
+        raise ValueError(f"{name}: {text!r} is not a whole number")
+    return int(text)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has, and what is missing."""
+    from .model.doctor import examine
+
+    findings = examine()
+    for finding in findings:
+        mark = "[green]ok[/]     " if finding.ok else "[red]missing[/]" if finding.needed else "[yellow]absent[/] "
+        console.print(f"{mark} {finding.what}: {finding.says}", highlight=False)
+    if any(finding.needed and not finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command; what a user can cause is one line and exit code 2."""
+    try:
+        app()
+    except ValueError as error:
+        console.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def train_main() -> None:
+    """`python -m context_forcing.train STAGE ...`."""
+    sys.argv.insert(1, "train")
+    main()
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

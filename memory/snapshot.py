@@ -1,0 +1,106 @@
+"""A memory on disk: one safetensors file, exact; continuing from it is bit-identical."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .config import MemoryConfig
+from .memory import Memory, Remembered, Segment
+from .policy import Decision, Slots
+
+HEADER_KEY = "context_forcing_memory"
+VERSION = 1
+
+
+def save_memory(path: str | Path, memory: Memory, student: str) -> None:
+    """Write a memory; `student` is the fingerprint of the network whose keys it holds."""
+    path = Path(path)
+    header = {
+        "version": VERSION,
+        "student": student,
+        "config": dataclasses.asdict(memory.config),
+        "latent_size": memory.latent_size,
+        "slots": dataclasses.asdict(memory.slots),
+        "chunks": [chunk.shape[2] for chunk in memory.film],
+        "decisions": [dataclasses.astuple(decision) for decision in memory.decisions],
+        "segments": [dataclasses.astuple(segment) for segment in memory.segments],
+    }
+    tensors = {}
+    for frame, held in memory.remembered.items():
+        tensors[f"keys.{frame}"] = held.keys.cpu().contiguous()
+        tensors[f"values.{frame}"] = held.values.cpu().contiguous()
+    if memory.film:
+        tensors["film"] = torch.cat(memory.film, dim=2)
+    part = path.with_name(path.name + ".part")
+    try:
+        save_file(tensors, part, {HEADER_KEY: json.dumps(header)})
+        os.replace(part, path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_memory(path: str | Path, student: str) -> Memory:
+    """Read a memory for the student with this fingerprint.
+
+    Raises ValueError, one line, for another student, a damaged file or one that is no memory; nothing is half-loaded.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with safe_open(path, "pt") as f:
+            metadata = f.metadata() or {}
+            tensors = {key: f.get_tensor(key) for key in f.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+    if HEADER_KEY not in metadata:
+        raise ValueError(f"{path}: not a memory; it has no {HEADER_KEY} header")
+    try:
+        header = json.loads(metadata[HEADER_KEY])
+        version = header["version"]
+        if version != VERSION:
+            raise ValueError(f"version {version} was written by another version of this software, {VERSION} is known")
+        if header["student"] != student:
+            raise ValueError(
+                "made by another student; keys of one network mean nothing to another, load the student it came from"
+            )
+        return _build(header, tensors)
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: damaged header ({error!r})") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
+    slots = Slots(**{name: tuple(value) for name, value in header["slots"].items()})
+    config = MemoryConfig.from_dict(header["config"])
+    channels, height, width = header["latent_size"]
+    chunks = header["chunks"]
+    expected = {f"{part}.{frame}" for frame in slots.all for part in ("keys", "values")} | ({"film"} if chunks else set())
+    if expected != tensors.keys():
+        raise ValueError(f"damaged: tensors {sorted(expected ^ tensors.keys())[:3]} are missing or extra")
+    film = tensors["film"] if chunks else torch.zeros(1, channels, 0, height, width)
+    if film.shape != (1, channels, sum(chunks), height, width):
+        raise ValueError(f"damaged: the film has shape {tuple(film.shape)}, its header says otherwise")
+    if any(not 0 <= frame < film.shape[2] for frame in slots.all):
+        raise ValueError("damaged: it remembers frames that the film does not have")
+    remembered = {frame: Remembered(tensors[f"keys.{frame}"], tensors[f"values.{frame}"]) for frame in slots.all}
+    shapes = {tuple(tensor.shape) for held in remembered.values() for tensor in (held.keys, held.values)}
+    if len(shapes) > 1:
+        raise ValueError("damaged: remembered frames differ in shape")
+    return Memory(
+        config=config,
+        latent_size=(channels, height, width),
+        slots=slots,
+        remembered=remembered,
+        film=tuple(chunk.contiguous() for chunk in film.split(chunks, dim=2)) if chunks else (),
+        decisions=tuple(Decision(*decision) for decision in header["decisions"]),
+        segments=tuple(Segment(*segment) for segment in header["segments"]),
+    )

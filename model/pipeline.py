@@ -1,0 +1,117 @@
+"""Headless generation: a story in, memories out, chunk by chunk; the film decoded as a stream."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..memory.config import MemoryConfig
+from ..memory.memory import Memory
+from .causal import embed_text
+from .checkpoint import fingerprint, load_demo_codec, load_student
+from .codec import DemoCodec, denormalise
+from .config import VAE_STRIDE, StudentCard
+from .sampler import CausalSampler, chunks_for, seeded_noise
+from .story import Story, check_size
+from .text import encode_demo_text, unknown_words
+
+log = logging.getLogger("context_forcing")
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """`auto` is CUDA in bf16 where there is one, else the CPU in fp32. Raises ValueError for what is not there."""
+    if device not in ("auto", "cuda", "cpu"):
+        raise ValueError(f"device: {device!r} is not one of auto, cuda, cpu")
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype: {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise ValueError("device: cuda was asked for and torch sees no CUDA device; use --device cpu")
+    chosen = torch.device("cuda" if has_cuda and device != "cpu" else "cpu")
+    if dtype == "auto":
+        dtype = "bf16" if chosen.type == "cuda" else "fp32"
+    return chosen, DTYPES[dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """A student with its codec, on a device. The text encoder and the codec are the demo world's."""
+
+    net: nn.Module
+    card: StudentCard
+    codec: DemoCodec
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def load(cls, student: str | Path | None, device: torch.device, dtype: torch.dtype) -> "Pipeline":
+        """`student` is a file of `context-forcing train`, or None for the built-in one."""
+        net, card = load_student(student)
+        if card.base != "demo":
+            raise ValueError(
+                f"{student}: a {card.base} student; headless generation has the demo text encoder and codec only,"
+                " load it in ComfyUI"
+            )
+        return cls(
+            net=net.to(device, dtype), card=card, codec=load_demo_codec().to(device), device=device, dtype=dtype
+        )
+
+    def fingerprint(self) -> str:
+        """Names the weights, so that a memory is never continued by another student."""
+        return fingerprint(self.net)
+
+    def empty_memory(self, size: tuple[int, int] | None = None, **settings) -> Memory:
+        """A memory with the card's sizes; `settings` replace fields of its MemoryConfig, size is (width, height)."""
+        width, height = size or self.card.size
+        check_size(width, height)
+        config = dataclasses.replace(self.card.memory, **settings)
+        return new_memory(config, width, height)
+
+    def tell(self, story: Story, memory: Memory, on_pass: Callable[[], None] = lambda: None) -> Iterator[Memory]:
+        """Continue a memory by a story; yields the memory after every chunk."""
+        for scene in story.segments:
+            if unknown := unknown_words(scene.prompt):
+                log.warning("the demo student does not know these words, they have no effect: %s", ", ".join(unknown))
+            seed = story.seed if scene.seed is None else scene.seed
+            sampler = CausalSampler(
+                net=self.net,
+                text=self.embed(scene.prompt),
+                device=self.device,
+                dtype=self.dtype,
+                on_pass=on_pass,
+            )
+            chunks = chunks_for(scene.seconds, story.fps or self.card.fps, memory.config.chunk)
+            memory = memory.begin(scene.prompt, seed)
+            for memory in sampler.rollout(
+                memory, chunks, sigmas=self.card.sigmas, noise=seeded_noise(seed, memory.latent_size)
+            ):
+                yield memory
+
+    @torch.inference_mode()
+    def embed(self, prompt: str):
+        """Cross-attention keys and values of a prompt."""
+        return embed_text(self.net, encode_demo_text(prompt).to(self.device, self.dtype))
+
+    @torch.inference_mode()
+    def decode(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Consecutive normalised latents -> consecutive pixels [1, 3, T, H, W]."""
+        yield from self.codec.decode_stream(denormalise(chunk.to(self.device)) for chunk in chunks)
+
+    @torch.inference_mode()
+    def thumbnails(self, memory: Memory) -> Tensor:
+        """The remembered frames as pictures, uint8 [M, H, W, 3], in the order of their positions."""
+        latents = memory.latents(memory.slots.all).to(self.device).movedim(2, 1).flatten(0, 1).unsqueeze(2)
+        pixels = self.codec.decode(denormalise(latents))[:, :, 0].movedim(1, -1)
+        return pixels.add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
+
+
+def new_memory(config: MemoryConfig, width: int, height: int) -> Memory:
+    """An empty memory for videos of width x height pixels; raises ValueError unless both are multiples of 16."""
+    check_size(width, height)
+    return Memory(config=config, latent_size=(16, height // VAE_STRIDE[1], width // VAE_STRIDE[2]))

@@ -1,0 +1,119 @@
+"""A story: prompts with seconds, in YAML; what `context-forcing generate` takes."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from .config import PIXEL_MULTIPLE
+from .sampler import chunks_for
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """One segment: a prompt and how long it lasts."""
+
+    prompt: str
+    seconds: float
+    seed: int | None = None
+    """None takes the story's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Story:
+    """Segments that continue each other over one memory."""
+
+    segments: tuple[Scene, ...]
+    size: tuple[int, int] | None = None
+    """Width and height in pixels; None is what the student was trained with."""
+    fps: int | None = None
+    """None is what the student was trained with."""
+    seed: int = 0
+
+    def with_seed(self, seed: int) -> "Story":
+        """The same story with one seed for all segments."""
+        segments = tuple(dataclasses.replace(scene, seed=None) for scene in self.segments)
+        return dataclasses.replace(self, seed=seed, segments=segments)
+
+    def num_chunks(self, fps: float, chunk: int) -> int:
+        """Chunks of all segments, each rounded up."""
+        return sum(chunks_for(scene.seconds, fps, chunk) for scene in self.segments)
+
+
+def load_story(path: str | Path) -> Story:
+    """Read and check a story. Raises ValueError, one line, that names the field, the value and the remedy."""
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    try:
+        return parse_story(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def parse_story(raw: object) -> Story:
+    """A story from plain values; raises ValueError."""
+    _check_keys("story", raw, Story)
+    segments = raw.get("segments")
+    if not isinstance(segments, list) or not segments:
+        raise ValueError("segments: give a list with at least one `prompt` and `seconds`")
+    story = Story(
+        segments=tuple(_segment(f"segments[{i}]", segment) for i, segment in enumerate(segments)),
+        size=_size(raw["size"]) if "size" in raw else None,
+        fps=_whole("fps", raw["fps"], 1, 240) if "fps" in raw else None,
+        seed=_whole("seed", raw.get("seed", 0), 0, MAX_SEED),
+    )
+    return story
+
+
+def check_size(width: int, height: int) -> None:
+    """Raises ValueError unless both sides are positive multiples of 16."""
+    for name, side in (("width", width), ("height", height)):
+        if side <= 0 or side % PIXEL_MULTIPLE:
+            near = max(PIXEL_MULTIPLE, round(side / PIXEL_MULTIPLE) * PIXEL_MULTIPLE)
+            raise ValueError(f"size: {name} {side} is not a multiple of {PIXEL_MULTIPLE}; {near} is the nearest")
+
+
+def _segment(where: str, raw: object) -> Scene:
+    _check_keys(where, raw, Scene)
+    for name in ("prompt", "seconds"):
+        if name not in raw:
+            raise ValueError(f"{where}.{name}: missing")
+    prompt, seconds = raw["prompt"], raw["seconds"]
+    if not isinstance(prompt, str):
+        raise ValueError(f"{where}.prompt: {prompt!r} is not text")
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
+        raise ValueError(f"{where}.seconds: {seconds!r} must be a number above 0")
+    seed = _whole(f"{where}.seed", raw["seed"], 0, MAX_SEED) if "seed" in raw else None
+    return Scene(prompt=prompt, seconds=float(seconds), seed=seed)
+
+
+def _size(raw: object) -> tuple[int, int]:
+    if not isinstance(raw, list) or len(raw) != 2:
+        raise ValueError(f"size: {raw!r} must be [width, height]")
+    width, height = (_whole("size", side, 1, 2**15) for side in raw)
+    check_size(width, height)
+    return width, height
+
+
+def _whole(name: str, value: object, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"{name}: {value!r} must be a whole number from {least} to {most}")
+    return value
+
+
+def _check_keys(where: str, raw: object, cls: type) -> None:
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"{where}: {raw!r} must be a mapping with {', '.join(f.name for f in dataclasses.fields(cls))}")
+    known = [f.name for f in dataclasses.fields(cls)]
+    if unknown := [key for key in raw if key not in known]:
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(known)}")
