@@ -71,6 +71,22 @@ def infer_config(state: dict[str, Tensor], num_heads: int | None, path: str | Pa
     )
 
 
+def read_card(path: str | Path) -> StudentCard:
+    """The card of a student file, without its weights. Raises ValueError for a file that has none."""
+    try:
+        with safe_open(path, "pt") as f:
+            metadata = f.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+    return _card(metadata, path)
+
+
+def _card(metadata: dict[str, str], path: str | Path) -> StudentCard:
+    if CARD_KEY not in metadata:
+        raise ValueError(f"{path}: no student card in its metadata; it was not exported by `context-forcing train`")
+    return StudentCard.from_json(metadata[CARD_KEY])
+
+
 def load_student(path: str | Path | None = None, dtype: torch.dtype = torch.float32) -> tuple[WanModel, StudentCard]:
     """A student of our own export, strict; None is the built-in one.
 
@@ -79,9 +95,7 @@ def load_student(path: str | Path | None = None, dtype: torch.dtype = torch.floa
     path = Path(path or DEMO_STUDENT)
     state, metadata = read_safetensors(path)
     config = infer_config(state, metadata_num_heads(metadata), path)
-    if CARD_KEY not in metadata:
-        raise ValueError(f"{path}: no student card in its metadata; it was not exported by `context-forcing train`")
-    card = StudentCard.from_json(metadata[CARD_KEY])
+    card = _card(metadata, path)
     with torch.device("meta"):
         net = WanModel(config)
     expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}

@@ -122,3 +122,14 @@ class CausalSampler:
     @property
     def _head_dim(self) -> int:
         return self.net.blocks[0].self_attn.head_dim
+
+
+def working_bytes(net: nn.Module, memory: Memory, dtype: torch.dtype) -> int:
+    """Device memory a rollout needs beside the weights: keys and values held and laid out, and activations."""
+    rows = memory.latent_size[1] // net.patch_size[1]
+    tokens = rows * (memory.latent_size[2] // net.patch_size[2])
+    dim, ffn_dim = net.blocks[0].self_attn.q.weight.shape[0], net.blocks[0].ffn[0].weight.shape[0]
+    remembered = 2 * len(net.blocks) * dim * tokens * memory.config.capacity
+    one_layer = 2 * dim * tokens * memory.config.window
+    activations = tokens * memory.config.chunk * (12 * dim + 2 * ffn_dim)
+    return dtype.itemsize * (2 * remembered + 2 * one_layer + 2 * activations)

@@ -1,0 +1,24 @@
+"""Thin ComfyUI nodes (V3): gluing only; what is computed stands in model/ and memory/."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .load import ContextForcingLoadDemo, ContextForcingLoadStudent
+from .memory import ContextForcingMemory, ContextForcingMemoryReport
+from .sampler import ContextForcingSampler
+from .video import ContextForcingSaveVideo
+
+NODES: list[type[io.ComfyNode]] = [
+    ContextForcingLoadDemo,
+    ContextForcingLoadStudent,
+    ContextForcingMemory,
+    ContextForcingSampler,
+    ContextForcingSaveVideo,
+    ContextForcingMemoryReport,
+]
+
+
+class ContextForcingExtension(ComfyExtension):
+    """The node pack."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

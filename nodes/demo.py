@@ -1,0 +1,66 @@
+"""The built-in text encoder and codec as ComfyUI's CLIP and VAE."""
+
+import logging
+import math
+from functools import lru_cache
+
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.sd
+import torch
+
+from ..model.checkpoint import load_demo_codec
+from ..model.codec import DemoCodec
+from ..model.text import encode_demo_text, unknown_words
+
+log = logging.getLogger("context_forcing")
+
+
+class DemoCLIP:
+    """What text encode nodes need of a CLIP; no weights."""
+
+    def tokenize(self, text, return_word_ids=False, **kwargs):
+        return {"text": text}
+
+    def encode_from_tokens_scheduled(self, tokens, unprojected=False, add_dict={}, show_pbar=True):
+        if unknown := unknown_words(tokens["text"]):
+            log.warning("the demo student does not know these words, they have no effect: %s", ", ".join(unknown))
+        return [[encode_demo_text(tokens["text"]), {"pooled_output": None, **add_dict}]]
+
+    def clone(self, disable_dynamic=False):
+        return self
+
+
+class DemoVAE(comfy.sd.VAE):
+    """The demo codec behind ComfyUI's VAE interface; comfy.sd.VAE's own __init__ only builds what it can detect."""
+
+    def __init__(self, codec: DemoCodec):
+        self.first_stage_model = codec
+        self.memory_used_encode = lambda shape, dtype: 64 * math.prod(shape) * mm.dtype_size(dtype)
+        self.memory_used_decode = lambda shape, dtype: 4096 * math.prod(shape[2:]) * mm.dtype_size(dtype)
+        self.upscale_ratio = (lambda frames: max(0, frames * 4 - 3), 8, 8)
+        self.downscale_ratio = (lambda frames: max(0, math.floor((frames + 3) / 4)), 8, 8)
+        self.upscale_index_formula = self.downscale_index_formula = (4, 8, 8)
+        self.latent_dim, self.latent_channels, self.output_channels = 3, 16, 3
+        self.pad_channel_value = 1.0
+        self.process_input = lambda image: image * 2.0 - 1.0
+        self.process_output = lambda image: image.add(1.0).div(2.0).clamp(0.0, 1.0)
+        self.working_dtypes = [torch.float32]
+        self.disable_offload = self.not_video = self.handles_tiling = False
+        self.crop_input = True
+        self.extra_1d_channel = self.format_encoded = self.size = None
+        self.audio_sample_rate = 44100
+        self.device = mm.vae_device()
+        self.vae_dtype = torch.float32
+        self.output_device = mm.intermediate_device()
+        mm.archive_model_dtypes(codec)
+        self.patcher = comfy.model_patcher.CoreModelPatcher(
+            codec, load_device=self.device, offload_device=mm.vae_offload_device()
+        )
+        self.model_size()
+
+
+@lru_cache(maxsize=1)
+def preview_codec() -> DemoCodec:
+    """The codec on the CPU, for previews of the demo student."""
+    return load_demo_codec()

@@ -1,0 +1,105 @@
+"""An empty memory, and what a memory holds."""
+
+import dataclasses
+
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+
+from ..memory.config import POLICIES
+from ..memory.report import draw_report, summary
+from ..model.pipeline import new_memory
+from .types import CATEGORY, MemoryType, card_of
+from .video import decode_stream
+
+AS_TRAINED = "as trained"
+
+
+class ContextForcingMemory(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        number = lambda name, tooltip: io.Int.Input(
+            name, default=-1, min=-1, max=1024, tooltip=f"{tooltip} In latent frames (4 frames each); -1: as trained."
+        )
+        return io.Schema(
+            node_id="ContextForcingMemory",
+            display_name="Slow-Fast Memory",
+            category=CATEGORY,
+            description="An empty memory, where a chain of samplers begins. It decides the size of the video and what"
+            " the video will remember.",
+            search_aliases=["context forcing", "kv cache", "attention sink", "long video"],
+            inputs=[
+                io.Model.Input("model", tooltip="The student; its card gives every setting left at -1 or 'as trained'."),
+                io.Int.Input(
+                    "width", default=0, min=0, max=8192, step=16,
+                    tooltip="Width of the video in pixels, a multiple of 16; 0: as trained.",
+                ),
+                io.Int.Input(
+                    "height", default=0, min=0, max=8192, step=16,
+                    tooltip="Height of the video in pixels, a multiple of 16; 0: as trained.",
+                ),
+                io.Combo.Input(
+                    "policy", options=[AS_TRAINED, *POLICIES], default=AS_TRAINED,
+                    tooltip="Which frames slow memory keeps. novel: those unlike everything remembered, one of each"
+                    " place. clean: those unlike the frame before (the paper's rule). fifo: the latest. uniform: every"
+                    " sixth.",
+                ),
+                number("sink", "The first frames of the video, never forgotten; 0: none."),
+                number("slow", "Keyframes kept for long; 0: no slow memory."),
+                number("fast", "The latest frames, the chunk being made included."),
+                io.Float.Input(
+                    "threshold", default=-1.0, min=-1.0, max=1.0, step=0.01,
+                    tooltip="Policies novel and clean: a frame less similar than this is kept (0.95 is usual; higher"
+                    " keeps more). -1: as trained.",
+                ),
+            ],
+            outputs=[MemoryType.Output("memory", tooltip="Nothing remembered yet; goes into the first sampler.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, width, height, policy, sink, slow, fast, threshold) -> io.NodeOutput:
+        card = card_of(model)
+        chosen = {"sink": sink, "slow": slow, "fast": fast, "slow_similarity_threshold": threshold}
+        settings = {name: value for name, value in chosen.items() if value >= 0}
+        if policy != AS_TRAINED:
+            settings["policy"] = policy
+        config = dataclasses.replace(card.memory, **settings)
+        return io.NodeOutput(new_memory(config, width or card.size[0], height or card.size[1]))
+
+
+class ContextForcingMemoryReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ContextForcingMemoryReport",
+            display_name="Memory Report",
+            category=CATEGORY,
+            description="What is remembered, since when, and what was let go: a picture and a few lines of text.",
+            search_aliases=["context forcing", "inspect memory"],
+            is_output_node=True,
+            inputs=[
+                MemoryType.Input("memory", tooltip="The end of any sampler in the chain."),
+                io.Vae.Input("vae", tooltip="Draws the remembered frames."),
+                io.Float.Input("fps", default=16.0, min=1.0, max=240.0, tooltip="Frames per second of the video."),
+            ],
+            outputs=[
+                io.Image.Output("image", tooltip="The report as a picture."),
+                io.String.Output("text", tooltip="The same in words: frames held, how far back, by which rule."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, memory, vae, fps) -> io.NodeOutput:
+        picture = draw_report(memory, thumbnails(memory, vae), fps)
+        image = torch.from_numpy(np.asarray(picture).copy()).float()[None] / 255
+        return io.NodeOutput(image, summary(memory, fps), ui=ui.PreviewImage(image, cls=cls))
+
+
+def thumbnails(memory, vae) -> np.ndarray:
+    """The remembered frames as pictures, uint8 [M, H, W, 3]; each decoded by itself, as a still."""
+    frames = [
+        next(iter(decode_stream(vae, [memory.latents([frame])])))[0, :, 0].movedim(0, -1) for frame in memory.slots.all
+    ]
+    if not frames:
+        return np.zeros((0, 1, 1, 3), np.uint8)
+    return torch.stack(frames).add(1).mul(127.5).round().clamp(0, 255).byte().cpu().numpy()

@@ -1,0 +1,39 @@
+"""What travels on our wires, and the card on a MODEL."""
+
+import logging
+
+from comfy_api.latest import io
+
+from ..model.config import StudentCard
+
+log = logging.getLogger("context_forcing")
+
+CATEGORY = "Context Forcing"
+CARD = "context_forcing_card"
+
+MemoryType = io.Custom("CF_MEMORY")
+"""One `memory.Memory`: immutable, so ComfyUI may cache it, hand it to two nodes and run a node again on it."""
+
+
+def card_of(model) -> StudentCard:
+    """The student card on a MODEL; one without is taken for a Wan 2.1 student of the Self-Forcing family."""
+    card = model.get_attachment(CARD)
+    if card is None:
+        card = StudentCard()
+        log.warning(
+            "this MODEL carries no student card: using steps %s, shift %g, chunk %d (Self-Forcing's)",
+            [int(step) for step in card.steps], card.shift, card.memory.chunk,
+        )  # fmt: skip
+    return card
+
+
+def wan_network(model):
+    """The module tree of a MODEL. Raises ValueError, by name, for what is not Wan 2.1 text-to-video."""
+    net = model.model.diffusion_model
+    name = type(model.model).__name__
+    parts = ("patch_embedding", "text_embedding", "time_embedding", "time_projection", "blocks", "head")
+    if not all(hasattr(net, part) for part in parts):
+        raise ValueError(f"model: {name} is not a Wan model; load a Wan 2.1 text-to-video student")
+    if net.patch_embedding.weight.shape[1] != 16 or hasattr(net, "img_emb") and net.img_emb is not None:
+        raise ValueError(f"model: {name} is not Wan 2.1 text-to-video (16 channels); this model cannot be rolled out")
+    return net
