@@ -48,6 +48,9 @@ class PretrainConfig:
     context_noise: float = 0.3
     """Most noise on a remembered frame, labelled clean: what keeps long rollouts from drifting."""
     context_noise_share: float = 0.7
+    recall_weight: float = 5.0
+    """How much more a column counts that only sink or slow frames can tell, from step `recall_weight_from` on."""
+    recall_weight_from: int = 800
     text_dropout: float = 0.1
     data_seed: int = 1
     seed: int = 0

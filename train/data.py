@@ -13,7 +13,7 @@ from ..memory.config import MemoryConfig
 from ..memory.policy import Slots, advance
 from ..model.codec import DemoCodec
 from ..model.text import TEXT_DIM, canonical_words, concept_embedding
-from .world import Scene, Style, caption, headings, random_script, random_styles, render_latent_frames
+from .world import VIEW_COLUMNS, Scene, Style, caption, headings, random_script, random_styles, render_latent_frames
 from .world.camera import frame_moves
 
 
@@ -94,6 +94,26 @@ def memory_layout(rng: np.random.Generator, clip: Clip, config: MemoryConfig) ->
     return seen
 
 
+FAST, MEMORY, UNSEEN = range(3)
+
+
+def last_seen(clip: Clip, slots: np.ndarray, num_fast: int) -> np.ndarray:
+    """Where each column of each frame can be known from, int [T, VIEW_COLUMNS].
+
+    FAST: a recent frame shows it; MEMORY: only a sink or slow frame does; UNSEEN: nothing remembered does.
+    `slots` [chunks, M] are the remembered frames, -1 for none; the `num_fast` frames before a chunk are recent.
+    """
+    looking = clip.headings[:, None] + np.arange(VIEW_COLUMNS)
+    where = np.full(looking.shape, UNSEEN)
+    for c, remembered in enumerate(slots):
+        frames = slice(c * clip.chunk, (c + 1) * clip.chunk)
+        remembered = remembered[remembered >= 0]
+        recent = remembered[remembered >= c * clip.chunk - num_fast]
+        where[frames][np.isin(looking[frames], looking[remembered])] = MEMORY
+        where[frames][np.isin(looking[frames], looking[recent])] = FAST
+    return where
+
+
 @dataclass(frozen=True)
 class Batch:
     """One training step's worth of clips."""
@@ -105,6 +125,8 @@ class Batch:
     """[B * chunks, L, 4096]"""
     slots: Tensor
     """[B, chunks, M]: remembered frames by position, -1 where there is none."""
+    where: Tensor
+    """[B, T, VIEW_COLUMNS]: FAST, MEMORY or UNSEEN."""
 
 
 def make_batch(
@@ -118,4 +140,5 @@ def make_batch(
         for c, frames in enumerate(memory_layout(rng, clip, config)):
             slots[b, c, : len(frames)] = torch.tensor(frames, dtype=slots.dtype)
     captions = [clip.captions if rng.random() >= text_dropout else [""] * num_chunks for clip in clips]
-    return Batch(clips, to_latents(codec, clips), to_text(captions), slots)
+    where = [last_seen(clip, slots[b].numpy(), config.fast - config.chunk) for b, clip in enumerate(clips)]
+    return Batch(clips, to_latents(codec, clips), to_text(captions), slots, torch.from_numpy(np.stack(where)))

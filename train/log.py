@@ -20,7 +20,11 @@ class RunLog:
 
     def __enter__(self) -> "RunLog":
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.folder / "log.jsonl", "a" if self.start else "w", encoding="utf-8")
+        path = self.folder / "log.jsonl"
+        # A killed run may have logged steps after its last checkpoint; a resumed one takes them again.
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < self.start] if self.start else []
+        self.file = open(path, "w", encoding="utf-8")
+        self.file.writelines(line + "\n" for line in kept)
         self.bar = tqdm(total=self.num_steps, initial=self.start, desc=self.stage, unit="step", mininterval=2)
         self.clock = time.monotonic()
         return self

@@ -14,12 +14,12 @@ from ..model.flow import TIMESTEPS, add_noise, warp, x0_from_flow
 from ..model.wan import WanModel
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import PretrainConfig
-from .data import Batch, make_batch
+from .data import FAST, MEMORY, UNSEEN, Batch, make_batch
 from .forcing import TeacherForcing, interleave, noisy_part
 from .log import RunLog
 from .optim import build_optimizers
 from .vae import git_revision
-from .world import ART_SCALE, LANDMARK, LANDMARK_TOP, STATION_COLUMNS, TOKEN, VIEW_COLUMNS, VIEW_HEIGHT, VIEW_WIDTH
+from .world import ART_SCALE, LANDMARK, LANDMARK_TOP, TOKEN, VIEW_COLUMNS, VIEW_HEIGHT, VIEW_WIDTH
 
 log = logging.getLogger("context_forcing")
 
@@ -50,8 +50,14 @@ def noised_context(config: PretrainConfig, latents: Tensor, generator: torch.Gen
     return add_noise(latents, torch.randn(latents.shape, generator=generator), sigma)
 
 
-def training_loss(net: WanModel, config: PretrainConfig, batch: Batch, generator: torch.Generator) -> Tensor:
-    """Mean squared error of the flow; one noise level a chunk, warped."""
+def training_loss(
+    net: WanModel, config: PretrainConfig, batch: Batch, recall_weight: float, generator: torch.Generator
+) -> Tensor:
+    """Mean squared error of the flow; one noise level a chunk, warped.
+
+    Columns that only sink or slow frames can tell weigh `recall_weight`: they are few (one in fourteen), and what
+    has to be looked up is what this student is for.
+    """
     chunk = config.memory.chunk
     latents = batch.latents
     u = torch.rand(latents.shape[0], config.num_chunks, generator=generator)
@@ -60,15 +66,22 @@ def training_loss(net: WanModel, config: PretrainConfig, batch: Batch, generator
     noisy = add_noise(latents, noise, sigma_BT[:, None, :, None, None])
     context = noised_context(config, latents, generator)
     flow = teacher_forced_flow(net, batch, context, noisy, sigma_BT, chunk)
-    return (flow - (noise - latents)).square().mean()
+    error_BTC = by_column((flow - (noise - latents)).square().mean((1, 3)))
+    weight = torch.where(batch.where == MEMORY, recall_weight, 1.0)
+    return (error_BTC * weight).sum() / weight.sum()
+
+
+def by_column(error_BTW: Tensor) -> Tensor:
+    """Mean over the latents of each token column, [B, T, VIEW_COLUMNS]."""
+    return error_BTW.unflatten(-1, (VIEW_COLUMNS, -1)).mean(-1)
 
 
 @torch.no_grad()
 def recall_error(net: WanModel, config: PretrainConfig, batch: Batch) -> dict[str, float]:
     """x0 error from almost pure noise, of landmark columns by where they were last seen.
 
-    `fast`: in a recent frame; `memory`: only in sink or slow frames; `unseen`: nowhere yet. When `memory` falls
-    under `unseen` the student has learnt to look things up (demo_world.md 3): the earliest sign that it works.
+    When `memory` falls under `unseen` the student has learnt to look things up (demo_world.md 3): the earliest sign
+    that it works.
     """
     chunk, latents = config.memory.chunk, batch.latents
     generator = torch.Generator().manual_seed(0)
@@ -77,26 +90,13 @@ def recall_error(net: WanModel, config: PretrainConfig, batch: Batch) -> dict[st
     noisy = add_noise(latents, noise, VALIDATION_SIGMA)
     flow = teacher_forced_flow(net, batch, latents, noisy, sigma, chunk)
     error = (x0_from_flow(noisy, flow, VALIDATION_SIGMA) - latents).square().mean(1)
-    latents_a_token = error.shape[-1] // VIEW_COLUMNS
-    rows = slice(LANDMARK_TOP // TOKEN * latents_a_token, (LANDMARK_TOP + LANDMARK) // TOKEN * latents_a_token)
-    columns = error[:, :, rows].mean(2).unflatten(-1, (VIEW_COLUMNS, latents_a_token)).mean(-1)
-    sums = {"fast": [], "memory": [], "unseen": []}
-    num_fast = config.memory.fast - chunk
-    for b, clip in enumerate(batch.clips):
-        headings = clip.headings
-        seen_in = lambda frames: {int(headings[f]) + column for f in frames for column in range(VIEW_COLUMNS)}
-        for c in range(config.num_chunks):
-            slots = [f for f in batch.slots[b, c].tolist() if f >= 0]
-            recent = seen_in([f for f in slots if f >= c * chunk - num_fast])
-            remembered = seen_in(slots)
-            for t in range(c * chunk, (c + 1) * chunk):
-                for column in range(VIEW_COLUMNS):
-                    place = int(headings[t]) + column
-                    if place % STATION_COLUMNS == STATION_COLUMNS - 1:
-                        continue
-                    where = "fast" if place in recent else "memory" if place in remembered else "unseen"
-                    sums[where].append(columns[b, t, column].item())
-    return {where: sum(values) / max(1, len(values)) for where, values in sums.items()}
+    per_token = error.shape[-1] // VIEW_COLUMNS
+    rows = slice(LANDMARK_TOP // TOKEN * per_token, (LANDMARK_TOP + LANDMARK) // TOKEN * per_token)
+    columns = by_column(error[:, :, rows].mean(2))
+    return {
+        name: columns[batch.where == place].mean().item()
+        for name, place in (("fast", FAST), ("memory", MEMORY), ("unseen", UNSEEN))
+    }
 
 
 def train_pretrain(config: PretrainConfig, resume: bool = False) -> Path:
@@ -123,7 +123,8 @@ def train_pretrain(config: PretrainConfig, resume: bool = False) -> Path:
         for step in range(start, config.steps):
             batch = make((config.data_seed, 1, step), config.batch)
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            loss = training_loss(net, config, batch, generator)
+            recall_weight = config.recall_weight if step >= config.recall_weight_from else 1.0
+            loss = training_loss(net, config, batch, recall_weight, generator)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
             rate = min(1.0, (step + 1) / 50, (config.steps - step) / (config.decay * config.steps))

@@ -1,0 +1,29 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both set up all they need in .venv.
+PYTHON ?= $(firstword $(shell command -v python3.11 python3 python))
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-fast train-demo clean
+
+$(VENV)/ready: pyproject.toml requirements.txt constraints-test.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-test.txt --editable '.[headless,train,test]'
+	touch $@
+
+demo: $(VENV)/ready
+	mkdir -p out
+	$(BIN)/context-forcing generate workflows/stories/minute.yaml --output out/minute.mp4 --report out/minute-memory.png
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/ready
+	$(BIN)/python -m pytest -m "not slow and not host"
+
+# The commands that made model/assets (about an hour and a half on two cores).
+train-demo: $(VENV)/ready
+	$(BIN)/context-forcing train vae --config demo
+	$(BIN)/context-forcing train pretrain --config demo codec=runs/vae/demo_codec.safetensors
+
+clean:
+	rm -rf $(VENV) out runs build *.egg-info

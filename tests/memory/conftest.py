@@ -1,0 +1,49 @@
+import pytest
+
+
+def _expected(config, num_frames, similarity):
+    """Sink, slow, fast and decisions of a film of `num_frames`, from the rule alone (method.md 5.1, 8.3).
+
+    No state is carried: the whole past is gone through again, frame by frame. `similarity(a, b)` of two frames.
+    """
+    film = list(range(num_frames))
+    sink, after_sink = film[: config.sink], film[config.sink :]
+    num_recent = config.fast - config.chunk
+    left = after_sink[: max(0, len(after_sink) - num_recent)]
+    fast = after_sink[len(left) :]
+    slow, decisions = [], []
+    for frame in left:
+        score = None
+        if config.slow == 0:
+            keep = False
+        elif config.policy == "fifo":
+            keep = True
+        elif config.policy == "uniform":
+            keep = frame % config.uniform_stride == 0
+        elif config.policy == "clean":
+            if frame > 0:
+                score = similarity(frame, frame - 1)
+            keep = score is None or score < config.slow_similarity_threshold
+        else:
+            rivals = slow + (sink if config.novel_against_sink else [])
+            if rivals:
+                score = max(similarity(frame, rival) for rival in rivals)
+            keep = score is None or score < config.slow_similarity_threshold
+        evicted = None
+        if keep:
+            slow.append(frame)
+            if len(slow) > config.slow:
+                if config.eviction == "oldest":
+                    evicted = min(slow)
+                else:
+                    pairs = [(similarity(a, b), -a) for a in slow for b in slow if a < b]
+                    evicted = -max(pairs)[1]
+                slow.remove(evicted)
+        decisions.append((frame, keep, score, evicted))
+    return sink, slow, fast, decisions
+
+
+@pytest.fixture(scope="session")
+def expected():
+    """(config, num_frames, similarity) -> sink, slow, fast, decisions by brute force."""
+    return _expected
