@@ -174,7 +174,7 @@ def evaluate(
     table = evaluate_recall(
         None if student == "demo" else student, policies.split(","), gap_chunks, rollouts, seed, device, dtype, output
     )
-    console.print(table, highlight=False)
+    Console(width=max(120, console.width)).print(table, highlight=False)
 
 
 def _whole_number(name: str, text: str) -> int:

@@ -108,6 +108,8 @@ class Memory:
 
     def latents(self, frames: Sequence[int]) -> Tensor:
         """Clean latents [B, C, T, H, W] of absolute frames, for example `slots.slow`."""
+        if not frames:
+            return torch.zeros(1, self.latent_size[0], 0, *self.latent_size[1:])
         wanted, first, parts = set(frames), 0, {}
         for chunk in self.film:
             for t in range(chunk.shape[2]):

@@ -107,6 +107,8 @@ class Pipeline:
     def thumbnails(self, memory: Memory) -> Tensor:
         """The remembered frames as pictures, uint8 [M, H, W, 3], in the order of their positions."""
         latents = memory.latents(memory.slots.all).to(self.device).movedim(2, 1).flatten(0, 1).unsqueeze(2)
+        if not len(latents):
+            return torch.zeros(0, 1, 1, 3, dtype=torch.uint8)
         pixels = self.codec.decode(denormalise(latents))[:, :, 0].movedim(1, -1)
         return pixels.add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
 

@@ -44,7 +44,8 @@ class DemoVAE(comfy.sd.VAE):
         self.latent_dim, self.latent_channels, self.output_channels = 3, 16, 3
         self.pad_channel_value = 1.0
         self.process_input = lambda image: image * 2.0 - 1.0
-        self.process_output = lambda image: image.add(1.0).div(2.0).clamp(0.0, 1.0)
+        # In place, as the caller expects: comfy.sd.VAE.decode ignores what is returned.
+        self.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
         self.working_dtypes = [torch.float32]
         self.disable_offload = self.not_video = self.handles_tiling = False
         self.crop_input = True

@@ -9,13 +9,10 @@ import folder_paths
 import torch
 from comfy.ldm.wan.vae import count_cache_layers
 from comfy_api.latest import InputImpl, io, ui
-from PIL import Image
 
 from ..model.codec import DemoCodec, decode_wan_stream, denormalise
 from ..model.video import default_scale, write_video
 from .types import CATEGORY, MemoryType
-
-PREVIEW_SIDE = 512
 
 
 def decode_stream(vae, chunks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -80,14 +77,15 @@ class ContextForcingSaveVideo(io.ComfyNode):
         progress = comfy.utils.ProgressBar(max(1, memory.num_frames * 4 - 3))
         written = 0
 
-        def show(frames):
+        def count(frames):
+            # Without a preview: the page's Vue nodes would take it for the video and fail to play it.
             nonlocal written
             written += len(frames)
-            progress.update_absolute(written, preview=("JPEG", Image.fromarray(frames[-1]), PREVIEW_SIDE))
+            progress.update_absolute(written)
 
         path = os.path.join(folder, file)
         scale = scale or default_scale(width, height)
-        write_video(path, decode_stream(vae, memory.film), fps=fps, scale=scale, crf=crf, on_frames=show)
+        write_video(path, decode_stream(vae, memory.film), fps=fps, scale=scale, crf=crf, on_frames=count)
         return io.NodeOutput(
             InputImpl.VideoFromFile(path), ui=ui.PreviewVideo([ui.SavedResult(file, subfolder, io.FolderType.output)])
         )

@@ -16,8 +16,8 @@ const SEGMENTS = [
 const NOTE = `## One video, three prompts
 Each sampler continues the **memory** of the one before it; the end of the chain is saved.
 - **Prompts**: edit one, and only its segment and the later ones run again. The demo knows meadow, desert, snow; clear, cloudy, foggy; day, dusk, night; the camera stays, pans left, pans right.
-- **Length**: set \`seconds\`, or copy a prompt with its sampler and wire the memory through it. Keep one \`seed\` through the chain.
-- **Memory**: with \`slow\` at 0 only the first and the latest frames are remembered; compare the reports.
+- **Length**: set *seconds*, or copy a prompt with its sampler and wire the memory through it. Keep one *seed* through the chain.
+- **Memory**: with *slow* at 0 only the first and the latest frames are remembered; compare the reports.
 - **Your own student**: replace Load Demo Student by Load Student, CLIPLoader (wan) and VAELoader.`
 
 // [id, type, inputs, x, y, width, height, title, colour]
@@ -69,7 +69,7 @@ const saved = await page.evaluate(async ({ api, layout, note }) => {
   const explain = LiteGraph.createNode('MarkdownNote')
   app.graph.add(explain)
   explain.pos = [20, 740]
-  explain.setSize([1120, 260])
+  explain.setSize([1120, 220])
   explain.title = 'Read me'
   explain.widgets[0].value = note
   const workflow = app.graph.serialize()

@@ -1,5 +1,5 @@
 // Runs a workflow in a ComfyUI that is already up and takes its picture.
-//   cd FOLDER_WITH_PLAYWRIGHT_CORE && node .../scripts/screenshot_workflow.mjs http://127.0.0.1:8188 OUTPUT [WORKFLOW.json]
+//   cd FOLDER_WITH_PLAYWRIGHT_CORE && node .../scripts/screenshot_workflow.mjs URL OUTPUT [WORKFLOW.json]
 // OUTPUT.png: the whole window. OUTPUT.jpg: the graph alone, 640 pixels wide, as a template's thumbnail.
 // WORKFLOW.json defaults to workflows/demo_chain.json. CHROMIUM names the browser (default /usr/bin/chromium).
 import fs from 'node:fs'
@@ -13,7 +13,7 @@ const thumbnail = path.extname(output) === '.jpg'
 
 const settings = {
   'Comfy.TutorialCompleted': true, 'Comfy.Workflow.Persist': false, 'Comfy.Minimap.Visible': false,
-  'Comfy.Graph.CanvasInfo': false,
+  'Comfy.Graph.CanvasInfo': false, 'Comfy.Graph.CanvasMenu': !thumbnail,
 }
 for (const [name, value] of Object.entries(settings))
   await fetch(`${url}/api/settings/${name}`, { method: 'POST', body: JSON.stringify(value) })

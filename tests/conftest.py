@@ -7,6 +7,9 @@ from context_forcing.model.config import WanConfig
 from context_forcing.model.sampler import CausalSampler
 from context_forcing.model.wan import Block, Head, WanModel
 
+# The networks here are so small that threads only wait for each other.
+torch.set_num_threads(1)
+
 LATENT_SIZE = (16, 4, 6)
 """2 x 3 tokens a frame: not square, so that rows and columns cannot be mistaken for each other."""
 

@@ -51,6 +51,9 @@ class PretrainConfig:
     recall_weight: float = 5.0
     """How much more a column counts that only sink or slow frames can tell, from step `recall_weight_from` on."""
     recall_weight_from: int = 800
+    pacing: float = 0.65
+    """Share of clips whose camera goes back and forth, from step `pacing_from` on: there is more to look up in them."""
+    pacing_from: int = 1100
     text_dropout: float = 0.1
     data_seed: int = 1
     seed: int = 0

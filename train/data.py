@@ -13,7 +13,7 @@ from ..memory.config import MemoryConfig
 from ..memory.policy import Slots, advance
 from ..model.codec import DemoCodec
 from ..model.text import TEXT_DIM, canonical_words, concept_embedding
-from .world import VIEW_COLUMNS, Scene, Style, caption, headings, random_script, random_styles, render_latent_frames
+from .world import VIEW_COLUMNS, Scene, Style, caption, headings, pacing_script, random_script, random_styles, render_latent_frames
 from .world.camera import frame_moves
 
 
@@ -41,11 +41,10 @@ class Clip:
         return render_latent_frames(self.scene, self.styles, frame_moves(self.moves, self.chunk), self.chunk)
 
 
-def random_clip(rng: np.random.Generator, num_chunks: int, chunk: int) -> Clip:
-    """A clip whose camera leaves places and comes back to them."""
-    return Clip(
-        Scene.sample(rng), tuple(random_styles(rng, num_chunks)), tuple(random_script(rng, num_chunks)), chunk
-    )
+def random_clip(rng: np.random.Generator, num_chunks: int, chunk: int, pacing: float) -> Clip:
+    """A clip whose camera leaves places and comes back to them; a share `pacing` of them goes back and forth."""
+    script = pacing_script if rng.random() < pacing else random_script
+    return Clip(Scene.sample(rng), tuple(random_styles(rng, num_chunks)), tuple(script(rng, num_chunks)), chunk)
 
 
 def to_latents(codec: DemoCodec, clips: list[Clip]) -> Tensor:
@@ -130,11 +129,18 @@ class Batch:
 
 
 def make_batch(
-    codec: DemoCodec, config: MemoryConfig, *, seed: tuple[int, ...], size: int, num_chunks: int, text_dropout: float
+    codec: DemoCodec,
+    config: MemoryConfig,
+    *,
+    seed: tuple[int, ...],
+    size: int,
+    num_chunks: int,
+    text_dropout: float = 0.0,
+    pacing: float = 0.0,
 ) -> Batch:
     """The batch of a seed; no state, so that a resumed run sees the same data."""
     rng = np.random.default_rng(seed)
-    clips = [random_clip(rng, num_chunks, config.chunk) for _ in range(size)]
+    clips = [random_clip(rng, num_chunks, config.chunk, pacing) for _ in range(size)]
     slots = torch.full((size, num_chunks, config.capacity), -1)
     for b, clip in enumerate(clips):
         for c, frames in enumerate(memory_layout(rng, clip, config)):

@@ -118,7 +118,11 @@ def run_trial(
     story = story_of(script, style, 4 * memory.config.chunk / pipeline.card.fps).with_seed(seed)
     for memory in pipeline.tell(story, memory):
         pass
-    film = torch.cat(memory.film, dim=2)[0].to(world.device)
+    return judge(world, torch.cat(memory.film, dim=2)[0].to(world.device), script, style), memory
+
+
+def judge(world: World, film: Tensor, script: Script, style: Style) -> Trial:
+    """A film [C, T, H, W] held against what its script asked for."""
     before, after = film[:, script.target_frame], film[:, script.return_frame + 1]
     remembered, returned, errors, residuals = [], [], [], []
     for station in range(RING_COLUMNS // STATION_COLUMNS):
@@ -134,16 +138,13 @@ def run_trial(
     asked = np.array(script.headings) % RING_COLUMNS
     truth_moves = np.abs(np.diff(script.headings)).mean()
     seen_moves = np.abs((np.diff(seen) + RING_COLUMNS // 2) % RING_COLUMNS - RING_COLUMNS // 2).mean()
-    return (
-        Trial(
-            remembered=tuple(remembered),
-            returned=tuple(returned),
-            psnr=float(-10 * torch.log10(torch.stack(errors).mean())),
-            heading_accuracy=float((seen == asked).mean()),
-            motion=float(seen_moves / truth_moves),
-            residual=float(np.mean(residuals)),
-        ),
-        memory,
+    return Trial(
+        remembered=tuple(remembered),
+        returned=tuple(returned),
+        psnr=float(-10 * torch.log10(torch.stack(errors).mean() + 1e-12)),
+        heading_accuracy=float((seen == asked).mean()),
+        motion=float(seen_moves / truth_moves),
+        residual=float(np.mean(residuals)),
     )
 
 

@@ -1,5 +1,7 @@
 """Stage `pretrain`: a causal student by teacher-forced flow matching over the Slow-Fast layout (demo_world.md 3)."""
 
+import dataclasses
+import functools
 import logging
 import time
 from pathlib import Path
@@ -19,7 +21,7 @@ from .forcing import TeacherForcing, interleave, noisy_part
 from .log import RunLog
 from .optim import build_optimizers
 from .vae import git_revision
-from .world import ART_SCALE, LANDMARK, LANDMARK_TOP, TOKEN, VIEW_COLUMNS, VIEW_HEIGHT, VIEW_WIDTH
+from .world import ART_SCALE, VIEW_COLUMNS, VIEW_HEIGHT, VIEW_WIDTH
 
 log = logging.getLogger("context_forcing")
 
@@ -76,27 +78,36 @@ def by_column(error_BTW: Tensor) -> Tensor:
     return error_BTW.unflatten(-1, (VIEW_COLUMNS, -1)).mean(-1)
 
 
+def recent_only(batch: Batch, num_fast: int, chunk: int) -> Batch:
+    """The same clips remembered without sink and slow frames."""
+    first = torch.arange(batch.slots.shape[1])[:, None] * chunk
+    recent = batch.slots >= (first - num_fast).clamp(min=0)
+    # Packed to the front: a frame's place in the memory is its position.
+    order = recent.int().sort(dim=-1, descending=True, stable=True).indices
+    slots = torch.where(recent, batch.slots, -1).gather(-1, order)
+    return dataclasses.replace(batch, slots=slots)
+
+
 @torch.no_grad()
 def recall_error(net: WanModel, config: PretrainConfig, batch: Batch) -> dict[str, float]:
-    """x0 error from almost pure noise, of landmark columns by where they were last seen.
+    """x0 error from almost pure noise, by where a column can be known from; `blind` is `memory` without the memory.
 
-    When `memory` falls under `unseen` the student has learnt to look things up (demo_world.md 3): the earliest sign
+    When `memory` falls under `blind` the student has learnt to look things up (demo_world.md 3): the earliest sign
     that it works.
     """
     chunk, latents = config.memory.chunk, batch.latents
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(latents.shape, generator=generator)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     sigma = torch.full((latents.shape[0], latents.shape[2]), VALIDATION_SIGMA)
     noisy = add_noise(latents, noise, VALIDATION_SIGMA)
-    flow = teacher_forced_flow(net, batch, latents, noisy, sigma, chunk)
-    error = (x0_from_flow(noisy, flow, VALIDATION_SIGMA) - latents).square().mean(1)
-    per_token = error.shape[-1] // VIEW_COLUMNS
-    rows = slice(LANDMARK_TOP // TOKEN * per_token, (LANDMARK_TOP + LANDMARK) // TOKEN * per_token)
-    columns = by_column(error[:, :, rows].mean(2))
-    return {
-        name: columns[batch.where == place].mean().item()
-        for name, place in (("fast", FAST), ("memory", MEMORY), ("unseen", UNSEEN))
-    }
+
+    def errors(seen: Batch) -> Tensor:
+        flow = teacher_forced_flow(net, seen, latents, noisy, sigma, chunk)
+        return by_column((x0_from_flow(noisy, flow, VALIDATION_SIGMA) - latents).square().mean((1, 3)))
+
+    columns, blind = errors(batch), errors(recent_only(batch, config.memory.fast - chunk, chunk))
+    places = {"fast": FAST, "memory": MEMORY, "unseen": UNSEEN}
+    found = {name: columns[batch.where == place].mean().item() for name, place in places.items()}
+    return {**found, "blind": blind[batch.where == MEMORY].mean().item()}
 
 
 def train_pretrain(config: PretrainConfig, resume: bool = False) -> Path:
@@ -106,22 +117,27 @@ def train_pretrain(config: PretrainConfig, resume: bool = False) -> Path:
     net = WanModel(PRESETS[config.preset])
     net.reset_parameters(torch.Generator().manual_seed(config.seed))
     optimizers = build_optimizers(net, config.lr)
-    make = lambda seed, size: make_batch(
-        codec, config.memory, seed=seed, size=size, num_chunks=config.num_chunks, text_dropout=config.text_dropout
-    )
-    validation = make((config.data_seed, 0), 2 * config.batch)
+    make = functools.partial(make_batch, codec, config.memory, num_chunks=config.num_chunks)
+    validation = make(seed=(config.data_seed, 0), size=4 * config.batch)
     start, seconds, revision = 0, 0.0, git_revision()
     if resume:
         state = load_checkpoint(out)
         net.load_state_dict(state["net"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        start, seconds, revision = state["step"], state["seconds"], state["revision"]
+        start, seconds = state["step"], state["seconds"]
+        if state["revision"] != revision:
+            revision = f"{state['revision']}, from step {start} {revision}"
     began = time.monotonic() - seconds
 
     with RunLog(out, "pretrain", config.steps, start) as run:
         for step in range(start, config.steps):
-            batch = make((config.data_seed, 1, step), config.batch)
+            batch = make(
+                seed=(config.data_seed, 1, step),
+                size=config.batch,
+                text_dropout=config.text_dropout,
+                pacing=config.pacing if step >= config.pacing_from else 0.0,
+            )
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
             recall_weight = config.recall_weight if step >= config.recall_weight_from else 1.0
             loss = training_loss(net, config, batch, recall_weight, generator)

@@ -82,7 +82,9 @@ def train_vae(config: VaeConfig, resume: bool = False) -> Path:
         state = load_checkpoint(out)
         codec.load_state_dict(state["codec"])
         optimizer.load_state_dict(state["optimizer"])
-        start, seconds, revision = state["step"], state["seconds"], state["revision"]
+        start, seconds = state["step"], state["seconds"]
+        if state["revision"] != revision:
+            revision = f"{state['revision']}, from step {start} {revision}"
     began = time.monotonic() - seconds
     with RunLog(out, "vae", config.steps, start) as run:
         for step in range(start, config.steps):

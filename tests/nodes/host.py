@@ -18,8 +18,8 @@ from pathlib import Path
 import websocket
 
 CHECKOUT = Path(__file__).parents[2]
-PACK = "My-Pack v1.0"
-"""An awkward folder name: a hyphen, a space and a dot."""
+PACK = "My-Pack_v1.0"
+"""An awkward folder name, no Python identifier. Without a space: ComfyUI serves no files of folders that have one."""
 BOOT_SECONDS = 180
 RUN_SECONDS = 300
 PREVIEW_WITH_METADATA = 4
@@ -128,7 +128,7 @@ class Host:
             self.process.wait()
 
     def get_bytes(self, path: str) -> bytes:
-        with urllib.request.urlopen(f"http://{self.address}{urllib.parse.quote(path, safe='/?=&')}", timeout=60) as reply:
+        with urllib.request.urlopen(f"http://{self.address}{path}", timeout=60) as reply:
             return reply.read()
 
     def get(self, path: str):
@@ -189,8 +189,9 @@ class Host:
     def output_path(self, shown: dict) -> Path:
         return self.base / shown["type"] / shown["subfolder"] / shown["filename"]
 
-    def add_model(self, folder: str, path: Path) -> None:
-        shutil.copyfile(path, self.base / "models" / folder / path.name)
+    def add_model(self, folder: str, path: Path, name: str | None = None) -> None:
+        """Give the server a model file, as a user would; it need not be restarted."""
+        shutil.copyfile(path, self.base / "models" / folder / (name or path.name))
 
 
 def to_api(workflow: dict, object_info: dict) -> dict:
@@ -219,7 +220,9 @@ def to_api(workflow: dict, object_info: dict) -> dict:
 def _specs(info: dict) -> list[tuple[str, list]]:
     """(name, [type, options]) in the order in which widgets are saved."""
     return [
-        (name, info["input"][part][name]) for part in ("required", "optional") for name in info["input_order"].get(part, [])
+        (name, info["input"][part][name])
+        for part in ("required", "optional")
+        for name in info["input_order"].get(part, [])
     ]
 
 

@@ -10,7 +10,7 @@ from .prompts import (
     ALL_STYLES, GROUNDS, TIMES, WEATHERS, Style, caption, parse_prompt,
 )
 from .scene import Scene, VisibleLandmark, landmarks_in_view, panorama, template, templates
-from .scripts import CHUNK, Script, benchmark_script, random_script, random_style, random_styles
+from .scripts import CHUNK, Script, benchmark_script, pacing_script, random_script, random_style, random_styles
 from .sprites import COLOURS, NUM_CLASSES, NUM_COLOURS, NUM_SHAPES, SHAPES
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
     "LANDMARK_TOP", "NUM_CLASSES", "NUM_COLOURS", "NUM_SHAPES", "NUM_STATIONS", "RING_COLUMNS", "RING_WIDTH",
     "SHAPES", "STATION_COLUMNS", "Scene", "Script", "Style", "TIMES", "TOKEN", "VIEW_COLUMNS", "VIEW_HEIGHT",
     "VIEW_WIDTH", "VisibleLandmark", "WEATHERS", "background", "benchmark_script",
-    "caption", "frame_moves", "headings", "landmarks_in_view", "panorama", "parse_prompt", "random_script",
+    "caption", "frame_moves", "headings", "landmarks_in_view", "pacing_script", "panorama", "parse_prompt", "random_script",
     "random_style", "random_styles", "render_latent_frames", "render_pixel_frames", "template", "templates",
     "upscale", "view",
 ]

@@ -102,6 +102,16 @@ def random_script(rng: np.random.Generator, num_chunks: int) -> list[int]:
     return script[:num_chunks]
 
 
+def pacing_script(rng: np.random.Generator, num_chunks: int) -> list[int]:
+    """One move per chunk for training: back and forth over the same few views, so that most of it was seen before."""
+    out, reach = int(rng.choice((-1, 1))), int(rng.integers(2, 5))
+    lap = [out] * reach + [-out] * reach
+    script = lap * (num_chunks // len(lap) + 1)
+    for _ in range(int(rng.integers(0, 3))):
+        script.insert(int(rng.integers(1, num_chunks)), 0)
+    return script[:num_chunks]
+
+
 def random_style(rng: np.random.Generator) -> Style:
     """Any style, all equally likely."""
     return Style(

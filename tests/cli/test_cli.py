@@ -1,0 +1,335 @@
+"""The command: films from stories, bit for bit the same however they are split; refusals in one line."""
+
+import subprocess
+import sys
+
+import imageio_ffmpeg
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from context_forcing import cli
+from context_forcing.memory import MemoryConfig
+from context_forcing.model.checkpoint import save_student
+from context_forcing.model.config import StudentCard
+
+SCENE = {"prompt": "a meadow by day, the camera pans right", "seconds": 0.75}
+STORY = {"size": [48, 32], "seed": 4, "segments": [SCENE]}
+CHUNK = 0.75
+"""Seconds."""
+
+
+@pytest.fixture(scope="module")
+def student(make_net, tmp_path_factory):
+    """A tiny random student that the demo's text encoder and codec fit."""
+    path = tmp_path_factory.mktemp("student") / "student.safetensors"
+    memory = MemoryConfig(sink=3, slow=4, fast=6, slow_similarity_threshold=0.999)
+    card = StudentCard(base="demo", steps=(1000.0, 500.0), shift=3.0, memory=memory, size=(48, 32))
+    save_student(path, make_net(text_dim=4096, text_len=512), card)
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """(arguments) -> exit code, stderr; the command in this process."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["context-forcing", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        run.out = out
+        return code, err
+
+    return run
+
+
+@pytest.fixture
+def generate(run, student, tmp_path):
+    """(story, output name, options) -> exit code, stderr, output path."""
+
+    def generate(story, output="film.mp4", *options, student=student):
+        path = tmp_path / "story.yaml"
+        path.write_text(story if isinstance(story, str) else yaml.safe_dump(story))
+        out = tmp_path / output
+        return *run("generate", path, "-o", out, "--student", student, *options), out
+
+    return generate
+
+
+def frames_of(path):
+    """Decoded frames of a video: (width, height), raw bytes per frame."""
+    reader = imageio_ffmpeg.read_frames(str(path))
+    size = next(reader)["source_size"]
+    return size, [bytes(frame) for frame in reader]
+
+
+def told(*seconds):
+    return {**STORY, "segments": [{**SCENE, "seconds": s} for s in seconds]}
+
+
+def test_a_chunk_is_nine_frames_at_scale(generate):
+    code, err, out = generate(STORY, "film.mp4", "--scale", 3)
+    assert code == 0, err
+    size, frames = frames_of(out)
+    assert size == (144, 96) and len(frames) == 9
+    assert "9 frames" in err and "rounded" not in err
+    pixels = torch.frombuffer(bytearray(frames[4]), dtype=torch.uint8).view(96, 144, 3).float()
+    blocks = pixels.unfold(0, 6, 6).unfold(1, 6, 6).flatten(-2)
+    assert blocks.std(dim=-1).mean() < 0.25 * pixels.std(), "an art pixel is 2 pixels, enlarged 3 times"
+
+
+def test_default_scale_brings_small_pictures_to_360(generate):
+    code, err, out = generate(STORY)
+    assert code == 0, err
+    assert frames_of(out)[0] == (48 * 12, 32 * 12)
+
+
+def test_the_built_in_student(generate, run):
+    code, err, out = generate({"segments": [SCENE]}, "demo.mp4", student="demo")
+    assert code == 0, err
+    size, frames = frames_of(out)
+    assert size == (768, 384) and len(frames) == 9
+
+
+def test_splitting_changes_nothing(generate, tmp_path):
+    """9 s at once, and three times 3 s: the same film and the same pictures."""
+    films = {}
+    for name, seconds in {"one": (9,), "three": (3, 3, 3)}.items():
+        memory = tmp_path / f"{name}.safetensors"
+        code, err, out = generate(told(*seconds), f"{name}.mp4", "--memory-out", memory, "--scale", 2)
+        assert code == 0, err
+        films[name] = load_file(memory), frames_of(out)
+    (one, one_video), (three, three_video) = films["one"], films["three"]
+    assert one["film"].shape[2] == 36 and len(one_video[1]) == 141
+    assert one.keys() == three.keys() and all(torch.equal(one[key], three[key]) for key in one)
+    assert one_video == three_video
+
+
+@pytest.mark.slow
+def test_new_processes_with_a_save_between_change_nothing(generate, student, tmp_path):
+    code, err, whole = generate(told(9), "whole.mp4", "--memory-out", tmp_path / "whole.safetensors", "--scale", 2)
+    assert code == 0, err
+    (tmp_path / "part.yaml").write_text(yaml.safe_dump(told(3)))
+    for part in range(3):
+        command = [
+            sys.executable, "-c", "from context_forcing.cli import main; main()", "generate", "part.yaml", "-o", f"{part}.mp4",
+            "--student", student, "--memory-out", f"{part}.safetensors", "--scale", "2",
+        ]  # fmt: skip
+        if part:
+            command += ["--memory-in", f"{part - 1}.safetensors"]
+        done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    a, b = load_file(tmp_path / "whole.safetensors"), load_file(tmp_path / "2.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert frames_of(whole) == frames_of(tmp_path / "2.mp4")
+
+
+def test_the_film_depends_on_seed_prompt_and_memory_settings(generate, tmp_path):
+    def film(story, *options):
+        memory = tmp_path / "memory.safetensors"
+        code, err, _ = generate(story, "film.mp4", "--memory-out", memory, "--scale", 1, *options)
+        assert code == 0, err
+        return load_file(memory)["film"]
+
+    base = film(told(6))
+    assert torch.equal(film(told(6)), base)
+    assert not torch.equal(film(told(6), "--seed", 5), base)
+    assert torch.equal(film({**told(6), "seed": 5}, "--seed", 4), base)
+    assert not torch.equal(film(told(6), "--slow", 0), base)
+    assert not torch.equal(film(told(6), "--policy", "uniform"), base)
+    assert not torch.equal(film(told(6), "--threshold", -1), base)
+    assert not torch.equal(film({**STORY, "segments": [{"prompt": "snow at night", "seconds": 6}]}), base)
+
+
+def test_rounding_is_told(generate):
+    code, err, out = generate(told(0.75, 1.0))
+    assert code == 0, err
+    assert "segments[1]: 1 s rounded up to 1.5 s" in " ".join(err.split()) and "segments[0]" not in err
+    assert len(frames_of(out)[1]) == 9 + 24
+
+
+def test_words_the_student_does_not_know_are_told(generate, caplog):
+    code, err, _ = generate({**STORY, "segments": [{"prompt": "a dragon over a meadow", "seconds": 0.75}]})
+    assert code == 0, err
+    assert "dragon" in err + caplog.text
+
+
+def test_report_is_drawn(generate, tmp_path):
+    code, err, _ = generate(told(3), "film.mp4", "--report", tmp_path / "report.png")
+    assert code == 0, err
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "12 latent frames (3.0 s)" in err
+
+
+BAD_STORIES = {
+    "unknown key": ({**STORY, "length": 3}, "length"),
+    "unknown segment key": ({**STORY, "segments": [{**SCENE, "second": 3}]}, "segments[0]"),
+    "zero seconds": (told(0), "segments[0].seconds: 0"),
+    "negative seconds": (told(-1), "segments[0].seconds: -1"),
+    "NaN seconds": (told(float("nan")), "segments[0].seconds: nan"),
+    "text seconds": (told("three"), "segments[0].seconds: 'three'"),
+    "size not a multiple of 16": ({**STORY, "size": [50, 32]}, "width 50"),
+    "empty segments": ({**STORY, "segments": []}, "segments"),
+    "not YAML": ("segments: [", "not YAML"),
+}
+
+
+def refused(code, err, *words):
+    assert code == 2, err
+    assert len(err.strip().splitlines()) == 1, err
+    assert all(str(word) in err for word in words), err
+
+
+@pytest.mark.parametrize("story, word", BAD_STORIES.values(), ids=BAD_STORIES.keys())
+def test_bad_stories_are_one_line_and_write_nothing(generate, tmp_path, story, word):
+    code, err, _ = generate(story, "film.mp4", "--memory-out", tmp_path / "memory.safetensors")
+    refused(code, err, word, "story.yaml")
+    assert [p.name for p in tmp_path.iterdir()] == ["story.yaml"]
+
+
+BAD_OPTIONS = {
+    "output not mp4": (["-o", "film.avi"], ["output", "film.avi", ".mp4"]),
+    "output folder missing": (["-o", "missing/film.mp4"], ["output", "missing/film.mp4"]),
+    "bad policy": (["--policy", "newest"], ["policy", "newest"]),
+    "bad device": (["--device", "tpu"], ["device", "tpu"]),
+    "bad dtype": (["--dtype", "fp16"], ["dtype", "fp16"]),
+    "too much slow": (["--slow", "100"], ["window", "100"]),
+    "negative slow": (["--slow", "-1"], ["slow", "-1"]),
+    "bad threshold": (["--threshold", "1.5"], ["slow_similarity_threshold", "1.5"]),
+    "NaN threshold": (["--threshold", "nan"], ["slow_similarity_threshold", "nan"]),
+    "no such student": (["--student", "none.safetensors"], ["none.safetensors", "no such file"]),
+    "no such memory": (["--memory-in", "none.safetensors"], ["none.safetensors", "no such file"]),
+    "memory folder missing": (["--memory-out", "missing/memory"], ["--memory-out", "missing"]),
+    "report folder missing": (["--report", "missing/report.png"], ["--report", "missing"]),
+    "report no png": (["--report", "report.txt"], ["--report", "report.txt", ".png"]),
+}
+
+
+@pytest.mark.parametrize("options, words", BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())
+def test_bad_options_are_one_line_and_write_nothing(generate, tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    code, err, _ = generate(STORY, "film.mp4", *options)
+    refused(code, err, *words)
+    assert [p.name for p in tmp_path.iterdir()] == ["story.yaml"]
+
+
+@pytest.mark.xfail(strict=True, reason="cli.py:40: --seed has no upper end; struct.error in seeded_noise, a traceback")
+def test_a_seed_too_large(generate, tmp_path):
+    code, err, _ = generate(STORY, "film.mp4", "--seed", 2**64)
+    assert code == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["story.yaml"]
+
+
+def test_a_missing_story(run, tmp_path):
+    code, err = run("generate", tmp_path / "none.yaml", "-o", tmp_path / "film.mp4")
+    refused(code, err, "none.yaml")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_student_that_is_not_a_wan_model(generate, tmp_path):
+    other = tmp_path / "other.safetensors"
+    save_file({"weight": torch.zeros(3)}, other)
+    code, err, out = generate(STORY, student=other)
+    refused(code, err, "other.safetensors", "not a Wan")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other.safetensors", "story.yaml"]
+
+
+def test_a_student_without_the_demos_codec(generate, make_net, tmp_path):
+    other = tmp_path / "other.safetensors"
+    save_student(other, make_net(text_dim=4096, text_len=512), StudentCard(base="wan2.1-1.3b"))
+    code, err, out = generate(STORY, student=other)
+    refused(code, err, "other.safetensors", "wan2.1-1.3b")
+
+
+def test_a_memory_is_continued_as_it_was_made(generate, tmp_path, make_net):
+    memory = tmp_path / "memory.safetensors"
+    code, err, _ = generate(STORY, "film.mp4", "--memory-out", memory)
+    assert code == 0, err
+    refused(*generate({**STORY, "size": [32, 48]}, "next.mp4", "--memory-in", memory)[:2], "size", "[32, 48]")
+    refused(*generate(STORY, "next.mp4", "--memory-in", memory, "--slow", 3)[:2], "slow: 3")
+    refused(*generate(STORY, "next.mp4", "--memory-in", memory, "--policy", "fifo")[:2], "policy: fifo")
+    refused(*generate(STORY, "next.mp4", "--memory-in", memory, student="demo")[:2], "memory.safetensors", "student")
+    memory.write_bytes(memory.read_bytes()[:1000])
+    refused(*generate(STORY, "next.mp4", "--memory-in", memory)[:2], "memory.safetensors")
+    assert not (tmp_path / "next.mp4").exists()
+
+
+@pytest.fixture
+def interrupt_after_two_chunks(monkeypatch):
+    from context_forcing.model.pipeline import Pipeline
+
+    tell = Pipeline.tell
+
+    def interrupted(self, *args, **kwargs):
+        for i, memory in enumerate(tell(self, *args, **kwargs)):
+            if i == 2:
+                raise KeyboardInterrupt
+            yield memory
+
+    monkeypatch.setattr(Pipeline, "tell", interrupted)
+
+
+def stopped(generate, *options):
+    try:
+        code, *_ = generate(told(0.75, 0.75, 6), "film.mp4", *options)
+    except KeyboardInterrupt:
+        code = 130
+    assert code != 0
+
+
+def test_an_interrupt_leaves_no_half_film(generate, tmp_path, interrupt_after_two_chunks):
+    stopped(generate)
+    assert not list(tmp_path.glob(".*")) and not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.xfail(
+    strict=True, reason="cli.py:103: the memory is saved at the end only, an interrupt loses finished segments (promise 8)"
+)
+def test_an_interrupt_leaves_the_finished_segments(generate, tmp_path, interrupt_after_two_chunks):
+    memory = tmp_path / "memory.safetensors"
+    stopped(generate, "--memory-out", memory)
+    assert load_file(memory)["film"].shape[2] == 6
+
+
+def test_an_older_film_survives_a_refusal(generate, tmp_path):
+    (tmp_path / "film.mp4").write_bytes(b"precious")
+    code, *_ = generate(STORY, "film.mp4", "--policy", "newest")
+    assert code == 2 and (tmp_path / "film.mp4").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["train"], ["evaluate"], ["doctor"]], ids=str)
+def test_help(run, command):
+    code, _ = run(*command, "--help")
+    assert code == 0 and "Usage" in run.out
+
+
+def test_doctor(run):
+    code, err = run("doctor")
+    assert code == 0, err
+    assert "torch" in err and "ffmpeg" in err and "demo student" in err
+
+
+def test_unknown_stage_config_and_key(run, tmp_path):
+    refused(*run("train", "teacher"), "stage", "teacher")
+    refused(*run("train", "vae", "--config", "huge"), "config", "huge")
+    refused(*run("train", "vae", "depth=3"), "depth")
+    refused(*run("train", "pretrain", "--config", "smoke", f"out={tmp_path / 'none'}", "--resume"), "resume")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_train_smoke_then_generate(run, generate, tmp_path):
+    code, err = run("train", "vae", "--config", "smoke", f"out={tmp_path / 'vae'}")
+    assert code == 0, err
+    codec = tmp_path / "vae" / "demo_codec.safetensors"
+    assert codec.is_file()
+    code, err = run("train", "pretrain", "--config", "smoke", f"out={tmp_path / 'student'}", f"codec={codec}")
+    assert code == 0, err
+    code, err, out = generate({"segments": [SCENE]}, student=tmp_path / "student" / "student.safetensors")
+    assert code == 0, err
+    assert len(frames_of(out)[1]) == 9

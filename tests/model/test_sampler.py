@@ -1,0 +1,226 @@
+"""The chunk loop: splitting changes nothing, cost and positions are bounded."""
+
+import math
+
+import pytest
+import torch
+
+import context_forcing.model.causal as causal
+import context_forcing.model.sampler as sampler_module
+from context_forcing.memory import MemoryConfig
+from context_forcing.memory.snapshot import load_memory, save_memory
+from context_forcing.model.rope import rotary_table
+from context_forcing.model.sampler import COMMIT_ATTENDS, chunks_for, seeded_noise, working_bytes
+
+SIGMAS = (1.0, 0.9375, 0.625)
+SMALL = dict(sink=1, slow=2, fast=4, chunk=2, window=7, slow_similarity_threshold=0.999)
+
+
+def roll(sampler, memory, num_chunks, seed=5, sigmas=SIGMAS):
+    for memory in sampler.rollout(memory, num_chunks, sigmas=sigmas, noise=seeded_noise(seed, memory.latent_size)):
+        pass
+    return memory
+
+
+def film(memory):
+    return torch.cat(memory.film, dim=2)
+
+
+@pytest.fixture(scope="module")
+def six_chunks(net, make_sampler, empty_memory):
+    memory = roll(make_sampler(net), empty_memory(**SMALL), 6)
+    assert len(memory.slots.all) == memory.config.capacity
+    return memory
+
+
+@pytest.mark.parametrize("parts", [(2, 4), (1,) * 6, (5, 1)], ids=str)
+def test_splitting_changes_nothing(net, make_sampler, empty_memory, same_memory, six_chunks, parts):
+    memory = empty_memory(**SMALL)
+    for part in parts:
+        memory = roll(make_sampler(net), memory, part)
+    assert same_memory(memory, six_chunks)
+
+
+def test_saving_between_changes_nothing(net, make_sampler, empty_memory, same_memory, six_chunks, tmp_path):
+    memory = empty_memory(**SMALL)
+    for part in (1, 3, 2):
+        memory = roll(make_sampler(net), memory, part)
+        save_memory(tmp_path / "memory.safetensors", memory, "student")
+        memory = load_memory(tmp_path / "memory.safetensors", "student")
+    assert same_memory(memory, six_chunks)
+
+
+def test_the_global_generator_is_neither_read_nor_moved(net, make_sampler, empty_memory, same_memory, six_chunks):
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    assert same_memory(roll(make_sampler(net), empty_memory(**SMALL), 6), six_chunks)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_two_futures_of_one_memory(net, make_sampler, empty_memory, same_memory, six_chunks):
+    past = roll(make_sampler(net), empty_memory(**SMALL), 3)
+    other = roll(make_sampler(net, prompt=1), past, 3)
+    assert not torch.equal(film(other), film(six_chunks))
+    assert torch.equal(film(other)[:, :, :6], film(six_chunks)[:, :, :6])
+    assert same_memory(roll(make_sampler(net), past, 3), six_chunks)
+
+
+def test_seed_and_prompt_matter(net, make_sampler, empty_memory, six_chunks):
+    assert not torch.equal(film(roll(make_sampler(net), empty_memory(**SMALL), 6, seed=6)), film(six_chunks))
+    assert not torch.equal(film(roll(make_sampler(net, prompt=2), empty_memory(**SMALL), 6)), film(six_chunks))
+
+
+def test_noise_is_a_function_of_seed_frame_and_step():
+    noise = seeded_noise(3, (16, 4, 6))
+    first = noise(7, 2)
+    noise(8, 2), noise(7, 0)
+    assert torch.equal(noise(7, 2), first) and torch.equal(seeded_noise(3, (16, 4, 6))(7, 2), first)
+    others = [noise(8, 2), noise(6, 2), noise(7, 1), noise(2, 7), seeded_noise(4, (16, 4, 6))(7, 2)]
+    assert all(not torch.equal(other, first) for other in others)
+
+
+def test_noise_is_standard_normal_and_independent():
+    noise = seeded_noise(0, (16, 8, 16))
+    drawn = torch.stack([noise(frame, step).flatten() for frame in range(20) for step in range(4)])
+    assert abs(drawn.mean()) < 0.01 and abs(drawn.std() - 1) < 0.01
+    assert (drawn.corrcoef() - torch.eye(80)).abs().max() < 0.15
+
+
+@pytest.mark.parametrize("seed", [0, 2**31, 2**63 - 1])
+def test_any_seed_of_a_node(seed):
+    assert seeded_noise(seed, (16, 2, 2))(10**6, 49).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "seconds, fps, chunk, chunks",
+    [(3, 16, 3, 4), (9, 16, 3, 12), (0.76, 16, 3, 2), (0.75, 16, 3, 1), (0.01, 16, 3, 1), (60, 16, 3, 80),
+     (1, 16, 1, 4), (2.25, 16, 3, 3), (0.1 + 0.2 + 0.45, 16, 3, 1), (1, 24, 3, 2), (1.01, 24, 3, 3)],
+)  # fmt: skip
+def test_seconds_round_up_to_chunks(seconds, fps, chunk, chunks):
+    assert chunks_for(seconds, fps, chunk) == chunks
+
+
+@pytest.mark.parametrize("seconds", [0, -1, -0.001, math.nan, math.inf, -math.inf])
+def test_no_seconds(seconds):
+    with pytest.raises(ValueError, match="^seconds: "):
+        chunks_for(seconds, 16, 3)
+
+
+@pytest.mark.xfail(
+    strict=True, raises=OverflowError, reason="model/sampler.py:46: seconds * fps overflows, math.ceil(inf) raises"
+)
+def test_absurd_seconds():
+    with pytest.raises(ValueError, match="^seconds: "):
+        chunks_for(1e308, 16, 3)
+
+
+def test_slow_memory_changes_what_follows_its_first_use(net, make_sampler, empty_memory):
+    """Until a frame is evicted both see the same; from then on they do not."""
+    sizes = dict(sink=1, fast=4, chunk=2, window=16, policy="fifo")
+    with_slow = film(roll(make_sampler(net), empty_memory(slow=11, **sizes), 5))
+    without = film(roll(make_sampler(net), empty_memory(slow=0, **sizes), 5))
+    # Chunk 0 fills frames 0, 1; chunk 1 leaves 0 | 2, 3: frame 1 goes to slow, or is forgotten, before chunk 2.
+    assert torch.equal(with_slow[:, :, :4], without[:, :, :4])
+    assert not torch.equal(with_slow[:, :, 4:6], without[:, :, 4:6])
+
+
+def test_what_the_commit_pass_sees(net, make_sampler, empty_memory):
+    """Chunk 0 has no memory to see; later keys depend on the choice, and with them the film."""
+    start = roll(make_sampler(net), empty_memory(**SMALL), 3)
+    keys = {}
+    for choice in COMMIT_ATTENDS:
+        memory = roll(make_sampler(net, commit_attends=choice), start, 1)
+        assert torch.equal(film(memory), film(roll(make_sampler(net), start, 1))), "denoising sees everything"
+        keys[choice] = memory.remembered[7].keys
+        first = roll(make_sampler(net, commit_attends=choice), empty_memory(**SMALL), 1)
+        assert torch.equal(first.remembered[1].keys, roll(make_sampler(net), empty_memory(**SMALL), 1).remembered[1].keys)
+    assert len({tuple(k.flatten()[-50:].tolist()) for k in keys.values()}) == 3
+
+
+def test_unknown_choice_of_the_commit_pass(net, make_sampler):
+    with pytest.raises(ValueError, match="^commit_attends: 'sink'"):
+        make_sampler(net, commit_attends="sink")
+
+
+@pytest.mark.parametrize("sizes", [SMALL, dict(sink=0, slow=3, fast=3, chunk=1, window=6, policy="fifo")], ids=str)
+def test_rotary_positions_stay_in_the_window(net, make_sampler, empty_memory, monkeypatch, sizes):
+    used = []
+
+    def recorded(positions, *args):
+        used.append(positions)
+        return rotary_table(positions, *args)
+
+    monkeypatch.setattr(causal, "rotary_table", recorded)
+    monkeypatch.setattr(sampler_module, "rotary_table", recorded)
+    memory = roll(make_sampler(net), empty_memory(**sizes), 25, sigmas=(1.0,))
+    highest = max(int(positions.max()) for positions in used if len(positions))
+    assert highest == memory.config.window - 1
+    assert min(int(positions.min()) for positions in used if len(positions)) == 0
+    assert memory.num_frames > 3 * memory.config.window
+
+
+def test_cost_is_flat_once_full(net, make_sampler, empty_memory):
+    memory, seen, bytes_held = empty_memory(**SMALL | dict(policy="fifo")), [], []
+
+    def attention(q, k, v, bias=None):
+        seen[-1].append(k.shape[1])
+        return torch.nn.functional.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias
+        ).transpose(1, 2)
+
+    sampler = make_sampler(net, attention=attention)
+    for _ in range(20):
+        seen.append([])
+        memory = roll(sampler, memory, 1)
+        bytes_held.append(memory.num_bytes)
+    assert len({tuple(keys) for keys in seen[5:]}) == 1 and len(set(bytes_held[5:])) == 1
+    assert max(max(keys) for keys in seen) == memory.config.window * 6
+
+
+def test_on_pass_comes_before_every_pass_and_can_stop_it(net, make_sampler, empty_memory):
+    passes = []
+    roll(make_sampler(net, on_pass=lambda: passes.append(1)), empty_memory(**SMALL), 2)
+    assert len(passes) == 2 * (len(SIGMAS) + 1)
+
+    def interrupt():
+        if len(passes) == 8 + 6:
+            raise InterruptedError
+        passes.append(1)
+
+    done = []
+    memory = empty_memory(**SMALL)
+    with pytest.raises(InterruptedError):
+        for memory in make_sampler(net, on_pass=interrupt).rollout(
+            memory, 3, sigmas=SIGMAS, noise=seeded_noise(5, memory.latent_size)
+        ):
+            done.append(memory)
+    assert len(done) == 1, "what is finished is kept"
+
+
+def test_film_is_float32_on_the_cpu_whatever_the_network_runs_in(make_net, make_sampler, empty_memory):
+    net = make_net().bfloat16()
+    text = causal.embed_text(net, torch.randn(1, 5, 32).bfloat16())
+    sampler = sampler_module.CausalSampler(net=net, text=text, device=torch.device("cpu"), dtype=torch.bfloat16)
+    memory = roll(sampler, empty_memory(**SMALL), 3)
+    assert film(memory).dtype == torch.float32 and film(memory).isfinite().all()
+    assert {held.keys.dtype for held in memory.remembered.values()} == {torch.bfloat16}
+
+
+def test_working_bytes_grow_with_the_memory_not_the_video(net, empty_memory, six_chunks):
+    small = working_bytes(net, six_chunks, torch.float32)
+    assert small == working_bytes(net, empty_memory(**SMALL), torch.float32)
+    assert small >= six_chunks.num_bytes
+    assert working_bytes(net, empty_memory(), torch.float32) > small == 2 * working_bytes(net, six_chunks, torch.bfloat16)
+
+
+def test_other_sizes_need_no_change(net, make_sampler):
+    from context_forcing.model.pipeline import new_memory
+
+    config = MemoryConfig(sink=1, slow=1, fast=3, chunk=2, window=6)
+    memory = roll(make_sampler(net), new_memory(config, 48, 32), 3, sigmas=(1.0,))
+    assert film(memory).shape == (1, 16, 6, 4, 6)
+    memory = roll(make_sampler(net), new_memory(config, 16, 80), 3, sigmas=(1.0,))
+    assert film(memory).shape == (1, 16, 6, 10, 2)
+    assert memory.remembered[0].keys.shape[2] == 5
+    with pytest.raises(ValueError, match="^size: width 40 "):
+        new_memory(config, 40, 32)

@@ -1,0 +1,33 @@
+import json
+
+import pytest
+
+from .host import CHECKOUT, ComfyUI, Host, find_comfyui, to_api
+
+
+@pytest.fixture(scope="session")
+def comfyui() -> ComfyUI:
+    found = find_comfyui()
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+@pytest.fixture(scope="session")
+def host(comfyui, tmp_path_factory):
+    """One server for all tests."""
+    server = Host(comfyui, tmp_path_factory.mktemp("comfyui"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def object_info(host) -> dict:
+    return host.get("/object_info")
+
+
+@pytest.fixture
+def demo_chain(object_info) -> dict:
+    """The example workflow as a prompt."""
+    return to_api(json.loads((CHECKOUT / "workflows" / "demo_chain.json").read_text()), object_info)
