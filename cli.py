@@ -23,7 +23,9 @@ app = typer.Typer(
 @app.callback()
 def _root() -> None:
     logging.basicConfig(
-        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_time=False, show_path=False)]
+        level=logging.INFO,
+        format="%(message)s",
+        handlers=[RichHandler(console=console, show_time=False, show_path=False)],
     )
 
 
@@ -34,7 +36,8 @@ def generate(
     student: Annotated[str, typer.Option(help="`demo`, or a student file of `context-forcing train`.")] = "demo",
     seed: Annotated[Optional[int], typer.Option(min=0, help="Replaces the story's seed.")] = None,
     policy: Annotated[
-        Optional[str], typer.Option(help="What slow memory keeps: novel, clean, fifo or uniform. Default: the student's.")
+        Optional[str],
+        typer.Option(help="What slow memory keeps: novel, clean, fifo or uniform. Default: the student's."),
     ] = None,
     slow: Annotated[Optional[int], typer.Option(help="Slow slots, in latent frames; 0 is no slow memory.")] = None,
     threshold: Annotated[
@@ -42,7 +45,9 @@ def generate(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bf16 or fp32; auto is bf16 on CUDA, fp32 on the CPU.")] = "auto",
-    memory_in: Annotated[Optional[Path], typer.Option(help="Continue this memory; the video starts at its start.")] = None,
+    memory_in: Annotated[
+        Optional[Path], typer.Option(help="Continue this memory; the video starts at its start.")
+    ] = None,
     memory_out: Annotated[Optional[Path], typer.Option(help="Save the memory at the end.")] = None,
     report: Annotated[Optional[Path], typer.Option(help="Draw what is remembered at the end, .png.")] = None,
     scale: Annotated[
@@ -158,9 +163,9 @@ def train(
 def evaluate(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the table, the JSON and the frames.")],
     student: Annotated[str, typer.Option(help="`demo`, or a student file.")] = "demo",
-    policies: Annotated[str, typer.Option(help="Comma-separated: novel, clean, fifo, uniform, none (no slow memory).")] = (
-        "novel,clean,none"
-    ),
+    policies: Annotated[
+        str, typer.Option(help="Comma-separated: novel, clean, fifo, uniform, none (no slow memory).")
+    ] = ("novel,clean,none"),
     rollouts: Annotated[int, typer.Option(min=2, help="Scenes a cell.")] = 12,
     gaps: Annotated[str, typer.Option(help="Chunks spent elsewhere before the camera returns.")] = "8,24",
     seed: Annotated[int, typer.Option(min=0, help="Seed of scenes and noise.")] = 0,

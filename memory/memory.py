@@ -72,7 +72,7 @@ class Memory:
         return dataclasses.replace(self, segments=(*self.segments, segment))
 
     def append(self, latents_BCTHW: Tensor, kept: Sequence[tuple[Tensor, Tensor]]) -> "Memory":
-        """Commit a chunk: clean latents, and per layer the raw keys and values [B, T, P, N, E] of the pass over them."""
+        """Commit a chunk: clean latents, and per layer the raw keys and values [B, T, P, N, E] of their pass."""
         if tuple(latents_BCTHW.shape[i] for i in (1, 3, 4)) != self.latent_size or latents_BCTHW.shape[0] != 1:
             raise ValueError(
                 f"latents: shape {tuple(latents_BCTHW.shape)} does not fit a memory of one video with"
@@ -82,9 +82,7 @@ class Memory:
         new_frames = range(first, first + latents_BCTHW.shape[2])
         held = dict(self.remembered)
         for t, frame in enumerate(new_frames):
-            held[frame] = Remembered(
-                torch.stack([k[:, t] for k, _ in kept]), torch.stack([v[:, t] for _, v in kept])
-            )
+            held[frame] = Remembered(torch.stack([k[:, t] for k, _ in kept]), torch.stack([v[:, t] for _, v in kept]))
 
         def similarity(frame: int, others: Sequence[int]) -> list[float]:
             scores = [key_similarity(held[frame].keys, held[other].keys) for other in others]

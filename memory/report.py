@@ -43,11 +43,14 @@ def summary(memory: Memory, fps: float) -> str:
     slots, config = memory.slots, memory.config
     seconds = memory.num_frames * 4 / fps
     promoted = sum(decision.promoted for decision in memory.decisions)
-    share = f", {promoted / len(memory.decisions):.0%} of the frames that left fast were kept" if memory.decisions else ""
+    share = (
+        f", {promoted / len(memory.decisions):.0%} of the frames that left fast were kept" if memory.decisions else ""
+    )
     tau = f", threshold {config.slow_similarity_threshold:g}" if config.policy in ("clean", "novel") else ""
     return "\n".join(
         [
-            f"{memory.num_frames} latent frames ({seconds:.1f} s), memory reaches back {reach_seconds(memory, fps):.1f} s",
+            f"{memory.num_frames} latent frames ({seconds:.1f} s),"
+            f" memory reaches back {reach_seconds(memory, fps):.1f} s",
             f"sink {len(slots.sink)} of {config.sink}, slow {len(slots.slow)} of {config.slow},"
             f" fast {len(slots.fast)} (+ {config.chunk} being made) of {config.fast}; {memory.num_bytes / 1e6:.1f} MB",
             f"policy {config.policy}{tau}{share}",

@@ -83,7 +83,9 @@ def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
     config = MemoryConfig.from_dict(header["config"])
     channels, height, width = header["latent_size"]
     chunks = header["chunks"]
-    expected = {f"{part}.{frame}" for frame in slots.all for part in ("keys", "values")} | ({"film"} if chunks else set())
+    expected = {f"{part}.{frame}" for frame in slots.all for part in ("keys", "values")} | (
+        {"film"} if chunks else set()
+    )
     if expected != tensors.keys():
         raise ValueError(f"damaged: tensors {sorted(expected ^ tensors.keys())[:3]} are missing or extra")
     film = tensors["film"] if chunks else torch.zeros(1, channels, 0, height, width)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MemoryView:
-    """Per layer, keys rotated to their ranks 0 .. num_frames - 1 and values, [B, M * P, N, E]; sink, slow, fast in order.
+    """Per layer, values and keys rotated to their ranks 0 .. num_frames - 1, [B, M * P, N, E]; sink, slow, fast.
 
     `num_frames` is also the position of the next chunk's first frame (method.md 3.5).
     """
@@ -39,9 +39,7 @@ class MemoryView:
                 rotate(torch.stack([frame[layer] for frame in keys], dim=1)).flatten(1, 2)
                 for layer in range(num_layers)
             ),
-            values=tuple(
-                torch.cat([frame[layer] for frame in values], dim=1) for layer in range(num_layers)
-            ),
+            values=tuple(torch.cat([frame[layer] for frame in values], dim=1) for layer in range(num_layers)),
             num_frames=num_frames,
         )
 

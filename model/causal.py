@@ -45,9 +45,7 @@ def embed_text(net: nn.Module, text_BLC: Tensor, num_groups: int = 1) -> TextCon
     Raises ValueError for a text longer than `text_len`.
     """
     if text_BLC.shape[1] > net.text_len:
-        raise ValueError(
-            f"text: {text_BLC.shape[1]} rows, the model takes {net.text_len} at most; shorten the prompt"
-        )
+        raise ValueError(f"text: {text_BLC.shape[1]} rows, the model takes {net.text_len} at most; shorten the prompt")
     used = text_BLC.ne(0).any(dim=-1).any(dim=0).nonzero()
     num_used = int(used[-1]) + 1 if len(used) else 0
     num_padding = net.text_len - num_used
@@ -171,4 +169,3 @@ class MemoryAttention:
             k = torch.cat([self.view.keys[layer], k], dim=1)
             v = torch.cat([self.view.values[layer], v], dim=1)
         return self.attention(q, k, v).view_as(q_BTPNE)
-

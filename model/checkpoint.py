@@ -50,9 +50,7 @@ def infer_config(state: dict[str, Tensor], num_heads: int | None, path: str | Pa
     needed = ("patch_embedding.weight", "head.modulation", "head.head.weight", "blocks.0.ffn.0.weight",
               "text_embedding.0.weight", "time_embedding.0.weight")  # fmt: skip
     if missing := [key for key in needed if key not in state]:
-        raise ValueError(
-            f"{path}: not a Wan 2.1 model, {missing[0]} is missing; give a student in Wan's own layout"
-        )
+        raise ValueError(f"{path}: not a Wan 2.1 model, {missing[0]} is missing; give a student in Wan's own layout")
     dim, channels = state["patch_embedding.weight"].shape[:2]
     if "img_emb.proj.0.weight" in state or channels != PRESETS["wan2.1-1.3b"].channels:
         raise ValueError(
@@ -83,7 +81,10 @@ def read_card(path: str | Path) -> StudentCard:
 
 def _card(metadata: dict[str, str], path: str | Path) -> StudentCard:
     if CARD_KEY not in metadata:
-        raise ValueError(f"{path}: no student card in its metadata; it was not exported by `context-forcing train`")
+        raise ValueError(
+            f"{path}: no student card in its metadata; it was not exported by `context-forcing train`."
+            " In ComfyUI, Load Diffusion Model reads plain Wan files"
+        )
     return StudentCard.from_json(metadata[CARD_KEY])
 
 

@@ -98,7 +98,7 @@ class DemoCodec(nn.Module):
         self.draw = nn.Conv2d(width, 4 * block_size, 3, padding=1)
 
     def encode_art(self, art_BtHWC: Tensor) -> Tensor:
-        """Art-pixel frames [B, t, H/2, W/2, 3] in [-1, 1], one per latent frame -> normalised latents [B, 16, t, h, w]."""
+        """Art pixels [B, t, H/2, W/2, 3] in [-1, 1], a frame per latent frame -> normalised latents [B, 16, t, h, w]."""
         blocks = rearrange(art_BtHWC, "B t (h r) (w c) p -> B t h w (r c p)", r=BLOCK, c=BLOCK)
         return ((blocks @ self.transform.T - self.mean) / self.scale).movedim(-1, 1)
 
@@ -117,7 +117,8 @@ class DemoCodec(nn.Module):
         _, _, num_frames, height, width = pixels_BCTHW.shape
         if num_frames % 4 != 1 or height % 8 or width % 8:
             raise ValueError(
-                f"pixels: {num_frames} frames of {width} x {height}; the codec takes 1 + 4k frames, sides multiples of 8"
+                f"pixels: {num_frames} frames of {width} x {height}; the codec takes 1 + 4k frames"
+                " and sides that are multiples of 8"
             )
         last = pixels_BCTHW[:, :, ::4]
         art = F.avg_pool3d(last, (1, ART_PIXEL, ART_PIXEL))

@@ -40,11 +40,15 @@ def examine() -> list[Finding]:
         findings.append(Finding("attention sage", True, f"sageattention {version} is installed; ComfyUI can use it"))
     else:
         findings.append(
-            Finding("attention sage", False, "pip install sageattention to let ComfyUI use it; not needed", needed=False)
+            Finding(
+                "attention sage", False, "pip install sageattention to let ComfyUI use it; not needed", needed=False
+            )
         )
     findings.append(_ffmpeg())
     for name, path in (("demo student", DEMO_STUDENT), ("demo codec", DEMO_CODEC)):
-        size = f"{path.stat().st_size / 1e6:.1f} MB" if path.is_file() else f"{path} is not there; reinstall the package"
+        size = (
+            f"{path.stat().st_size / 1e6:.1f} MB" if path.is_file() else f"{path} is not there; reinstall the package"
+        )
         findings.append(Finding(name, path.is_file(), size))
     findings.append(_comfyui())
     return findings
@@ -72,7 +76,10 @@ def _comfyui() -> Finding:
     path = comfyui_path()
     if not (path / "main.py").is_file():
         return Finding(
-            "ComfyUI", False, f"none at {path}; set COMFYUI_PATH if it is elsewhere (only the nodes need it)", needed=False
+            "ComfyUI",
+            False,
+            f"none at {path}; set COMFYUI_PATH if it is elsewhere (only the nodes need it)",
+            needed=False,
         )
     version = "unknown version"
     version_file = path / "comfyui_version.py"

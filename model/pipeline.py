@@ -58,9 +58,7 @@ class Pipeline:
                 f"{student}: a {card.base} student; headless generation has the demo text encoder and codec only,"
                 " load it in ComfyUI"
             )
-        return cls(
-            net=net.to(device, dtype), card=card, codec=load_demo_codec().to(device), device=device, dtype=dtype
-        )
+        return cls(net=net.to(device, dtype), card=card, codec=load_demo_codec().to(device), device=device, dtype=dtype)
 
     def fingerprint(self) -> str:
         """Names the weights, so that a memory is never continued by another student."""

@@ -10,7 +10,7 @@ THETA = 10000.0
 
 
 def rotary_table(positions: Tensor, rows: int, columns: int, head_dim: int) -> Tensor:
-    """Unit complex numbers [..., T, P, 1, E/2] for latent frames at temporal `positions` [..., T], rows x columns tokens.
+    """Unit complex numbers [..., T, P, 1, E/2] for latent frames at `positions` [..., T], rows x columns tokens each.
 
     Each head has E/2 complex pairs, shared out as time, row, column (method.md 1.3): at head dim 128 22 + 21 + 21.
     Angles are taken in float64 where the device has it, because the temporal position is unbounded by itself.
@@ -25,9 +25,7 @@ def rotary_table(positions: Tensor, rows: int, columns: int, head_dim: int) -> T
         exponent = torch.arange(num_pairs, device=device, dtype=real) / num_pairs
         return position.to(real)[..., None] * THETA**-exponent
 
-    row, column = torch.meshgrid(
-        torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
-    )
+    row, column = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
     space = torch.cat([angles(row.flatten(), spatial_pairs), angles(column.flatten(), spatial_pairs)], dim=-1)
     time = angles(positions, temporal_pairs)
     shape = (*positions.shape, rows * columns)

@@ -65,9 +65,7 @@ class CausalSampler:
         if self.commit_attends not in COMMIT_ATTENDS:
             raise ValueError(f"commit_attends: {self.commit_attends!r} is not one of {', '.join(COMMIT_ATTENDS)}")
 
-    def rollout(
-        self, memory: Memory, num_chunks: int, *, sigmas: Sequence[float], noise: Noise
-    ) -> Iterator[Memory]:
+    def rollout(self, memory: Memory, num_chunks: int, *, sigmas: Sequence[float], noise: Noise) -> Iterator[Memory]:
         """Continue a memory by `num_chunks` chunks; yields the memory after each."""
         memory = memory.to(self.device, self.dtype)
         for _ in range(num_chunks):
@@ -103,16 +101,12 @@ class CausalSampler:
         return memory.view(lambda keys: rotate(keys, table))
 
     def _attend(self, memory: Memory, view: MemoryView, num_frames: int, keep: bool = False) -> MemoryAttention:
-        return MemoryAttention(
-            view, self._grid(memory), num_frames, self._head_dim, self.device, self.attention, keep
-        )
+        return MemoryAttention(view, self._grid(memory), num_frames, self._head_dim, self.device, self.attention, keep)
 
     def _flow(self, x_BCTHW: Tensor, sigma: float, attend_self: MemoryAttention) -> Tensor:
         self.on_pass()
         timestep = torch.full((1, x_BCTHW.shape[2]), TIMESTEPS * sigma, device=self.device, dtype=torch.float64)
-        flow = causal_forward(
-            self.net, x_BCTHW.to(self.dtype), timestep, self.text, attend_self, self.attention
-        )
+        flow = causal_forward(self.net, x_BCTHW.to(self.dtype), timestep, self.text, attend_self, self.attention)
         return flow.float()
 
     def _grid(self, memory: Memory) -> tuple[int, int]:

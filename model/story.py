@@ -113,7 +113,9 @@ def _whole(name: str, value: object, least: int, most: int) -> int:
 
 def _check_keys(where: str, raw: object, cls: type) -> None:
     if not isinstance(raw, Mapping):
-        raise ValueError(f"{where}: {raw!r} must be a mapping with {', '.join(f.name for f in dataclasses.fields(cls))}")
+        raise ValueError(
+            f"{where}: {raw!r} must be a mapping with {', '.join(f.name for f in dataclasses.fields(cls))}"
+        )
     known = [f.name for f in dataclasses.fields(cls)]
     if unknown := [key for key in raw if key not in known]:
         raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(known)}")

@@ -24,7 +24,7 @@ class ContextForcingLoadDemo(io.ComfyNode):
             node_id="ContextForcingLoadDemo",
             display_name="Load Demo Student",
             category=CATEGORY,
-            description="The built-in student of a small pixel-art world, with its text encoder and codec. No download.",
+            description="The built-in student of a small pixel-art world, with text encoder and codec. No download.",
             search_aliases=["context forcing", "demo", "long video"],
             inputs=[],
             outputs=[

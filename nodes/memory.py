@@ -29,7 +29,7 @@ class ContextForcingMemory(io.ComfyNode):
             " the video will remember.",
             search_aliases=["context forcing", "kv cache", "attention sink", "long video"],
             inputs=[
-                io.Model.Input("model", tooltip="The student; its card gives every setting left at -1 or 'as trained'."),
+                io.Model.Input("model", tooltip="The student; its card gives what is left at -1 or 'as trained'."),
                 io.Int.Input(
                     "width", default=0, min=0, max=8192, step=16,
                     tooltip="Width of the video in pixels, a multiple of 16; 0: as trained.",

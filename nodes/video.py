@@ -53,7 +53,7 @@ class ContextForcingSaveVideo(io.ComfyNode):
                     "filename_prefix", default="video/context_forcing",
                     tooltip="Name of the file, with folders under ComfyUI's output folder.",
                 ),
-                io.Float.Input("fps", default=16.0, min=1.0, max=240.0, step=1.0, tooltip="Frames per second; Wan: 16."),
+                io.Float.Input("fps", default=16.0, min=1.0, max=240.0, step=1.0, tooltip="Frames a second; Wan: 16."),
                 io.Int.Input(
                     "scale", default=0, min=0, max=64,
                     tooltip="Nearest-neighbour enlargement for pixel art. 0: as much as brings the shorter side to 360"

@@ -1,6 +1,6 @@
 """Draw the README's filmstrips: one story, one seed, with and without slow memory.
 
-    python scripts/readme_pictures.py [--student FILE] [--story FILE] [--out docs]
+python scripts/readme_pictures.py [--student FILE] [--story FILE] [--out docs]
 """
 
 import argparse

@@ -13,7 +13,17 @@ from ..memory.config import MemoryConfig
 from ..memory.policy import Slots, advance
 from ..model.codec import DemoCodec
 from ..model.text import TEXT_DIM, canonical_words, concept_embedding
-from .world import VIEW_COLUMNS, Scene, Style, caption, headings, pacing_script, random_script, random_styles, render_latent_frames
+from .world import (
+    VIEW_COLUMNS,
+    Scene,
+    Style,
+    caption,
+    headings,
+    pacing_script,
+    random_script,
+    random_styles,
+    render_latent_frames,
+)
 from .world.camera import frame_moves
 
 

@@ -153,11 +153,7 @@ def sum_up(policy: str, kind: str, gap_frames: int, trials: list[Trial]) -> Cell
     hits = np.array([np.mean([a == b for a, b in zip(t.remembered, t.returned)]) for t in trials])
     draws = np.random.default_rng(0).integers(len(trials), size=(BOOTSTRAP, len(trials)))
     low, high = np.percentile(hits[draws].mean(1), [2.5, 97.5])
-    others = [
-        a == b
-        for one, two in itertools.permutations(trials, 2)
-        for a, b in zip(one.remembered, two.returned)
-    ]
+    others = [a == b for one, two in itertools.permutations(trials, 2) for a, b in zip(one.remembered, two.returned)]
     mean = lambda name: float(np.mean([getattr(t, name) for t in trials]))
     return Cell(
         policy, kind, gap_frames, float(hits.mean()), float(low), float(high), float(np.mean(others)), len(trials),
@@ -219,4 +215,6 @@ def strip(pipeline: Pipeline, memory: Memory, columns: int = 12, scale: int = 3)
     frames = pixels.add(1).mul(127.5).round().clamp(0, 255).byte().movedim(0, -1).cpu().numpy()
     frames = upscale(np.ascontiguousarray(frames), scale)
     rows = [np.concatenate(list(frames[i : i + columns]), axis=1) for i in range(0, len(frames), columns)]
-    return Image.fromarray(np.concatenate(rows, axis=0)).resize((1920, rows[0].shape[0] * len(rows) * 1920 // rows[0].shape[1]))
+    return Image.fromarray(np.concatenate(rows, axis=0)).resize(
+        (1920, rows[0].shape[0] * len(rows) * 1920 // rows[0].shape[1])
+    )

@@ -32,9 +32,7 @@ def noisy_part(flow_BCTHW: Tensor, chunk: int) -> Tensor:
 class TeacherForcing:
     """Self-attention of a teacher-forced pass; `slots` [B, K, M] names each chunk's remembered frames, -1 for none."""
 
-    def __init__(
-        self, slots: Tensor, chunk: int, grid: tuple[int, int], head_dim: int, attention: Attention = sdpa
-    ):
+    def __init__(self, slots: Tensor, chunk: int, grid: tuple[int, int], head_dim: int, attention: Attention = sdpa):
         batch, num_chunks, capacity = slots.shape
         tokens = grid[0] * grid[1]
         self.num_chunks, self.chunk, self.attention = num_chunks, chunk, attention

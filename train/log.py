@@ -22,7 +22,11 @@ class RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "log.jsonl"
         # A killed run may have logged steps after its last checkpoint; a resumed one takes them again.
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < self.start] if self.start else []
+        kept = (
+            [line for line in path.read_text().splitlines() if json.loads(line)["step"] < self.start]
+            if self.start
+            else []
+        )
         self.file = open(path, "w", encoding="utf-8")
         self.file.writelines(line + "\n" for line in kept)
         self.bar = tqdm(total=self.num_steps, initial=self.start, desc=self.stage, unit="step", mininterval=2)

@@ -48,9 +48,7 @@ def draw_steps(rng: np.random.Generator, size: int) -> tuple[torch.Tensor, torch
         before = panorama(scene, random_style(rng)) if rng.random() < STYLE_CHANGES else after
         offset, move = int(rng.integers(RING_COLUMNS)) * TOKEN, int(rng.integers(-1, 2))
         step = move * TOKEN // FRAMES_PER_LATENT
-        clips.append(
-            [view(before, offset)] + [view(after, offset + step * (k + 1)) for k in range(FRAMES_PER_LATENT)]
-        )
+        clips.append([view(before, offset)] + [view(after, offset + step * (k + 1)) for k in range(FRAMES_PER_LATENT)])
     clip = torch.from_numpy(np.array(clips)).float() / 127.5 - 1
     return clip[:, 0], clip[:, 1:]
 

@@ -79,6 +79,19 @@ def test_noise_is_a_function_of_seed_frame_and_step():
     assert all(not torch.equal(other, first) for other in others)
 
 
+def test_noise_is_asked_for_by_absolute_frame_and_step(net, make_sampler, empty_memory):
+    memory, asked = empty_memory(**SMALL), []
+    draw = seeded_noise(5, memory.latent_size)
+
+    def noise(frame, step):
+        asked.append((step, frame))
+        return draw(frame, step)
+
+    for _ in range(3):
+        *_, memory = make_sampler(net).rollout(memory, 1, sigmas=SIGMAS, noise=noise)
+    assert asked == [(step, 2 * c + t) for c in range(3) for step in range(3) for t in range(2)]
+
+
 def test_noise_is_standard_normal_and_independent():
     noise = seeded_noise(0, (16, 8, 16))
     drawn = torch.stack([noise(frame, step).flatten() for frame in range(20) for step in range(4)])

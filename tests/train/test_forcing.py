@@ -139,7 +139,7 @@ def test_layouts_hold_what_a_memory_can(config):
     rng = np.random.default_rng(0)
     kinds = set()
     for _ in range(60):
-        clip = random_clip(rng, 14, config.chunk)
+        clip = random_clip(rng, 14, config.chunk, pacing=0.5)
         layout = memory_layout(rng, clip, config)
         assert len(layout) == 14 and layout[0] == ()
         for c, frames in enumerate(layout):

@@ -18,15 +18,37 @@ _ANGLE = 2 * np.pi * _X / RING_WIDTH
 
 # (art column, height above the horizon, half width): one giant, a pair of twins, ranges and passes between.
 _PEAKS = (
-    (14, 9, 22), (40, 6, 16), (92, 5, 20), (124, 10, 20), (146, 8, 18), (172, 6, 18),
-    (208, 16, 30), (242, 8, 18), (276, 13, 16), (296, 13, 16), (322, 7, 18), (356, 10, 24), (376, 6, 14),
+    (14, 9, 22),
+    (40, 6, 16),
+    (92, 5, 20),
+    (124, 10, 20),
+    (146, 8, 18),
+    (172, 6, 18),
+    (208, 16, 30),
+    (242, 8, 18),
+    (276, 13, 16),
+    (296, 13, 16),
+    (322, 7, 18),
+    (356, 10, 24),
+    (376, 6, 14),
 )
 _SUN_COLUMN = 68
 # (art column, row of the flat bottom, half width)
 _CLEAR_CLOUDS = ((20, 6, 10), (112, 5, 8), (160, 7, 11), (250, 5, 9), (330, 6, 12))
 _OVERCAST_CLOUDS = (
-    (8, 6, 14), (38, 8, 10), (66, 4, 12), (94, 7, 13), (126, 4, 11), (148, 8, 10), (176, 6, 14), (228, 5, 12),
-    (254, 8, 11), (284, 4, 13), (312, 7, 11), (338, 4, 12), (362, 8, 10),
+    (8, 6, 14),
+    (38, 8, 10),
+    (66, 4, 12),
+    (94, 7, 13),
+    (126, 4, 11),
+    (148, 8, 10),
+    (176, 6, 14),
+    (228, 5, 12),
+    (254, 8, 11),
+    (284, 4, 13),
+    (312, 7, 11),
+    (338, 4, 12),
+    (362, 8, 10),
 )
 _CASTLE = (
     "...kk...",
@@ -71,7 +93,7 @@ def _stars(canvas: np.ndarray) -> None:
     for index in range(72):
         column, row = 2 * int(rng.integers(RING_WIDTH // 2)), 2 * int(rng.integers(4))
         size = 2 if index % 4 == 0 else 1
-        canvas[row:row + size, column:column + size] += 90 if size == 2 else 60
+        canvas[row : row + size, column : column + size] += 90 if size == 2 else 60
 
 
 def _sun_and_moon(canvas: np.ndarray, style: Style) -> None:
@@ -107,9 +129,7 @@ def _clouds(canvas: np.ndarray, style: Style) -> None:
 
 def _mountains(canvas: np.ndarray, style: Style) -> None:
     jag = np.round(_waves((29, 0.7, 1.0), (47, 0.6, 2.0), (71, 0.4, 0.0)))
-    heights = np.concatenate([
-        peak * (1 - np.abs(_ring_delta(column)) / width) for column, peak, width in _PEAKS
-    ])
+    heights = np.concatenate([peak * (1 - np.abs(_ring_delta(column)) / width) for column, peak, width in _PEAKS])
     owner = heights.argmax(axis=0)
     skyline = np.maximum(heights.max(axis=0)[None], 2.0) + 0.5 * jag
     depth = _Y - (HORIZON - skyline)

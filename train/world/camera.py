@@ -41,7 +41,7 @@ def _render(scene: Scene, styles: Sequence[Style], style_index: np.ndarray, offs
         unrolled[style] = np.concatenate([ring, ring[:, :VIEW_WIDTH]], axis=1)
     frames = np.empty((len(offsets), VIEW_HEIGHT, VIEW_WIDTH, 3), dtype=np.uint8)
     for frame, index, left in zip(frames, style_index.tolist(), (offsets % RING_WIDTH).tolist()):
-        frame[...] = unrolled[styles[index]][:, left:left + VIEW_WIDTH]
+        frame[...] = unrolled[styles[index]][:, left : left + VIEW_WIDTH]
     return frames
 
 

@@ -35,8 +35,7 @@ class Style:
 
 
 ALL_STYLES = tuple(
-    Style(ground=ground, weather=weather, time=time)
-    for ground in GROUNDS for weather in WEATHERS for time in TIMES
+    Style(ground=ground, weather=weather, time=time) for ground in GROUNDS for weather in WEATHERS for time in TIMES
 )
 
 

@@ -70,7 +70,7 @@ def _draw(class_id: int, style: Style, station: int) -> np.ndarray:
     if not 0 <= station < NUM_STATIONS:
         raise ValueError(f"station is {station}, must be in 0..{NUM_STATIONS - 1}")
     left = station * STATION_COLUMNS * TOKEN
-    behind = background(style)[LANDMARK_TOP:LANDMARK_TOP + LANDMARK, left:left + LANDMARK]
+    behind = background(style)[LANDMARK_TOP : LANDMARK_TOP + LANDMARK, left : left + LANDMARK]
     return mix(behind, *sprite(class_id, style))
 
 
@@ -80,7 +80,7 @@ def panorama(scene: Scene, style: Style) -> np.ndarray:
     ring = background(style).copy()
     for station, class_id in enumerate(scene.class_ids):
         left = station * STATION_COLUMNS * TOKEN
-        ring[LANDMARK_TOP:LANDMARK_TOP + LANDMARK, left:left + LANDMARK] = _draw(class_id, style, station)
+        ring[LANDMARK_TOP : LANDMARK_TOP + LANDMARK, left : left + LANDMARK] = _draw(class_id, style, station)
     pixels = np.round(ring).astype(np.uint8)
     pixels.setflags(write=False)
     return pixels

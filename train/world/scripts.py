@@ -61,8 +61,13 @@ def benchmark_script(kind: str, gap_chunks: int, mirror: bool) -> Script:
     target = path[target_frame]
     return_frame = next(frame for frame in range(target_frame + 2, len(path)) if path[frame] == target)
     return Script(
-        kind=kind, mirror=mirror, moves=moves, headings=tuple(path), target_heading=target,
-        target_frame=target_frame, return_frame=return_frame,
+        kind=kind,
+        mirror=mirror,
+        moves=moves,
+        headings=tuple(path),
+        target_heading=target,
+        target_frame=target_frame,
+        return_frame=return_frame,
         hidden_frames=tuple(frame for frame, heading in enumerate(path) if not _shares_columns(heading, target)),
     )
 
@@ -114,9 +119,7 @@ def pacing_script(rng: np.random.Generator, num_chunks: int) -> list[int]:
 
 def random_style(rng: np.random.Generator) -> Style:
     """Any style, all equally likely."""
-    return Style(
-        ground=str(rng.choice(GROUNDS)), weather=str(rng.choice(WEATHERS)), time=str(rng.choice(TIMES))
-    )
+    return Style(ground=str(rng.choice(GROUNDS)), weather=str(rng.choice(WEATHERS)), time=str(rng.choice(TIMES)))
 
 
 def random_styles(rng: np.random.Generator, num_chunks: int) -> list[Style]:

@@ -109,10 +109,17 @@ def sprite(class_id: int, style: Style) -> tuple[np.ndarray, np.ndarray]:
     own = rgb(LANDMARK_RGB[class_id % NUM_COLOURS])
     white = rgb((255, 252, 240))
     inks = {
-        "i": own * LIT_OUTLINE, "o": own * OUTLINE,
-        "d": own * 0.74, "m": own, "l": mix(own, white, 0.22), "h": mix(own, white, 0.58),
-        "w": white, "b": rgb((142, 92, 54)), "k": rgb((66, 44, 40)),
-        "s": rgb((20, 24, 50)), ".": rgb((0, 0, 0)),
+        "i": own * LIT_OUTLINE,
+        "o": own * OUTLINE,
+        "d": own * 0.74,
+        "m": own,
+        "l": mix(own, white, 0.22),
+        "h": mix(own, white, 0.58),
+        "w": white,
+        "b": rgb((142, 92, 54)),
+        "k": rgb((66, 44, 40)),
+        "s": rgb((20, 24, 50)),
+        ".": rgb((0, 0, 0)),
     }
     inks = {key: lit(ink, style, LANDMARK_LIGHT) for key, ink in inks.items()}
     # Windows shine in their own light after dark.
