@@ -1,5 +1,6 @@
 """The `context-forcing` command."""
 
+import contextlib
 import logging
 import sys
 import time
@@ -34,7 +35,7 @@ def generate(
     story: Annotated[Path, typer.Argument(help="YAML file: segments with `prompt` and `seconds`; size, fps, seed.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The video to write, .mp4.")],
     student: Annotated[str, typer.Option(help="`demo`, or a student file of `context-forcing train`.")] = "demo",
-    seed: Annotated[Optional[int], typer.Option(min=0, help="Replaces the story's seed.")] = None,
+    seed: Annotated[Optional[int], typer.Option(min=0, max=2**63 - 1, help="Replaces the story's seed.")] = None,
     policy: Annotated[
         Optional[str],
         typer.Option(help="What slow memory keeps: novel, clean, fifo or uniform. Default: the student's."),
@@ -69,6 +70,8 @@ def generate(
     for option, path in (("--memory-out", memory_out), ("--report", report)):
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"{option}: the folder {path.parent} does not exist")
+        if path is not None and path.is_dir():
+            raise ValueError(f"{option}: {path} is a folder; give a file name")
     if report is not None and report.suffix.lower() != ".png":
         raise ValueError(f"--report: {report} must end in .png")
     pipeline = Pipeline.load(None if student == "demo" else student, *pick_device(device, dtype))
@@ -85,7 +88,10 @@ def generate(
     began = time.monotonic()
 
     final = memory
-    with _progress() as progress:
+    with _progress() as progress, contextlib.ExitStack() as kept:
+        if memory_out is not None:
+            # Also after an interrupt or an error: what is finished is kept.
+            kept.callback(lambda: final.film and save_memory(memory_out, final, pipeline.fingerprint()))
         total = told.num_chunks(fps, memory.config.chunk)
         task = progress.add_task("generate", total=total, says="")
 
@@ -106,8 +112,6 @@ def generate(
 
         count = write_video(output, pipeline.decode(latents()), fps=fps, scale=scale or default_scale(width, height))
     seconds = time.monotonic() - began
-    if memory_out is not None:
-        save_memory(memory_out, final, pipeline.fingerprint())
     if report is not None:
         draw_report(final, pipeline.thumbnails(final).numpy(), fps).save(report)
     console.print(summary(final, fps), highlight=False)
@@ -168,7 +172,7 @@ def evaluate(
     ] = ("novel,clean,none"),
     rollouts: Annotated[int, typer.Option(min=2, help="Scenes a cell.")] = 12,
     gaps: Annotated[str, typer.Option(help="Chunks spent elsewhere before the camera returns.")] = "8,24",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of scenes and noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**48, help="Seed of scenes and noise.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
 ) -> None:

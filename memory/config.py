@@ -39,6 +39,10 @@ class MemoryConfig:
     uniform_stride: int = 6
 
     def __post_init__(self):
+        for name in ("sink", "slow", "fast", "chunk", "window", "uniform_stride"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name}: {value!r} is not a whole number of latent frames")
         for name in ("sink", "slow"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)} latent frames; it must be 0 or more")
@@ -61,10 +65,9 @@ class MemoryConfig:
             raise ValueError(f"policy: {self.policy!r} is not one of {', '.join(POLICIES)}")
         if self.eviction not in EVICTIONS:
             raise ValueError(f"eviction: {self.eviction!r} is not one of {', '.join(EVICTIONS)}")
-        if not -1 <= self.slow_similarity_threshold <= 1:
-            raise ValueError(
-                f"slow_similarity_threshold: {self.slow_similarity_threshold} is not a cosine; it must be in [-1, 1]"
-            )
+        tau = self.slow_similarity_threshold
+        if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not -1 <= tau <= 1:
+            raise ValueError(f"slow_similarity_threshold: {tau!r} is not a cosine; it must be a number in [-1, 1]")
 
     @property
     def capacity(self) -> int:
@@ -74,6 +77,8 @@ class MemoryConfig:
     @classmethod
     def from_dict(cls, raw: Mapping) -> "MemoryConfig":
         """Raises ValueError for unknown fields."""
+        if not isinstance(raw, Mapping):
+            raise ValueError(f"memory: {raw!r} is not a mapping of settings")
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(raw) - known):
             raise ValueError(f"memory: unknown fields {unknown}; known are {sorted(known)}")

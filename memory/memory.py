@@ -93,7 +93,7 @@ class Memory:
             self,
             slots=slots,
             remembered={frame: held[frame] for frame in slots.all},
-            film=(*self.film, latents_BCTHW.detach().cpu()),
+            film=(*self.film, latents_BCTHW.detach().to("cpu", copy=True)),
             decisions=self.decisions + decisions,
         )
 

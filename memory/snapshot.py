@@ -1,6 +1,7 @@
 """A memory on disk: one safetensors file, exact; continuing from it is bit-identical."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from .memory import Memory, Remembered, Segment
 from .policy import Decision, Slots
 
 HEADER_KEY = "context_forcing_memory"
+DIGEST_KEY = "sha256"
 VERSION = 1
 
 
@@ -36,14 +38,24 @@ def save_memory(path: str | Path, memory: Memory, student: str) -> None:
         tensors[f"values.{frame}"] = held.values.cpu().contiguous()
     if memory.film:
         tensors["film"] = torch.cat(memory.film, dim=2)
+    text = json.dumps(header)
     part = path.with_name(path.name + ".part")
     try:
-        save_file(tensors, part, {HEADER_KEY: json.dumps(header)})
+        save_file(tensors, part, {HEADER_KEY: text, DIGEST_KEY: digest(text, tensors)})
         os.replace(part, path)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be written ({error})") from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def digest(header: str, tensors: dict[str, torch.Tensor]) -> str:
+    """Fingerprint of a whole snapshot: header, names, shapes, types and every byte."""
+    sha = hashlib.sha256(header.encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def load_memory(path: str | Path, student: str) -> Memory:
@@ -71,6 +83,8 @@ def load_memory(path: str | Path, student: str) -> Memory:
             raise ValueError(
                 "made by another student; keys of one network mean nothing to another, load the student it came from"
             )
+        if digest(metadata[HEADER_KEY], tensors) != metadata.get(DIGEST_KEY):
+            raise ValueError("damaged: its contents do not have the digest it was saved with; use another copy")
         return _build(header, tensors)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: damaged header ({error!r})") from None

@@ -51,6 +51,9 @@ def infer_config(state: dict[str, Tensor], num_heads: int | None, path: str | Pa
               "text_embedding.0.weight", "time_embedding.0.weight")  # fmt: skip
     if missing := [key for key in needed if key not in state]:
         raise ValueError(f"{path}: not a Wan 2.1 model, {missing[0]} is missing; give a student in Wan's own layout")
+    for key in needed:
+        if key != "head.modulation" and state[key].ndim != (5 if key == needed[0] else 2):
+            raise ValueError(f"{path}: not a Wan 2.1 model, {key} has shape {tuple(state[key].shape)}")
     dim, channels = state["patch_embedding.weight"].shape[:2]
     if "img_emb.proj.0.weight" in state or channels != PRESETS["wan2.1-1.3b"].channels:
         raise ValueError(
@@ -69,6 +72,18 @@ def infer_config(state: dict[str, Tensor], num_heads: int | None, path: str | Pa
     )
 
 
+def check_tensors(net: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """Raises ValueError, one line, unless the names and shapes are exactly the network's."""
+    expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    if expected != found:
+        wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+        raise ValueError(
+            f"{path}: {len(wrong)} of {len(expected)} tensors missing, extra or of another shape, first {wrong[0]}"
+            f" (expected {expected.get(wrong[0])}, found {found.get(wrong[0])})"
+        )
+
+
 def read_card(path: str | Path) -> StudentCard:
     """The card of a student file, without its weights. Raises ValueError for a file that has none."""
     try:
@@ -85,7 +100,10 @@ def _card(metadata: dict[str, str], path: str | Path) -> StudentCard:
             f"{path}: no student card in its metadata; it was not exported by `context-forcing train`."
             " In ComfyUI, Load Diffusion Model reads plain Wan files"
         )
-    return StudentCard.from_json(metadata[CARD_KEY])
+    try:
+        return StudentCard.from_json(metadata[CARD_KEY])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def load_student(path: str | Path | None = None, dtype: torch.dtype = torch.float32) -> tuple[WanModel, StudentCard]:
@@ -95,28 +113,28 @@ def load_student(path: str | Path | None = None, dtype: torch.dtype = torch.floa
     """
     path = Path(path or DEMO_STUDENT)
     state, metadata = read_safetensors(path)
-    config = infer_config(state, metadata_num_heads(metadata), path)
+    try:
+        num_heads = metadata_num_heads(metadata)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    config = infer_config(state, num_heads, path)
     card = _card(metadata, path)
     with torch.device("meta"):
         net = WanModel(config)
-    expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
-    found = {key: tuple(value.shape) for key, value in state.items()}
-    if expected != found:
-        wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
-        raise ValueError(
-            f"{path}: {len(wrong)} of {len(expected)} tensors missing, extra or of another shape, first {wrong[0]}"
-            f" (expected {expected.get(wrong[0])}, found {found.get(wrong[0])})"
-        )
+    check_tensors(net, state, path)
     net.load_state_dict({key: value.to(dtype) for key, value in state.items()}, strict=True, assign=True)
     return net.eval().requires_grad_(False), card
 
 
 def metadata_num_heads(metadata: dict[str, str]) -> int | None:
-    """Heads as ComfyUI's `config` metadata gives them, or None."""
+    """Heads as ComfyUI's `config` metadata gives them, or None where it does not. Raises ValueError for nonsense."""
     try:
-        return json.loads(metadata.get("config", "{}")).get("transformer", {}).get("num_heads")
+        num_heads = json.loads(metadata.get("config", "{}")).get("transformer", {}).get("num_heads")
     except (json.JSONDecodeError, AttributeError):
         return None
+    if num_heads is not None and (type(num_heads) is not int or num_heads < 1):
+        raise ValueError(f"num_heads: {num_heads!r} in the metadata is not a number of heads")
+    return num_heads
 
 
 def load_demo_codec(path: str | Path | None = None) -> DemoCodec:
@@ -128,6 +146,7 @@ def load_demo_codec(path: str | Path | None = None) -> DemoCodec:
     width = state["stem.weight"].shape[0]
     num_blocks = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("body."))
     codec = DemoCodec(width, num_blocks)
+    check_tensors(codec, state, path)
     codec.load_state_dict(state, strict=True)
     return codec.eval().requires_grad_(False)
 
@@ -137,7 +156,8 @@ def fingerprint(net: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(net.named_parameters()):
         flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
+        # Rounded to bf16, so that a student has one name in every precision it is run in.
+        sample = flat[:: max(1, flat.numel() // 1024)].bfloat16().float().cpu()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(sample.half().numpy().tobytes())
+        digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]

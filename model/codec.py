@@ -132,14 +132,13 @@ class DemoCodec(nn.Module):
         """Decode consecutive chunks of one film; only the last latent frame is carried."""
         before = None
         for raw_BCthw in raw_chunks:
-            latents = normalise(raw_BCthw)
-            first = before is None
-            before = latents[:, :, :1] if first else before
-            befores = torch.cat([before, latents[:, :, :-1]], dim=2)
-            batch = latents.shape[0]
-            frames = self.draw_frames(*(rearrange(x, "B C t h w -> (B t) C h w") for x in (befores, latents)))
-            frames = rearrange(frames, "(B t) k H W p -> B p (t k) H W", B=batch)[:, :, 3 if first else 0 :]
-            before = latents[:, :, -1:]
+            drawn = []
+            # One by one: a convolution over several rounds otherwise, and the film must not depend on its chunks.
+            for latent in normalise(raw_BCthw).unbind(2):
+                frames = self.draw_frames(latent if before is None else before, latent)
+                drawn.append(frames if before is not None else frames[:, 3:])
+                before = latent
+            frames = torch.cat(drawn, dim=1).movedim(-1, 1)
             yield frames.clamp(-1, 1).repeat_interleave(ART_PIXEL, -1).repeat_interleave(ART_PIXEL, -2)
 
 

@@ -66,6 +66,18 @@ class StudentCard:
     train_steps: int | None = None
     train_seconds: float | None = None
 
+    def __post_init__(self):
+        for name, length in (("steps", None), ("size", 2)):
+            values = getattr(self, name)
+            whole = isinstance(values, tuple) and all(type(value) in (int, float) for value in values)
+            if not whole or (length and len(values) != length):
+                raise ValueError(f"{name}: {values!r} is not a list of {length or 'some'} numbers")
+        if type(self.shift) not in (int, float) or type(self.fps) is not int or self.fps < 1:
+            raise ValueError(f"shift: {self.shift!r} or fps: {self.fps!r} is not a number that makes sense")
+        if any(type(side) is not int or side <= 0 or side % PIXEL_MULTIPLE for side in self.size):
+            raise ValueError(f"size: {self.size!r} must be multiples of {PIXEL_MULTIPLE}")
+        warped_sigmas(self.steps, self.shift)
+
     @property
     def sigmas(self) -> tuple[float, ...]:
         """Noise levels of the sampler, warped, without the final 0."""
@@ -78,7 +90,10 @@ class StudentCard:
     @classmethod
     def from_json(cls, text: str) -> "StudentCard":
         """Read a card. Raises ValueError for unknown fields, so that a newer card is not half understood."""
-        raw = json.loads(text)
+        try:
+            raw = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"student card: not JSON ({error})") from None
         if not isinstance(raw, dict):
             raise ValueError("student card: not a JSON object")
         known = {f.name for f in dataclasses.fields(cls)}
@@ -86,6 +101,6 @@ class StudentCard:
             raise ValueError(f"student card: unknown fields {unknown}; the file was made by a newer version")
         memory = MemoryConfig.from_dict(raw.pop("memory", {}))
         for name in ("steps", "size"):
-            if name in raw:
+            if isinstance(raw.get(name), list):
                 raw[name] = tuple(raw[name])
         return cls(memory=memory, **raw)

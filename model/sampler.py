@@ -20,6 +20,8 @@ from .rope import rotary_table, rotate
 Noise = Callable[[int, int], Tensor]
 """(absolute latent frame, step) -> standard normal noise [B, C, H, W]."""
 
+MAX_SECONDS = 3e7
+
 COMMIT_ATTENDS = ("all", "no sink", "fast only")
 
 
@@ -37,10 +39,10 @@ def seeded_noise(seed: int, latent_size: tuple[int, int, int]) -> Noise:
 def chunks_for(seconds: float, fps: float, chunk: int) -> int:
     """Whole chunks that cover `seconds`: 12 pixel frames a chunk of 3 latent frames.
 
-    Raises ValueError unless seconds is positive and finite.
+    Raises ValueError unless seconds is positive and less than a year.
     """
-    if not (seconds > 0 and math.isfinite(seconds)):
-        raise ValueError(f"seconds: {seconds} must be a positive number")
+    if not 0 < seconds < MAX_SECONDS:
+        raise ValueError(f"seconds: {seconds} must be above 0 and below {MAX_SECONDS:g}")
     return max(1, math.ceil(round(seconds * fps / (VAE_STRIDE[0] * chunk), 6)))
 
 

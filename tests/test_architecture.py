@@ -101,10 +101,11 @@ def test_the_model_knows_of_the_memory_what_it_needs():
         assert used <= allowed.get(str(path.relative_to(ROOT)), set()), path
 
 
-@pytest.mark.xfail(strict=True, reason="train/log.py:8 imports tqdm, which neither requirements.txt nor an extra declares")
 def test_what_is_imported_is_declared():
     """ComfyUI's own packages come with ComfyUI; everything else stands in requirements.txt or an extra."""
-    project = pytest.importorskip("tomllib", reason="Python 3.10 has no TOML reader").loads((ROOT / "pyproject.toml").read_text())
+    project = pytest.importorskip("tomllib", reason="Python 3.10 has no TOML reader").loads(
+        (ROOT / "pyproject.toml").read_text()
+    )
     extras = project["project"]["optional-dependencies"]
     lines = [*(ROOT / "requirements.txt").read_text().splitlines(), *extras["headless"], *extras["train"]]
     declared = {re.match(r"[\w-]+", line)[0].lower().replace("-", "_") for line in lines if line.strip()}
@@ -112,7 +113,9 @@ def test_what_is_imported_is_declared():
     declared = {imported_as.get(name, name) for name in declared}
     for path in FILES:
         used = {module.split(".")[0] for module, ours, _ in imports(path) if not ours}
-        missing = used - declared - set(sys.stdlib_module_names) - {"comfy", "comfy_api", "folder_paths", "latent_preview"}
+        missing = (
+            used - declared - set(sys.stdlib_module_names) - {"comfy", "comfy_api", "folder_paths", "latent_preview"}
+        )
         assert not missing - {"nodes"}, f"{path.relative_to(ROOT)}: {missing}"
 
 

@@ -1,12 +1,14 @@
 """Named runs: one dataclass a stage, one function a run. Overrides are `key=value`; unknown keys are errors."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import yaml
 
 from ..memory.config import MemoryConfig
+from ..model.config import PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,9 @@ class VaeConfig:
     """Standard deviation of noise on the latents, so that a student's small errors are drawn over."""
     checkpoint_every: int = 250
     out: str = "runs/vae"
+
+    def __post_init__(self):
+        _check_positive(self, "width", "num_blocks", "steps", "batch", "lr", "checkpoint_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +66,12 @@ class PretrainConfig:
     validate_every: int = 100
     checkpoint_every: int = 100
     out: str = "runs/pretrain"
+
+    def __post_init__(self):
+        _check_positive(self, "num_chunks", "steps", "batch", "lr", "decay", "clip", "shift", "sample_steps")
+        _check_positive(self, "validate_every", "checkpoint_every", "recall_weight")
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset: {self.preset!r} is not one of {', '.join(PRESETS)}")
 
 
 def vae_demo() -> VaeConfig:
@@ -108,13 +119,22 @@ def _override(config, override: str):
     if head not in known:
         raise ValueError(f"{head}: unknown key; known are {', '.join(sorted(known))}")
     current = getattr(config, head)
+    if rest and not dataclasses.is_dataclass(current):
+        raise ValueError(f"{key}: {head} has no parts; give {head}=value")
     if rest:
         return dataclasses.replace(config, **{head: _override(current, f"{rest}={text}")})
-    value = yaml.safe_load(text)
-    if isinstance(current, float) and isinstance(value, int):
-        value = float(value)
-    if isinstance(current, float) and isinstance(value, str):
-        value = float(value)  # YAML reads 1e-3 as text
-    if type(value) is not type(current):
+    try:
+        value = yaml.safe_load(text)
+        if isinstance(current, float) and type(value) in (int, str):
+            value = float(value)  # YAML reads 1e-3 as text
+    except (yaml.YAMLError, ValueError):
+        value = None
+    if type(value) is not type(current) or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"{key}: {text!r} is not a {type(current).__name__}")
     return dataclasses.replace(config, **{head: value})
+
+
+def _check_positive(config, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name}: {getattr(config, name)} must be above 0")

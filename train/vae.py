@@ -73,7 +73,6 @@ def train_vae(config: VaeConfig, resume: bool = False) -> Path:
     out = Path(config.out)
     torch.manual_seed(config.data_seed)
     codec = DemoCodec(config.width, config.num_blocks)
-    fit_statistics(codec, config.data_seed)
     optimizer = torch.optim.AdamW(codec.parameters(), lr=config.lr, weight_decay=0.01)
     start, seconds, revision = 0, 0.0, git_revision()
     if resume:
@@ -83,6 +82,8 @@ def train_vae(config: VaeConfig, resume: bool = False) -> Path:
         start, seconds = state["step"], state["seconds"]
         if state["revision"] != revision:
             revision = f"{state['revision']}, from step {start} {revision}"
+    else:
+        fit_statistics(codec, config.data_seed)
     began = time.monotonic() - seconds
     with RunLog(out, "vae", config.steps, start) as run:
         for step in range(start, config.steps):

@@ -218,7 +218,6 @@ def test_bad_options_are_one_line_and_write_nothing(generate, tmp_path, monkeypa
     assert [p.name for p in tmp_path.iterdir()] == ["story.yaml"]
 
 
-@pytest.mark.xfail(strict=True, reason="cli.py:40: --seed has no upper end; struct.error in seeded_noise, a traceback")
 def test_a_seed_too_large(generate, tmp_path):
     code, err, _ = generate(STORY, "film.mp4", "--seed", 2**64)
     assert code == 2
@@ -287,9 +286,6 @@ def test_an_interrupt_leaves_no_half_film(generate, tmp_path, interrupt_after_tw
     assert not list(tmp_path.glob(".*")) and not list(tmp_path.glob("*.part"))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="cli.py:103: the memory is saved at the end only, an interrupt loses finished segments (promise 8)"
-)
 def test_an_interrupt_leaves_the_finished_segments(generate, tmp_path, interrupt_after_two_chunks):
     memory = tmp_path / "memory.safetensors"
     stopped(generate, "--memory-out", memory)

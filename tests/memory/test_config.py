@@ -36,10 +36,6 @@ def test_bad_values_are_refused_by_name(settings, field, value):
     assert message.startswith(f"{field}:") and value in message and "\n" not in message
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="memory/config.py:45 compares before it checks types: sink='3' raises TypeError, sink=3.0 is accepted",
-)
 @pytest.mark.parametrize("value", ["3", 3.0, None], ids=repr)
 def test_sizes_are_whole_numbers(value):
     for field in ("sink", "slow", "chunk", "uniform_stride"):
@@ -47,7 +43,6 @@ def test_sizes_are_whole_numbers(value):
             MemoryConfig(**{field: value})
 
 
-@pytest.mark.xfail(strict=True, reason="memory/config.py:69: slow_similarity_threshold='0.95' raises TypeError")
 @pytest.mark.parametrize("value", ["0.95", None], ids=repr)
 def test_the_threshold_is_a_number(value):
     with pytest.raises(ValueError, match="^slow_similarity_threshold: "):

@@ -52,7 +52,9 @@ def bytes_of(memory):
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("eviction", ["oldest", "redundant"])
-@pytest.mark.parametrize("sizes", [dict(), dict(sink=0, slow=4, fast=5, chunk=1), dict(sink=4, slow=3, fast=7)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [dict(), dict(sink=0, slow=4, fast=5, chunk=1), dict(sink=4, slow=3, fast=7)], ids=str
+)
 def test_against_similarities_taken_from_all_keys_ever(expected, policy, eviction, sizes):
     memory = make(policy=policy, eviction=eviction, **sizes)
     keys = views_of_a_walk(150, seed=1)

@@ -80,7 +80,9 @@ def test_300_chunks_against_brute_force(expected, policy, eviction, sizes):
     stride=st.integers(1, 7),
     seed=st.integers(0, 1000),
 )
-def test_any_sizes_against_brute_force(expected, sink, slow, spare, chunk, policy, eviction, against_sink, stride, seed):
+def test_any_sizes_against_brute_force(
+    expected, sink, slow, spare, chunk, policy, eviction, against_sink, stride, seed
+):
     config = MemoryConfig(
         sink=sink, slow=slow, fast=chunk + (1 if slow else 0) + spare, chunk=chunk, policy=policy, eviction=eviction,
         novel_against_sink=against_sink, uniform_stride=stride, slow_similarity_threshold=0.9, window=64,

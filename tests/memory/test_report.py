@@ -57,9 +57,7 @@ def test_fates():
 def test_fates_of_a_stride():
     memory = filled(10, policy="uniform", uniform_stride=6, slow=2)
     promoted = {frame: "was slow" for frame in (6, 12)} | {frame: "slow" for frame in (18, 24)}
-    assert fates(memory) == (
-        ["sink"] * 3 + [promoted.get(frame, "not kept") for frame in range(3, 27)] + ["fast"] * 3
-    )
+    assert fates(memory) == (["sink"] * 3 + [promoted.get(frame, "not kept") for frame in range(3, 27)] + ["fast"] * 3)
 
 
 def test_summary_figures():

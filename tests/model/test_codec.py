@@ -89,11 +89,6 @@ def test_streaming_is_decoding_at_once_to_a_rounding_error(codec):
         assert torch.allclose(streamed, whole, atol=1e-5)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="model/codec.py:156: convolutions over a chunk of one latent frame round otherwise than over three (up to"
-    " 7e-7; the same after rounding to 8 bits); draw latent frames one by one",
-)
 @pytest.mark.parametrize("built_in", [False, True])
 def test_every_chunking_is_the_same_bit_for_bit(codec, built_in):
     codec, raw = load_demo_codec() if built_in else codec, random(1, 16, 7, 8, 16)

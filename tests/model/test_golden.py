@@ -61,9 +61,7 @@ def test_rollout(net, name, steps, shift):
     sigmas = warped_sigmas(steps, shift)
     assert torch.allclose(torch.tensor(sigmas), g["sigmas"].float(), rtol=1e-6)
     assert torch.allclose(1000 * torch.tensor(sigmas), g["timesteps"].float(), rtol=1e-6)
-    sampler = CausalSampler(
-        net=net, text=embed_text(net, g["text"]), device=torch.device("cpu"), dtype=torch.float32
-    )
+    sampler = CausalSampler(net=net, text=embed_text(net, g["text"]), device=torch.device("cpu"), dtype=torch.float32)
     memory = Memory(config=EVERYTHING, latent_size=tuple(g["noise"].shape[2:]))
     given = 0
     if "initial" in g:

@@ -96,7 +96,6 @@ def test_not_yaml(tmp_path, content):
     assert "\n" not in str(caught.value) and str(caught.value).startswith(str(path))
 
 
-@pytest.mark.xfail(strict=True, reason="model/story.py:62: PyYAML's own ValueError for 2024-99-99 passes without the path")
 def test_an_impossible_date(tmp_path):
     path = tmp_path / "story.yaml"
     path.write_text("segments: [{prompt: 2024-99-99, seconds: 3}]")

@@ -3,10 +3,35 @@ import pytest
 
 from context_forcing.model.text import WORDS, canonical_words
 from context_forcing.train.world import (
-    ALL_STYLES, CHUNK, LANDMARK, LANDMARK_TOP, NUM_CLASSES, NUM_STATIONS, RING_COLUMNS, RING_WIDTH, STATION_COLUMNS,
-    TOKEN, VIEW_COLUMNS, Scene, Style, background, benchmark_script, caption, frame_moves,
-    headings, landmarks_in_view, panorama, parse_prompt, random_script, random_styles, render_latent_frames,
-    render_pixel_frames, template, templates, upscale, view,
+    ALL_STYLES,
+    CHUNK,
+    LANDMARK,
+    LANDMARK_TOP,
+    NUM_CLASSES,
+    NUM_STATIONS,
+    RING_COLUMNS,
+    RING_WIDTH,
+    STATION_COLUMNS,
+    TOKEN,
+    VIEW_COLUMNS,
+    Scene,
+    Style,
+    background,
+    benchmark_script,
+    caption,
+    frame_moves,
+    headings,
+    landmarks_in_view,
+    panorama,
+    parse_prompt,
+    random_script,
+    random_styles,
+    render_latent_frames,
+    render_pixel_frames,
+    template,
+    templates,
+    upscale,
+    view,
 )
 
 DAY, NIGHT = Style(), Style(ground="snow", weather="cloudy", time="night")
@@ -77,7 +102,7 @@ def test_scenes_differ_only_in_their_landmarks():
     free = np.ones(one.shape[:2], dtype=bool)
     for station in range(NUM_STATIONS):
         left = station * STATION_COLUMNS * TOKEN
-        free[LANDMARK_TOP:LANDMARK_TOP + LANDMARK, left:left + LANDMARK] = False
+        free[LANDMARK_TOP : LANDMARK_TOP + LANDMARK, left : left + LANDMARK] = False
     np.testing.assert_array_equal(one[free], other[free])
     assert (one[~free] != other[~free]).any()
 
@@ -99,7 +124,7 @@ def test_landmarks_in_view_are_where_they_are_drawn():
             assert class_id == scene.class_ids[station]
             assert full == (0 <= column <= VIEW_COLUMNS - 2) and -1 <= column < VIEW_COLUMNS
             if full:
-                crop = picture[LANDMARK_TOP:LANDMARK_TOP + LANDMARK, column * TOKEN:column * TOKEN + LANDMARK]
+                crop = picture[LANDMARK_TOP : LANDMARK_TOP + LANDMARK, column * TOKEN : column * TOKEN + LANDMARK]
                 np.testing.assert_array_equal(crop, template(class_id, DAY, station))
 
 
@@ -121,17 +146,22 @@ def test_captions_are_understood_and_made_of_known_words():
             assert set(text.lower().replace(".", "").split()) - FILLER <= set(WORDS)
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("Snowy, misty sunset; panning to the left", (Style(ground="snow", weather="foggy", time="dusk"), -1)),
-    ("a grassy field, overcast at NOON, the camera moves right", (Style(weather="cloudy"), 1)),
-    ("sand dunes in the nighttime, sunny, static camera",
-     (Style(ground="desert", weather="clear", time="night"), 0)),
-    ("pan left", (DAY, -1)),
-    ("pans right", (DAY, 1)),
-    ("The camera pans left, then stays.", (DAY, 0)),
-    ("a tower on the left", (DAY, 0)),
-    ("flying purple spaghetti", (DAY, 0)),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("Snowy, misty sunset; panning to the left", (Style(ground="snow", weather="foggy", time="dusk"), -1)),
+        ("a grassy field, overcast at NOON, the camera moves right", (Style(weather="cloudy"), 1)),
+        (
+            "sand dunes in the nighttime, sunny, static camera",
+            (Style(ground="desert", weather="clear", time="night"), 0),
+        ),
+        ("pan left", (DAY, -1)),
+        ("pans right", (DAY, 1)),
+        ("The camera pans left, then stays.", (DAY, 0)),
+        ("a tower on the left", (DAY, 0)),
+        ("flying purple spaghetti", (DAY, 0)),
+    ],
+)
 def test_synonyms(text, expected):
     assert parse_prompt(text, DAY) == expected
 
@@ -139,7 +169,8 @@ def test_synonyms(text, expected):
 def test_synonyms_reach_the_encoder_as_the_words_of_the_caption():
     style = Style(ground="snow", weather="foggy", time="dusk")
     assert canonical_words("Wintry, misty, at sunset. The camera is panning leftwards") == canonical_words(
-        caption(style, -1))
+        caption(style, -1)
+    )
     assert all(concept in WORDS for concept in WORDS.values())
 
 
@@ -149,7 +180,7 @@ def test_benchmark_scripts_return_exactly_and_hide_the_targets_between(kind, gap
     script = benchmark_script(kind, gap, mirror)
     path = headings(script.frame_moves)
     assert script.headings == tuple(path) and len(path) == len(script.moves) * CHUNK
-    assert (path[script.return_frame:] == script.target_heading).all()
+    assert (path[script.return_frame :] == script.target_heading).all()
     assert path[script.target_frame] == script.target_heading == (-6 if mirror else 6)
     scene = make_scene(1)
     targets = {landmark.station for landmark in landmarks_in_view(scene, script.target_heading)}
@@ -172,7 +203,8 @@ def test_random_clips_return_to_something_that_was_hidden_for_a_chunk():
         away = np.abs(path[:, None] - path[None]) >= VIEW_COLUMNS
         returns += any(
             path[late] == path[early] and away[early, early:late].sum() >= CHUNK
-            for late in range(len(path)) for early in range(late)
+            for late in range(len(path))
+            for early in range(late)
         )
     assert returns >= 36
 
@@ -203,24 +235,27 @@ def test_shared_pictures_cannot_be_written_to():
             shared[0] = 0
 
 
-@pytest.mark.parametrize("call, match", [
-    (lambda: Style(ground="sea"), "ground is 'sea'.*'meadow'"),
-    (lambda: Style(weather="rain"), "weather is 'rain'"),
-    (lambda: Style(time="noon"), "time is 'noon'"),
-    (lambda: Scene(landmarks=((0, 0),)), "landmarks has 1 entries"),
-    (lambda: Scene(landmarks=((9, 0),) * 16), r"landmarks has \(9, 0\)"),
-    (lambda: caption(DAY, 2), "move is 2"),
-    (lambda: headings([0, 2]), "moves is 2"),
-    (lambda: render_latent_frames(make_scene(), [DAY], [0, 1]), "moves has 2 entries"),
-    (lambda: render_pixel_frames(make_scene(), [], []), "moves has 0 entries"),
-    (lambda: benchmark_script("sleep", 4, False), "kind is 'sleep'"),
-    (lambda: benchmark_script("wander", 3, False), "gap_chunks is 3"),
-    (lambda: random_script(np.random.default_rng(0), 0), "num_chunks is 0"),
-    (lambda: random_styles(np.random.default_rng(0), 0), "num_chunks is 0"),
-    (lambda: template(NUM_CLASSES, DAY, 0), "class_id is 24"),
-    (lambda: templates(DAY, 16), "station is 16"),
-    (lambda: upscale(np.zeros((1, 1, 3)), 0), "factor is 0"),
-])
+@pytest.mark.parametrize(
+    "call, match",
+    [
+        (lambda: Style(ground="sea"), "ground is 'sea'.*'meadow'"),
+        (lambda: Style(weather="rain"), "weather is 'rain'"),
+        (lambda: Style(time="noon"), "time is 'noon'"),
+        (lambda: Scene(landmarks=((0, 0),)), "landmarks has 1 entries"),
+        (lambda: Scene(landmarks=((9, 0),) * 16), r"landmarks has \(9, 0\)"),
+        (lambda: caption(DAY, 2), "move is 2"),
+        (lambda: headings([0, 2]), "moves is 2"),
+        (lambda: render_latent_frames(make_scene(), [DAY], [0, 1]), "moves has 2 entries"),
+        (lambda: render_pixel_frames(make_scene(), [], []), "moves has 0 entries"),
+        (lambda: benchmark_script("sleep", 4, False), "kind is 'sleep'"),
+        (lambda: benchmark_script("wander", 3, False), "gap_chunks is 3"),
+        (lambda: random_script(np.random.default_rng(0), 0), "num_chunks is 0"),
+        (lambda: random_styles(np.random.default_rng(0), 0), "num_chunks is 0"),
+        (lambda: template(NUM_CLASSES, DAY, 0), "class_id is 24"),
+        (lambda: templates(DAY, 16), "station is 16"),
+        (lambda: upscale(np.zeros((1, 1, 3)), 0), "factor is 0"),
+    ],
+)
 def test_bad_values_are_named(call, match):
     with pytest.raises(ValueError, match=match):
         call()
