@@ -20,10 +20,11 @@ test: $(VENV)/ready
 test-fast: $(VENV)/ready
 	$(BIN)/python -m pytest -m "not slow and not host"
 
-# The commands that made model/assets (about an hour and a half on two cores).
+# The commands that made model/assets (about two hours on two cores).
 train-demo: $(VENV)/ready
 	$(BIN)/context-forcing train vae --config demo
 	$(BIN)/context-forcing train pretrain --config demo codec=runs/vae/demo_codec.safetensors
+	$(BIN)/context-forcing train pretrain --config demo-openings codec=runs/vae/demo_codec.safetensors
 
 clean:
 	rm -rf $(VENV) out runs build *.egg-info

@@ -154,7 +154,7 @@ def _progress() -> Progress:
 def train(
     stage: Annotated[str, typer.Argument(help="vae or pretrain.")],
     overrides: Annotated[Optional[list[str]], typer.Argument(help="key=value, for example steps=100.")] = None,
-    config: Annotated[str, typer.Option(help="A named configuration: demo, or smoke for seconds.")] = "demo",
+    config: Annotated[str, typer.Option(help="A named configuration: demo, demo-openings (pretrain), smoke.")] = "demo",
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last checkpoint.")] = False,
 ) -> None:
     """Train the demo codec (`vae`) or a causal student (`pretrain`)."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..memory.config import MemoryConfig
-from .flow import warped_sigmas
+from .flow import SOLVERS, warped_sigmas
 
 CARD_KEY = "context_forcing"
 """The key of the student card in a safetensors file's metadata."""
@@ -55,6 +55,8 @@ class StudentCard:
     steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
     """Denoising steps before the warp."""
     shift: float = 5.0
+    solver: str = "renoise"
+    """`renoise` for distilled students, `euler` for flow-matching ones (flow.SOLVERS)."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     fps: int = 16
     size: tuple[int, int] = (832, 480)
@@ -76,6 +78,8 @@ class StudentCard:
             raise ValueError(f"shift: {self.shift!r} or fps: {self.fps!r} is not a number that makes sense")
         if any(type(side) is not int or side <= 0 or side % PIXEL_MULTIPLE for side in self.size):
             raise ValueError(f"size: {self.size!r} must be multiples of {PIXEL_MULTIPLE}")
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver: {self.solver!r} is not one of {', '.join(SOLVERS)}")
         warped_sigmas(self.steps, self.shift)
 
     @property

@@ -33,6 +33,11 @@ def warped_sigmas(steps: Sequence[float], shift: float) -> tuple[float, ...]:
     return tuple(float(warp(step / TIMESTEPS, shift)) for step in steps)
 
 
+SOLVERS = ("renoise", "euler")
+"""From one noise level to the next: with fresh noise, as few-step students were distilled (method.md 3.2), or along
+the predicted flow, as a flow-matching model that was not distilled needs it."""
+
+
 def add_noise(x0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
     """x_sigma on the straight line from x0 to noise."""
     return (1 - sigma) * x0 + sigma * noise

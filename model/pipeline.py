@@ -82,6 +82,7 @@ class Pipeline:
                 text=self.embed(scene.prompt),
                 device=self.device,
                 dtype=self.dtype,
+                solver=self.card.solver,
                 on_pass=on_pass,
             )
             chunks = chunks_for(scene.seconds, story.fps or self.card.fps, memory.config.chunk)

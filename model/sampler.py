@@ -14,7 +14,7 @@ from ..memory.view import MemoryView
 from .attention import Attention, sdpa
 from .causal import MemoryAttention, TextContext, causal_forward
 from .config import VAE_STRIDE
-from .flow import TIMESTEPS, add_noise, x0_from_flow
+from .flow import SOLVERS, TIMESTEPS, add_noise, x0_from_flow
 from .rope import rotary_table, rotate
 
 Noise = Callable[[int, int], Tensor]
@@ -59,11 +59,15 @@ class CausalSampler:
     device: torch.device
     dtype: torch.dtype
     attention: Attention = sdpa
+    solver: str = "renoise"
+    """How to get from one noise level to the next (flow.SOLVERS)."""
     commit_attends: str = "all"
     """What the pass over clean latents sees while it writes their keys: `all`, `no sink`, `fast only`."""
     on_pass: Callable[[], None] = lambda: None
 
     def __post_init__(self):
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver: {self.solver!r} is not one of {', '.join(SOLVERS)}")
         if self.commit_attends not in COMMIT_ATTENDS:
             raise ValueError(f"commit_attends: {self.commit_attends!r} is not one of {', '.join(COMMIT_ATTENDS)}")
 
@@ -79,11 +83,15 @@ class CausalSampler:
         first = memory.num_frames
         view = self.view(memory)
         attend_self = self._attend(memory, view, memory.config.chunk)
-        x0 = None
+        x0 = flow = None
         for step, sigma in enumerate(sigmas):
-            fresh = torch.stack([noise(first + t, step) for t in range(memory.config.chunk)], dim=2).to(self.device)
-            x = fresh if x0 is None else add_noise(x0, fresh, sigma)
-            x0 = x0_from_flow(x, self._flow(x, sigma, attend_self), sigma)
+            if x0 is not None and self.solver == "euler":
+                eps = x0 + flow
+            else:
+                eps = torch.stack([noise(first + t, step) for t in range(memory.config.chunk)], dim=2).to(self.device)
+            x = eps if x0 is None else add_noise(x0, eps, sigma)
+            flow = self._flow(x, sigma, attend_self)
+            x0 = x0_from_flow(x, flow, sigma)
         return self.commit(memory, x0, view)
 
     def commit(self, memory: Memory, x0_BCTHW: Tensor, view: MemoryView | None = None) -> Memory:

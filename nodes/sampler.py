@@ -108,6 +108,7 @@ class ContextForcingSampler(io.ComfyNode):
             text=embed_text(net, text.to(device, dtype)),
             device=device,
             dtype=dtype,
+            solver=card.solver,
             attention=ATTENTION[attention],
             commit_attends=commit_attends,
             on_pass=mm.throw_exception_if_processing_interrupted,

@@ -17,7 +17,7 @@ class VaeConfig:
 
     width: int = 96
     num_blocks: int = 3
-    steps: int = 1600
+    steps: int = 900
     batch: int = 32
     lr: float = 2e-3
     data_seed: int = 1
@@ -39,6 +39,8 @@ class PretrainConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     codec: str = "assets"
     """`assets` for the shipped codec, or the path of a codec file."""
+    init: str = ""
+    """A student file to start from; empty starts from fresh weights."""
     num_chunks: int = 12
     steps: int = 2200
     batch: int = 4
@@ -59,6 +61,8 @@ class PretrainConfig:
     pacing: float = 0.65
     """Share of clips whose camera goes back and forth, from step `pacing_from` on: there is more to look up in them."""
     pacing_from: int = 1100
+    openings: int = 0
+    """Clips of a single chunk beside the `batch` long ones: a video has to begin somewhere."""
     text_dropout: float = 0.1
     data_seed: int = 1
     seed: int = 0
@@ -86,6 +90,23 @@ def pretrain_demo() -> PretrainConfig:
     return PretrainConfig()
 
 
+def pretrain_demo_openings() -> PretrainConfig:
+    """The second half of the demo student's training: how to begin, and what to draw where nothing is known."""
+    return PretrainConfig(
+        init="runs/pretrain/student.safetensors",
+        batch=2,
+        openings=20,
+        steps=640,
+        lr=1.2e-3,
+        decay=1.0,
+        recall_weight=3.0,
+        recall_weight_from=0,
+        pacing_from=0,
+        data_seed=2,
+        out="runs/openings",
+    )
+
+
 def pretrain_smoke() -> PretrainConfig:
     return PretrainConfig(
         steps=3, batch=1, num_chunks=4, validate_every=2, checkpoint_every=2, out="runs/smoke-pretrain"
@@ -94,7 +115,7 @@ def pretrain_smoke() -> PretrainConfig:
 
 CONFIGS: dict[str, dict[str, Callable]] = {
     "vae": {"demo": vae_demo, "smoke": vae_smoke},
-    "pretrain": {"demo": pretrain_demo, "smoke": pretrain_smoke},
+    "pretrain": {"demo": pretrain_demo, "demo-openings": pretrain_demo_openings, "smoke": pretrain_smoke},
 }
 
 

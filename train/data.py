@@ -156,5 +156,6 @@ def make_batch(
         for c, frames in enumerate(memory_layout(rng, clip, config)):
             slots[b, c, : len(frames)] = torch.tensor(frames, dtype=slots.dtype)
     captions = [clip.captions if rng.random() >= text_dropout else [""] * num_chunks for clip in clips]
+    slots = slots[:, :, : max(1, int((slots >= 0).sum(-1).max()))]
     where = [last_seen(clip, slots[b].numpy(), config.fast - config.chunk) for b, clip in enumerate(clips)]
     return Batch(clips, to_latents(codec, clips), to_text(captions), slots, torch.from_numpy(np.stack(where)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..model.causal import causal_forward, embed_text
-from ..model.checkpoint import load_demo_codec, save_student
+from ..model.checkpoint import load_demo_codec, load_student, save_student
 from ..model.config import PRESETS, VAE_STRIDE, StudentCard
 from ..model.flow import TIMESTEPS, add_noise, warp, x0_from_flow
 from ..model.wan import WanModel
@@ -62,7 +62,7 @@ def training_loss(
     """
     chunk = config.memory.chunk
     latents = batch.latents
-    u = torch.rand(latents.shape[0], config.num_chunks, generator=generator)
+    u = torch.rand(latents.shape[0], batch.slots.shape[1], generator=generator)
     sigma_BT = warp(u, config.shift).repeat_interleave(chunk, dim=1)
     noise = torch.randn(latents.shape, generator=generator)
     noisy = add_noise(latents, noise, sigma_BT[:, None, :, None, None])
@@ -116,6 +116,8 @@ def train_pretrain(config: PretrainConfig, resume: bool = False) -> Path:
     codec = load_demo_codec(None if config.codec == "assets" else config.codec)
     net = WanModel(PRESETS[config.preset])
     net.reset_parameters(torch.Generator().manual_seed(config.seed))
+    if config.init:
+        net.load_state_dict(load_student(config.init)[0].state_dict())
     optimizers = build_optimizers(net, config.lr)
     make = functools.partial(make_batch, codec, config.memory, num_chunks=config.num_chunks)
     validation = make(seed=(config.data_seed, 0), size=4 * config.batch)
@@ -142,6 +144,11 @@ def train_pretrain(config: PretrainConfig, resume: bool = False) -> Path:
             recall_weight = config.recall_weight if step >= config.recall_weight_from else 1.0
             loss = training_loss(net, config, batch, recall_weight, generator)
             loss.backward()
+            if config.openings:
+                opening = make(
+                    seed=(config.data_seed, 2, step), size=config.openings, num_chunks=1, text_dropout=config.text_dropout
+                )
+                training_loss(net, config, opening, 1.0, generator).backward()
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
             rate = min(1.0, (step + 1) / 50, (config.steps - step) / (config.decay * config.steps))
             for optimizer in optimizers:
@@ -177,6 +184,7 @@ def student_card(config: PretrainConfig, step: int, seconds: float, revision: st
         stage="pretrain",
         steps=tuple(TIMESTEPS * (1 - k / config.sample_steps) for k in range(config.sample_steps)),
         shift=config.shift,
+        solver="euler",
         memory=config.memory,
         fps=16,
         size=(VIEW_WIDTH * ART_SCALE, VIEW_HEIGHT * ART_SCALE),
