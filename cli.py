@@ -7,10 +7,15 @@ import time
 from pathlib import Path
 from typing import Annotated, Optional
 
-import typer
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+try:
+    import typer
+    from rich.console import Console
+    from rich.logging import RichHandler
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+except ImportError as error:
+    raise SystemExit(
+        f"context-forcing: {error.name} is not installed; pip install 'context-forcing[headless]'"
+    ) from None
 
 console = Console(stderr=True)
 app = typer.Typer(

@@ -116,15 +116,22 @@ class Memory:
             first += chunk.shape[2]
         return torch.cat([parts[frame] for frame in frames], dim=2)
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Memory":
-        """The same memory with keys and values on a device; the film stays on the CPU."""
-        return dataclasses.replace(
-            self,
-            remembered={
-                frame: Remembered(held.keys.to(device, dtype), held.values.to(device, dtype))
-                for frame, held in self.remembered.items()
-            },
-        )
+    def to(
+        self, device: torch.device | str, dtype: torch.dtype | None = None, before: "Memory | None" = None
+    ) -> "Memory":
+        """The same memory with keys and values on a device; the film stays on the CPU.
+
+        Frames that the memory `before` this one holds there already are shared with it, not copied again.
+        """
+        device = torch.device(device)
+        remembered = {}
+        for frame, held in self.remembered.items():
+            old = before.remembered.get(frame) if before else None
+            if old and old.keys.device == device and old.keys.dtype == (dtype or held.keys.dtype):
+                remembered[frame] = old
+            else:
+                remembered[frame] = Remembered(held.keys.to(device, dtype), held.values.to(device, dtype))
+        return dataclasses.replace(self, remembered=remembered)
 
 
 def key_similarity(a: Tensor, b: Tensor) -> Tensor:

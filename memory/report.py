@@ -59,7 +59,7 @@ def summary(memory: Memory, fps: float) -> str:
 
 
 def draw_report(memory: Memory, thumbnails: np.ndarray, fps: float) -> Image.Image:
-    """Fates over time, similarity with its threshold, prompts, and the remembered frames.
+    """Fates over time with segment boundaries, similarity with its threshold, and the remembered frames.
 
     `thumbnails` are uint8 [M, H, W, 3], one per remembered frame in the order of `memory.slots.all`.
     """

@@ -9,7 +9,7 @@ Shapes: B batch, C latent channels, t latent frames, T pixel frames, H W pixels,
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +98,7 @@ class DemoCodec(nn.Module):
         self.draw = nn.Conv2d(width, 4 * block_size, 3, padding=1)
 
     def encode_art(self, art_BtHWC: Tensor) -> Tensor:
-        """Art pixels [B, t, H/2, W/2, 3] in [-1, 1], a frame per latent frame -> normalised latents [B, 16, t, h, w]."""
+        """Art pixels [B, t, H/2, W/2, 3] in [-1, 1], one frame a latent frame -> latents [B, 16, t, h, w]."""
         blocks = rearrange(art_BtHWC, "B t (h r) (w c) p -> B t h w (r c p)", r=BLOCK, c=BLOCK)
         return ((blocks @ self.transform.T - self.mean) / self.scale).movedim(-1, 1)
 
@@ -167,7 +167,3 @@ def decode_wan_stream(vae: nn.Module, raw_chunks: Iterable[Tensor], num_caches: 
         waiting = waiting[:, :, whole:]
     if waiting is not None and waiting.shape[2]:
         yield feed(waiting)
-
-
-Decode = Callable[[Iterable[Tensor]], Iterator[Tensor]]
-"""Consecutive VAE-space chunks [B, C, t, h, w] -> consecutive pixels [B, 3, T, H, W] in [-1, 1]."""

@@ -73,6 +73,7 @@ class CausalSampler:
 
     def rollout(self, memory: Memory, num_chunks: int, *, sigmas: Sequence[float], noise: Noise) -> Iterator[Memory]:
         """Continue a memory by `num_chunks` chunks; yields the memory after each."""
+        self._check_fits(memory)
         memory = memory.to(self.device, self.dtype)
         for _ in range(num_chunks):
             memory = self.make_chunk(memory, sigmas, noise)
@@ -115,9 +116,20 @@ class CausalSampler:
 
     def _flow(self, x_BCTHW: Tensor, sigma: float, attend_self: MemoryAttention) -> Tensor:
         self.on_pass()
-        timestep = torch.full((1, x_BCTHW.shape[2]), TIMESTEPS * sigma, device=self.device, dtype=torch.float64)
+        timestep = torch.full((1, x_BCTHW.shape[2]), TIMESTEPS * sigma, device=self.device)
         flow = causal_forward(self.net, x_BCTHW.to(self.dtype), timestep, self.text, attend_self, self.attention)
         return flow.float()
+
+    def _check_fits(self, memory: Memory) -> None:
+        attn = self.net.blocks[0].self_attn
+        rows, columns = self._grid(memory)
+        fits = (len(self.net.blocks), 1, rows * columns, attn.num_heads, attn.head_dim)
+        for held in memory.remembered.values():
+            if tuple(held.keys.shape) != fits:
+                raise ValueError(
+                    f"memory: its keys are {tuple(held.keys.shape)}, this student's would be {fits}; continue a memory"
+                    " with the student that made it"
+                )
 
     def _grid(self, memory: Memory) -> tuple[int, int]:
         _, height, width = memory.latent_size

@@ -13,7 +13,7 @@ SHOWN_SIDE = 360
 
 
 def default_scale(width: int, height: int) -> int:
-    """Whole-number enlargement that brings the shorter side to 360 pixels at least; 1 for real videos."""
+    """Whole-number enlargement that brings the shorter side to 360 pixels at least; 1 from 360 pixels up."""
     return max(1, math.ceil(SHOWN_SIDE / min(width, height)))
 
 

@@ -60,7 +60,7 @@ class ContextForcingMemory(io.ComfyNode):
     def execute(cls, model, width, height, policy, sink, slow, fast, threshold) -> io.NodeOutput:
         card = card_of(model)
         chosen = {"sink": sink, "slow": slow, "fast": fast, "slow_similarity_threshold": threshold}
-        settings = {name: value for name, value in chosen.items() if value >= 0}
+        settings = {name: value for name, value in chosen.items() if value != -1}
         if policy != AS_TRAINED:
             settings["policy"] = policy
         config = dataclasses.replace(card.memory, **settings)

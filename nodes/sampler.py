@@ -35,10 +35,9 @@ ATTENTION = {"sdpa": sdpa, "comfyui": comfy_attention}
 
 def text_of(positive) -> torch.Tensor:
     """The one prompt of a CONDITIONING, [1, L, 4096]. Raises ValueError for several."""
-    if len(positive) != 1 or positive[0][0].shape[0] != 1:
-        raise ValueError(
-            f"positive: {len(positive)} conditionings; a segment has one prompt, chain another sampler for the next"
-        )
+    prompts = sum(conditioning.shape[0] for conditioning, _ in positive)
+    if prompts != 1:
+        raise ValueError(f"positive: {prompts} prompts; a segment has one, chain another sampler for the next")
     return positive[0][0]
 
 
@@ -115,10 +114,10 @@ class ContextForcingSampler(io.ComfyNode):
         )
         progress = comfy.utils.ProgressBar(num_chunks)
         first_chunk = len(memory.film)
-        memory = memory.begin("", seed)
+        before, memory = memory, memory.begin("", seed)
         noise = seeded_noise(seed, memory.latent_size)
         for done, memory in enumerate(sampler.rollout(memory, num_chunks, sigmas=card.sigmas, noise=noise), 1):
             progress.update_absolute(done, num_chunks, preview_of(memory.film[-1], card.base == "demo"))
         latents = torch.cat(memory.film[first_chunk:], dim=2)
         samples = model.model.process_latent_out(latents).to(mm.intermediate_device())
-        return io.NodeOutput(memory.to(mm.intermediate_device()), {"samples": samples})
+        return io.NodeOutput(memory.to(mm.intermediate_device(), before=before), {"samples": samples})

@@ -10,7 +10,7 @@ import torch
 from comfy.ldm.wan.vae import count_cache_layers
 from comfy_api.latest import InputImpl, io, ui
 
-from ..model.codec import DemoCodec, decode_wan_stream, denormalise
+from ..model.codec import DemoCodec, decode_wan_stream, denormalise, pixel_frames
 from ..model.video import default_scale, write_video
 from .types import CATEGORY, MemoryType
 
@@ -57,7 +57,7 @@ class ContextForcingSaveVideo(io.ComfyNode):
                 io.Int.Input(
                     "scale", default=0, min=0, max=64,
                     tooltip="Nearest-neighbour enlargement for pixel art. 0: as much as brings the shorter side to 360"
-                    " pixels, 1 for real videos.",
+                    " pixels, 1 from there up.",
                 ),
                 io.Int.Input(
                     "crf", default=16, min=0, max=51, optional=True, advanced=True,
@@ -74,7 +74,7 @@ class ContextForcingSaveVideo(io.ComfyNode):
             filename_prefix, folder_paths.get_output_directory(), width, height
         )
         file = f"{name}_{counter:05}_.mp4"
-        progress = comfy.utils.ProgressBar(max(1, memory.num_frames * 4 - 3))
+        progress = comfy.utils.ProgressBar(max(1, pixel_frames(memory.num_frames)))
         written = 0
 
         def count(frames):

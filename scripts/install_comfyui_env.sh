@@ -16,7 +16,12 @@ venv="$comfyui/.venv"
 py="$venv/bin/python"
 read -r -a pip_args <<<"${PIP_ARGS:-}"
 
-[ -x "$py" ] || "$python" -m venv "$venv"
+if [ -x "$py" ] && [ ! -f "$venv/made_by_context_forcing" ]; then
+    echo "$venv is somebody's own environment; left as it is"
+    exit 0
+fi
+"$python" -m venv "$venv"
+touch "$venv/made_by_context_forcing"
 pip() { "$py" -m pip install --disable-pip-version-check -q ${pip_args[@]+"${pip_args[@]}"} "$@"; }
 
 # torch first, and pinned on every line: spandrel and others would otherwise pull a CUDA torch.

@@ -1,4 +1,4 @@
-"""`torchrun -m context_forcing.train STAGE ...`: the same as `context-forcing train STAGE ...`."""
+"""`python -m context_forcing.train STAGE ...`: the same as `context-forcing train STAGE ...`."""
 
 from ..cli import train_main
 

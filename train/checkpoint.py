@@ -16,9 +16,24 @@ def save_checkpoint(folder: Path, state: dict) -> None:
     os.replace(part, folder / NAME)
 
 
-def load_checkpoint(folder: Path) -> dict:
-    """Raises ValueError where there is nothing to resume."""
+MAY_CHANGE = ("steps", "checkpoint_every", "validate_every", "out")
+"""Settings that a resumed run may have otherwise than the one before."""
+
+
+def load_checkpoint(folder: Path, config: dict) -> dict:
+    """Raises ValueError where there is nothing to resume, or where it was begun with other settings."""
     path = folder / NAME
     if not path.exists():
         raise ValueError(f"resume: there is no {path}; start without --resume")
-    return torch.load(path, weights_only=True)
+    state = torch.load(path, weights_only=True)
+    begun = state.get("config", config)
+    for name, value in config.items():
+        if name not in MAY_CHANGE and begun.get(name) != value:
+            raise ValueError(f"{name}: {value} now, {begun.get(name)} when {path} was begun; give the same to resume")
+    return state
+
+
+def check_fresh(folder: Path) -> None:
+    """Raises ValueError where a new run would overwrite an older one."""
+    if (folder / NAME).exists():
+        raise ValueError(f"out: {folder} holds a run already; add --resume to go on with it, or choose another out=")

@@ -21,7 +21,7 @@ from ..model.story import Scene as Segment
 from ..model.story import Story
 from .world import (
     ALL_STYLES, LANDMARK_COLUMNS, LANDMARK_TOP, NUM_CLASSES, RING_COLUMNS, STATION_COLUMNS, TOKEN, VIEW_COLUMNS,
-    Scene, Script, Style, background, benchmark_script, caption, templates, upscale,
+    Script, Style, background, benchmark_script, caption, templates, upscale,
 )  # fmt: skip
 
 KINDS = ("dwell", "wander")
@@ -175,21 +175,24 @@ def evaluate_recall(
     pipeline = Pipeline.load(student, *pick_device(device, dtype))
     world = World(pipeline)
     out.mkdir(parents=True, exist_ok=True)
+    policies = [policy.strip() for policy in policies]
+    settings_of = {policy: {"slow": 0} if policy == NO_SLOW else {"policy": policy} for policy in policies}
+    for settings in settings_of.values():
+        pipeline.empty_memory(**settings)
     jobs = list(itertools.product(KINDS, gap_chunks, policies))
     cells = []
     for kind, gap, policy in track(jobs, description="evaluate", transient=True):
-        settings = {"slow": 0} if policy == NO_SLOW else {"policy": policy}
         trials, gap_frames = [], 0
         for k in range(rollouts):
             script = benchmark_script(kind, gap, mirror=k % 2 == 1)
             style = ALL_STYLES[np.random.default_rng((seed, k)).integers(len(ALL_STYLES))]
-            trial, memory = run_trial(pipeline, world, script, style, seed * 10_000 + k, settings)
+            trial, memory = run_trial(pipeline, world, script, style, seed * 10_000 + k, settings_of[policy])
             gap_frames = len(script.hidden_frames)
             trials.append(trial)
             if k == 0:
                 strip(pipeline, memory).save(out / f"{kind}-{gap_frames}-{policy}.png")
         cells.append(sum_up(policy, kind, gap_frames, trials))
-    (out / "recall.json").write_text(json.dumps([asdict(cell) for cell in cells], indent=1))
+        (out / "recall.json").write_text(json.dumps([asdict(cell) for cell in cells], indent=1))
     return as_table(cells)
 
 

@@ -21,12 +21,7 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "log.jsonl"
-        # A killed run may have logged steps after its last checkpoint; a resumed one takes them again.
-        kept = (
-            [line for line in path.read_text().splitlines() if json.loads(line)["step"] < self.start]
-            if self.start
-            else []
-        )
+        kept = self._before(path) if self.start else []
         self.file = open(path, "w", encoding="utf-8")
         self.file.writelines(line + "\n" for line in kept)
         self.bar = tqdm(total=self.num_steps, initial=self.start, desc=self.stage, unit="step", mininterval=2)
@@ -36,6 +31,18 @@ class RunLog:
     def __exit__(self, *exc) -> None:
         self.file.close()
         self.bar.close()
+
+    def _before(self, path: Path) -> list[str]:
+        """Lines of the steps that are not taken again: a killed run may have logged past its last checkpoint."""
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = []
+        for line in lines:
+            try:
+                if json.loads(line)["step"] < self.start:
+                    kept.append(line)
+            except (json.JSONDecodeError, KeyError):  # the line that a kill cut short
+                continue
+        return kept
 
     def step(self, step: int, **values: float) -> None:
         """Note one step's figures."""
@@ -52,7 +59,9 @@ class RunLog:
         """Figures that are taken now and then, for example a validation."""
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
-        self.bar.write(f"{self.stage} {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        self.bar.write(
+            f"{self.stage} {step + 1}: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        )
 
     def mean(self, name: str) -> float:
         """Mean over the recent steps."""

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..model.causal import causal_forward, embed_text
-from ..model.checkpoint import load_demo_codec, load_student, save_student
+from ..model.checkpoint import check_tensors, load_demo_codec, load_student, save_student
 from ..model.config import PRESETS, VAE_STRIDE, StudentCard
 from ..model.flow import TIMESTEPS, add_noise, warp, x0_from_flow
 from ..model.wan import WanModel
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import check_fresh, load_checkpoint, save_checkpoint
 from .config import PretrainConfig
 from .data import FAST, MEMORY, UNSEEN, Batch, make_batch
 from .forcing import TeacherForcing, interleave, noisy_part
@@ -113,23 +113,29 @@ def recall_error(net: WanModel, config: PretrainConfig, batch: Batch) -> dict[st
 def train_pretrain(config: PretrainConfig, resume: bool = False) -> Path:
     """Train a student from scratch; returns its file."""
     out = Path(config.out)
+    path = out / "student.safetensors"
     codec = load_demo_codec(None if config.codec == "assets" else config.codec)
     net = WanModel(PRESETS[config.preset])
     net.reset_parameters(torch.Generator().manual_seed(config.seed))
+    begun_from = None
     if config.init:
-        net.load_state_dict(load_student(config.init)[0].state_dict())
+        first, begun_from = load_student(config.init)
+        check_tensors(net, first.state_dict(), config.init)
+        net.load_state_dict(first.state_dict())
     optimizers = build_optimizers(net, config.lr)
     make = functools.partial(make_batch, codec, config.memory, num_chunks=config.num_chunks)
     validation = make(seed=(config.data_seed, 0), size=4 * config.batch)
     start, seconds, revision = 0, 0.0, git_revision()
     if resume:
-        state = load_checkpoint(out)
+        state = load_checkpoint(out, dataclasses.asdict(config))
         net.load_state_dict(state["net"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         start, seconds = state["step"], state["seconds"]
         if state["revision"] != revision:
             revision = f"{state['revision']}, from step {start} {revision}"
+    else:
+        check_fresh(out)
     began = time.monotonic() - seconds
 
     with RunLog(out, "pretrain", config.steps, start) as run:
@@ -146,7 +152,10 @@ def train_pretrain(config: PretrainConfig, resume: bool = False) -> Path:
             loss.backward()
             if config.openings:
                 opening = make(
-                    seed=(config.data_seed, 2, step), size=config.openings, num_chunks=1, text_dropout=config.text_dropout
+                    seed=(config.data_seed, 2, step),
+                    size=config.openings,
+                    num_chunks=1,
+                    text_dropout=config.text_dropout,
                 )
                 training_loss(net, config, opening, 1.0, generator).backward()
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
@@ -158,7 +167,7 @@ def train_pretrain(config: PretrainConfig, resume: bool = False) -> Path:
                 optimizer.zero_grad()
             run.step(step, loss=loss.item(), grad_norm=norm.item())
             if (step + 1) % config.validate_every == 0:
-                run.note(step + 1, **recall_error(net, config, validation))
+                run.note(step, **recall_error(net, config, validation))
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
                 seconds = time.monotonic() - began
                 save_checkpoint(
@@ -169,15 +178,22 @@ def train_pretrain(config: PretrainConfig, resume: bool = False) -> Path:
                         "step": step + 1,
                         "seconds": seconds,
                         "revision": revision,
+                        "config": dataclasses.asdict(config),
                     },
                 )
-                card = student_card(config, step + 1, seconds, revision)
-                save_student(out / "student.safetensors", net, card)
-    return out / "student.safetensors"
+                save_student(path, net, student_card(config, step + 1, seconds, revision, begun_from))
+    if start >= config.steps:
+        save_student(path, net, student_card(config, start, seconds, revision, begun_from))
+    return path
 
 
-def student_card(config: PretrainConfig, step: int, seconds: float, revision: str) -> StudentCard:
-    """What the student was trained with, for its file."""
+def student_card(
+    config: PretrainConfig, step: int, seconds: float, revision: str, begun_from: StudentCard | None
+) -> StudentCard:
+    """What the student was trained with, for its file; what it began from is counted in."""
+    if begun_from:
+        revision = f"{begun_from.revision}; then {revision}"
+        step, seconds = step + begun_from.train_steps, seconds + begun_from.train_seconds
     return StudentCard(
         name=f"{config.preset} student, teacher forced",
         base=config.preset,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from ..model.codec import NUM_CHROMA, NUM_LUMA, DemoCodec
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import check_fresh, load_checkpoint, save_checkpoint
 from .config import VaeConfig
 from .log import RunLog
 from .world import FRAMES_PER_LATENT, RING_COLUMNS, TOKEN, Scene, panorama, random_style, view
@@ -68,6 +68,14 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     return (10 * torch.log10(4 / F.mse_loss(a, b))).item()
 
 
+@torch.no_grad()
+def validate(codec: DemoCodec, seed: int) -> float:
+    """PSNR in decibels of drawn frames that were not trained on."""
+    before, frames = draw_steps(np.random.default_rng((seed, 2)), 64)
+    latents = codec.encode_art(torch.stack([before, frames[:, -1]], dim=1))
+    return round(psnr(codec.draw_frames(latents[:, :, 0], latents[:, :, 1]), frames), 2)
+
+
 def train_vae(config: VaeConfig, resume: bool = False) -> Path:
     """Train the decoder; returns the codec file. The encoder is fixed."""
     out = Path(config.out)
@@ -76,13 +84,14 @@ def train_vae(config: VaeConfig, resume: bool = False) -> Path:
     optimizer = torch.optim.AdamW(codec.parameters(), lr=config.lr, weight_decay=0.01)
     start, seconds, revision = 0, 0.0, git_revision()
     if resume:
-        state = load_checkpoint(out)
+        state = load_checkpoint(out, dataclasses.asdict(config))
         codec.load_state_dict(state["codec"])
         optimizer.load_state_dict(state["optimizer"])
         start, seconds = state["step"], state["seconds"]
         if state["revision"] != revision:
             revision = f"{state['revision']}, from step {start} {revision}"
     else:
+        check_fresh(out)
         fit_statistics(codec, config.data_seed)
     began = time.monotonic() - seconds
     with RunLog(out, "vae", config.steps, start) as run:
@@ -109,12 +118,13 @@ def train_vae(config: VaeConfig, resume: bool = False) -> Path:
                         "step": step + 1,
                         "seconds": seconds,
                         "revision": revision,
+                        "config": dataclasses.asdict(config),
                     },
                 )
     path = out / "demo_codec.safetensors"
     card = {
         "kind": "demo codec", "revision": revision, "config": dataclasses.asdict(config),
-        "train_seconds": round(seconds), "psnr": run.mean("psnr"),
+        "train_seconds": round(seconds), "psnr": validate(codec, config.data_seed),
     }  # fmt: skip
     save_file({k: v.contiguous() for k, v in codec.state_dict().items()}, path, {"context_forcing": json.dumps(card)})
     log.info("codec written to %s", path)

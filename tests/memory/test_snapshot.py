@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from context_forcing.memory.snapshot import HEADER_KEY, load_memory, save_memory

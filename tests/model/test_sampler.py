@@ -238,3 +238,28 @@ def test_other_sizes_need_no_change(net, make_sampler):
     assert memory.remembered[0].keys.shape[2] == 5
     with pytest.raises(ValueError, match="^size: width 40 "):
         new_memory(config, 40, 32)
+
+
+def test_euler_follows_the_flow_and_draws_noise_once(net, make_sampler, empty_memory):
+    sampler, memory = make_sampler(net, solver="euler"), empty_memory(**SMALL)
+    noise, drawn = seeded_noise(5, memory.latent_size), []
+
+    def counted(frame, step):
+        drawn.append(step)
+        return noise(frame, step)
+
+    made = film(sampler.make_chunk(memory, SIGMAS, counted))
+    assert set(drawn) == {0}
+
+    attend = sampler._attend(memory, sampler.view(memory), memory.config.chunk)
+    x = torch.stack([noise(frame, 0) for frame in range(memory.config.chunk)], dim=2)
+    for sigma, following in zip(SIGMAS, (*SIGMAS[1:], 0.0)):
+        x = x + (following - sigma) * sampler._flow(x, sigma, attend)
+    assert torch.allclose(made, x, atol=1e-5)
+
+
+def test_another_solver_makes_another_film(net, make_sampler, empty_memory):
+    films = [film(roll(make_sampler(net, solver=solver), empty_memory(**SMALL), 1)) for solver in ("renoise", "euler")]
+    assert not torch.allclose(*films)
+    with pytest.raises(ValueError, match="^solver: "):
+        make_sampler(net, solver="heun")
