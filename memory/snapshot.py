@@ -38,10 +38,11 @@ def save_memory(path: str | Path, memory: Memory, student: str) -> None:
         tensors[f"values.{frame}"] = held.values.cpu().contiguous()
     if memory.film:
         tensors["film"] = torch.cat(memory.film, dim=2)
-    text = json.dumps(header)
+    # Inside the header: safetensors writes several metadata keys in no fixed order.
+    text = json.dumps({**header, DIGEST_KEY: digest(header, tensors)})
     part = path.with_name(path.name + ".part")
     try:
-        save_file(tensors, part, {HEADER_KEY: text, DIGEST_KEY: digest(text, tensors)})
+        save_file(tensors, part, {HEADER_KEY: text})
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be written ({error})") from None
@@ -49,9 +50,9 @@ def save_memory(path: str | Path, memory: Memory, student: str) -> None:
         part.unlink(missing_ok=True)
 
 
-def digest(header: str, tensors: dict[str, torch.Tensor]) -> str:
+def digest(header: dict, tensors: dict[str, torch.Tensor]) -> str:
     """Fingerprint of a whole snapshot: header, names, shapes, types and every byte."""
-    sha = hashlib.sha256(header.encode())
+    sha = hashlib.sha256(json.dumps(header).encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
@@ -83,7 +84,7 @@ def load_memory(path: str | Path, student: str) -> Memory:
             raise ValueError(
                 "made by another student; keys of one network mean nothing to another, load the student it came from"
             )
-        if digest(metadata[HEADER_KEY], tensors) != metadata.get(DIGEST_KEY):
+        if header.pop(DIGEST_KEY, None) != digest(header, tensors):
             raise ValueError("damaged: its contents do not have the digest it was saved with; use another copy")
         return _build(header, tensors)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
