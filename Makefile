@@ -24,7 +24,6 @@ test-fast: $(VENV)/ready
 train-demo: $(VENV)/ready
 	$(BIN)/context-forcing train vae --config demo
 	$(BIN)/context-forcing train pretrain --config demo codec=runs/vae/demo_codec.safetensors
-	$(BIN)/context-forcing train pretrain --config demo-openings codec=runs/vae/demo_codec.safetensors
 
 clean:
 	rm -rf $(VENV) out runs build *.egg-info

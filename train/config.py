@@ -42,7 +42,7 @@ class PretrainConfig:
     init: str = ""
     """A student file to start from; empty starts from fresh weights."""
     num_chunks: int = 12
-    steps: int = 2200
+    steps: int = 4000
     batch: int = 4
     lr: float = 2e-3
     decay: float = 0.3
@@ -56,14 +56,14 @@ class PretrainConfig:
     """Most noise on a remembered frame, labelled clean: what keeps long rollouts from drifting."""
     context_noise_share: float = 0.7
     recall_weight: float = 5.0
-    """How much more a column counts that only sink or slow frames can tell, from step `recall_weight_from` on."""
-    recall_weight_from: int = 800
-    pacing: float = 0.65
-    """Share of clips whose camera goes back and forth, from step `pacing_from` on: there is more to look up in them."""
-    pacing_from: int = 1100
-    openings: int = 0
+    """How much more a column counts that only sink or slow frames can tell."""
+    unseen_weight: float = 2.0
+    """How much more a column counts that nothing remembered can tell: it has to be made up, and whole."""
+    pacing: float = 0.5
+    """Share of clips whose camera goes back and forth: there is more to look up in them."""
+    openings: int = 24
     """Clips of a single chunk beside the `batch` long ones: a video has to begin somewhere."""
-    text_dropout: float = 0.1
+    text_dropout: float = 0.05
     data_seed: int = 1
     seed: int = 0
     """Seed of the weights and of the noise."""
@@ -73,7 +73,7 @@ class PretrainConfig:
 
     def __post_init__(self):
         _check_positive(self, "num_chunks", "steps", "batch", "lr", "decay", "clip", "shift", "sample_steps")
-        _check_positive(self, "validate_every", "checkpoint_every", "recall_weight")
+        _check_positive(self, "validate_every", "checkpoint_every", "recall_weight", "unseen_weight")
         if self.preset not in PRESETS:
             raise ValueError(f"preset: {self.preset!r} is not one of {', '.join(PRESETS)}")
 
@@ -90,32 +90,15 @@ def pretrain_demo() -> PretrainConfig:
     return PretrainConfig()
 
 
-def pretrain_demo_openings() -> PretrainConfig:
-    """The second half of the demo student's training: how to begin, and what to draw where nothing is known."""
-    return PretrainConfig(
-        init="runs/pretrain/student.safetensors",
-        batch=2,
-        openings=20,
-        steps=640,
-        lr=1.2e-3,
-        decay=1.0,
-        recall_weight=3.0,
-        recall_weight_from=0,
-        pacing_from=0,
-        data_seed=2,
-        out="runs/openings",
-    )
-
-
 def pretrain_smoke() -> PretrainConfig:
     return PretrainConfig(
-        steps=3, batch=1, num_chunks=4, validate_every=2, checkpoint_every=2, out="runs/smoke-pretrain"
+        steps=3, batch=1, openings=2, num_chunks=4, validate_every=2, checkpoint_every=2, out="runs/smoke-pretrain"
     )
 
 
 CONFIGS: dict[str, dict[str, Callable]] = {
     "vae": {"demo": vae_demo, "smoke": vae_smoke},
-    "pretrain": {"demo": pretrain_demo, "demo-openings": pretrain_demo_openings, "smoke": pretrain_smoke},
+    "pretrain": {"demo": pretrain_demo, "smoke": pretrain_smoke},
 }
 
 

@@ -14,6 +14,7 @@ from ..memory.policy import Slots, advance
 from ..model.codec import DemoCodec
 from ..model.text import TEXT_DIM, canonical_words, concept_embedding
 from .world import (
+    RING_COLUMNS,
     VIEW_COLUMNS,
     Scene,
     Style,
@@ -37,10 +38,12 @@ class Clip:
     moves: tuple[int, ...]
     """One per chunk."""
     chunk: int
+    start: int = 0
+    """Heading of the first frame, in columns."""
 
     @property
     def headings(self) -> np.ndarray:
-        return headings(frame_moves(self.moves, self.chunk))
+        return headings(frame_moves(self.moves, self.chunk), self.start)
 
     @property
     def captions(self) -> list[str]:
@@ -48,13 +51,24 @@ class Clip:
 
     def art(self) -> np.ndarray:
         """Art pixels of every latent frame, uint8."""
-        return render_latent_frames(self.scene, self.styles, frame_moves(self.moves, self.chunk), self.chunk)
+        moves = frame_moves(self.moves, self.chunk)
+        return render_latent_frames(self.scene, self.styles, moves, self.chunk, self.start)
 
 
 def random_clip(rng: np.random.Generator, num_chunks: int, chunk: int, pacing: float) -> Clip:
-    """A clip whose camera leaves places and comes back to them; a share `pacing` of them goes back and forth."""
+    """A clip whose camera leaves places and comes back to them; a share `pacing` of them goes back and forth.
+
+    It begins anywhere on the ring: a student knows where a token is only relative to others (rotary positions), so
+    from noise it could not tell which column of a fixed first view a token is.
+    """
     script = pacing_script if rng.random() < pacing else random_script
-    return Clip(Scene.sample(rng), tuple(random_styles(rng, num_chunks)), tuple(script(rng, num_chunks)), chunk)
+    return Clip(
+        scene=Scene.sample(rng),
+        styles=tuple(random_styles(rng, num_chunks)),
+        moves=tuple(script(rng, num_chunks)),
+        chunk=chunk,
+        start=int(rng.integers(RING_COLUMNS)),
+    )
 
 
 def to_latents(codec: DemoCodec, clips: list[Clip]) -> Tensor:

@@ -125,7 +125,7 @@ def judge(world: World, film: Tensor, script: Script, style: Style) -> Trial:
     """A film [C, T, H, W] held against what its script asked for."""
     seen = world.headings(film, style)
     asked = np.array(script.headings)
-    # A film may begin a column or two beside the world's start; what counts is that it comes back to where it was.
+    # A film begins anywhere on the ring; what counts is that it comes back to where it was.
     lead = slice(0, script.target_frame + 1)
     start = np.bincount((seen[lead] - asked[lead]) % RING_COLUMNS).argmax()
     before, after = film[:, script.target_frame], film[:, script.return_frame + 1]

@@ -53,12 +53,12 @@ def noised_context(config: PretrainConfig, latents: Tensor, generator: torch.Gen
 
 
 def training_loss(
-    net: WanModel, config: PretrainConfig, batch: Batch, recall_weight: float, generator: torch.Generator
+    net: WanModel, config: PretrainConfig, batch: Batch, generator: torch.Generator
 ) -> Tensor:
     """Mean squared error of the flow; one noise level a chunk, warped.
 
-    Columns that only sink or slow frames can tell weigh `recall_weight`: they are few (one in fourteen), and what
-    has to be looked up is what this student is for.
+    What the last frames show is three columns in four and soon learnt. The columns that have to be looked up in sink
+    or slow frames weigh `recall_weight`, those that have to be made up `unseen_weight`.
     """
     chunk = config.memory.chunk
     latents = batch.latents
@@ -69,7 +69,7 @@ def training_loss(
     context = noised_context(config, latents, generator)
     flow = teacher_forced_flow(net, batch, context, noisy, sigma_BT, chunk)
     error_BTC = by_column((flow - (noise - latents)).square().mean((1, 3)))
-    weight = torch.where(batch.where == MEMORY, recall_weight, 1.0)
+    weight = torch.tensor([1.0, config.recall_weight, config.unseen_weight])[batch.where]
     return (error_BTC * weight).sum() / weight.sum()
 
 
@@ -144,11 +144,10 @@ def train_pretrain(config: PretrainConfig, resume: bool = False) -> Path:
                 seed=(config.data_seed, 1, step),
                 size=config.batch,
                 text_dropout=config.text_dropout,
-                pacing=config.pacing if step >= config.pacing_from else 0.0,
+                pacing=config.pacing,
             )
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            recall_weight = config.recall_weight if step >= config.recall_weight_from else 1.0
-            loss = training_loss(net, config, batch, recall_weight, generator)
+            loss = training_loss(net, config, batch, generator)
             loss.backward()
             if config.openings:
                 opening = make(
@@ -157,7 +156,7 @@ def train_pretrain(config: PretrainConfig, resume: bool = False) -> Path:
                     num_chunks=1,
                     text_dropout=config.text_dropout,
                 )
-                training_loss(net, config, opening, 1.0, generator).backward()
+                training_loss(net, config, opening, generator).backward()
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
             rate = min(1.0, (step + 1) / 50, (config.steps - step) / (config.decay * config.steps))
             for optimizer in optimizers:

@@ -16,16 +16,16 @@ def frame_moves(chunk_moves: Sequence[int], chunk: int = 3) -> list[int]:
     return [move for move in chunk_moves for _ in range(chunk)]
 
 
-def headings(moves: Sequence[int]) -> np.ndarray:
+def headings(moves: Sequence[int], start: int = 0) -> np.ndarray:
     """Heading in token columns after each latent frame, int64 [T], not wrapped; `moves` per latent frame.
 
-    The first latent frame is a single pixel frame at heading 0: its move is ignored.
+    The first latent frame is a single pixel frame at heading `start`: its move is ignored.
     """
     for move in moves:
         check_choice("moves", move, (-1, 0, 1))
     steps = np.array(moves, dtype=np.int64)
     steps[:1] = 0
-    return steps.cumsum()
+    return start + steps.cumsum()
 
 
 def view(pano: np.ndarray, offset_art_px: int) -> np.ndarray:
@@ -54,22 +54,22 @@ def _check_lengths(styles_per_chunk: Sequence[Style], moves: Sequence[int], chun
 
 
 def render_latent_frames(
-    scene: Scene, styles_per_chunk: Sequence[Style], moves: Sequence[int], chunk: int = 3
+    scene: Scene, styles_per_chunk: Sequence[Style], moves: Sequence[int], chunk: int = 3, start: int = 0
 ) -> np.ndarray:
     """The last pixel frame of every latent frame, uint8 [T, 32, 64, 3]; `moves` per latent frame."""
     moves = list(moves)
     _check_lengths(styles_per_chunk, moves, chunk)
-    return _render(scene, styles_per_chunk, np.arange(len(moves)) // chunk, headings(moves) * TOKEN)
+    return _render(scene, styles_per_chunk, np.arange(len(moves)) // chunk, headings(moves, start) * TOKEN)
 
 
 def render_pixel_frames(
-    scene: Scene, styles_per_chunk: Sequence[Style], moves: Sequence[int], chunk: int = 3
+    scene: Scene, styles_per_chunk: Sequence[Style], moves: Sequence[int], chunk: int = 3, start: int = 0
 ) -> np.ndarray:
     """Every pixel frame, uint8 [1 + 4 (T - 1), 32, 64, 3]; `moves` per latent frame."""
     moves = list(moves)
     _check_lengths(styles_per_chunk, moves, chunk)
     steps = np.repeat(np.diff(headings(moves)), FRAMES_PER_LATENT) * _PIXEL_STEP
-    offsets = np.concatenate([np.zeros(1, dtype=np.int64), steps.cumsum()])
+    offsets = start * TOKEN + np.concatenate([np.zeros(1, dtype=np.int64), steps.cumsum()])
     latent_index = (np.arange(len(offsets)) + FRAMES_PER_LATENT - 1) // FRAMES_PER_LATENT
     return _render(scene, styles_per_chunk, latent_index // chunk, offsets)
 
