@@ -118,7 +118,7 @@ def generate(
         count = write_video(output, pipeline.decode(latents()), fps=fps, scale=scale or default_scale(width, height))
     seconds = time.monotonic() - began
     if report is not None:
-        draw_report(final, pipeline.thumbnails(final).numpy(), fps).save(report)
+        draw_report(final, pipeline.thumbnails(final), fps).save(report)
     console.print(summary(final, fps), highlight=False)
     console.print(f"{output}: {count} frames, {count / fps:.2f} s, made in {seconds:.1f} s", highlight=False)
 
@@ -159,7 +159,7 @@ def _progress() -> Progress:
 def train(
     stage: Annotated[str, typer.Argument(help="vae or pretrain.")],
     overrides: Annotated[Optional[list[str]], typer.Argument(help="key=value, for example steps=100.")] = None,
-    config: Annotated[str, typer.Option(help="A named configuration: demo, demo-openings (pretrain), smoke.")] = "demo",
+    config: Annotated[str, typer.Option(help="A named configuration: demo or smoke.")] = "demo",
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last checkpoint.")] = False,
 ) -> None:
     """Train the demo codec (`vae`) or a causal student (`pretrain`)."""

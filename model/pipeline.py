@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from .config import VAE_STRIDE, StudentCard
 from .sampler import CausalSampler, chunks_for, seeded_noise
 from .story import Story, check_size
 from .text import encode_demo_text, unknown_words
+from .video import to_uint8
 
 log = logging.getLogger("context_forcing")
 
@@ -103,13 +105,12 @@ class Pipeline:
         yield from self.codec.decode_stream(denormalise(chunk.to(self.device)) for chunk in chunks)
 
     @torch.inference_mode()
-    def thumbnails(self, memory: Memory) -> Tensor:
+    def thumbnails(self, memory: Memory) -> np.ndarray:
         """The remembered frames as pictures, uint8 [M, H, W, 3], in the order of their positions."""
         latents = memory.latents(memory.slots.all).to(self.device).movedim(2, 1).flatten(0, 1).unsqueeze(2)
         if not len(latents):
-            return torch.zeros(0, 1, 1, 3, dtype=torch.uint8)
-        pixels = self.codec.decode(denormalise(latents))[:, :, 0].movedim(1, -1)
-        return pixels.add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
+            return np.zeros((0, 1, 1, 3), np.uint8)
+        return to_uint8(self.codec.decode(denormalise(latents)).transpose(0, 2))
 
 
 def new_memory(config: MemoryConfig, width: int, height: int) -> Memory:

@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 from ..memory.config import POLICIES
 from ..memory.report import draw_report, summary
 from ..model.pipeline import new_memory
+from ..model.video import to_uint8
 from .types import CATEGORY, MemoryType, card_of
 from .video import decode_stream
 
@@ -97,9 +98,5 @@ class ContextForcingMemoryReport(io.ComfyNode):
 
 def thumbnails(memory, vae) -> np.ndarray:
     """The remembered frames as pictures, uint8 [M, H, W, 3]; each decoded by itself, as a still."""
-    frames = [
-        next(iter(decode_stream(vae, [memory.latents([frame])])))[0, :, 0].movedim(0, -1) for frame in memory.slots.all
-    ]
-    if not frames:
-        return np.zeros((0, 1, 1, 3), np.uint8)
-    return torch.stack(frames).add(1).mul(127.5).round().clamp(0, 255).byte().cpu().numpy()
+    frames = [to_uint8(next(iter(decode_stream(vae, [memory.latents([frame])])))) for frame in memory.slots.all]
+    return np.concatenate(frames) if frames else np.zeros((0, 1, 1, 3), np.uint8)

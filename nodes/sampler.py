@@ -1,5 +1,7 @@
 """One segment: continue a memory under a prompt."""
 
+from collections.abc import Callable
+
 import comfy.latent_formats
 import comfy.model_management as mm
 import comfy.utils
@@ -41,14 +43,20 @@ def text_of(positive) -> torch.Tensor:
     return positive[0][0]
 
 
-def preview_of(chunk_BCTHW: torch.Tensor, demo: bool):
-    """The last frame of a chunk as ProgressBar's preview, or None where previews are off."""
-    last = chunk_BCTHW[:, :, -1:]
+def previewer_of(demo: bool) -> Callable[[torch.Tensor], tuple | None]:
+    """Latents of a chunk [1, C, T, H, W] -> its last frame as ProgressBar's preview, or None where previews are off."""
     if demo:
-        picture = Image.fromarray(to_uint8(preview_codec().decode(denormalise(last)))[0])
-        return ("JPEG", picture.resize((picture.width * 4, picture.height * 4), Image.NEAREST), PREVIEW_SIDE)
-    previewer = latent_preview.get_previewer(last.device, comfy.latent_formats.Wan21())
-    return previewer.decode_latent_to_preview_image("JPEG", last) if previewer else None
+        codec = preview_codec()
+
+        def preview(chunk: torch.Tensor) -> tuple:
+            picture = Image.fromarray(to_uint8(codec.decode(denormalise(chunk[:, :, -1:])))[0])
+            return ("JPEG", picture.resize((picture.width * 4, picture.height * 4), Image.NEAREST), PREVIEW_SIDE)
+
+        return preview
+    previewer = latent_preview.get_previewer(torch.device("cpu"), comfy.latent_formats.Wan21())
+    if previewer is None:
+        return lambda chunk: None
+    return lambda chunk: previewer.decode_latent_to_preview_image("JPEG", chunk[:, :, -1:])
 
 
 class ContextForcingSampler(io.ComfyNode):
@@ -114,10 +122,11 @@ class ContextForcingSampler(io.ComfyNode):
         )
         progress = comfy.utils.ProgressBar(num_chunks)
         first_chunk = len(memory.film)
+        preview = previewer_of(card.base == "demo")
         before, memory = memory, memory.begin("", seed)
         noise = seeded_noise(seed, memory.latent_size)
         for done, memory in enumerate(sampler.rollout(memory, num_chunks, sigmas=card.sigmas, noise=noise), 1):
-            progress.update_absolute(done, num_chunks, preview_of(memory.film[-1], card.base == "demo"))
+            progress.update_absolute(done, num_chunks, preview(memory.film[-1]))
         latents = torch.cat(memory.film[first_chunk:], dim=2)
         samples = model.model.process_latent_out(latents).to(mm.intermediate_device())
         return io.NodeOutput(memory.to(mm.intermediate_device(), before=before), {"samples": samples})

@@ -19,6 +19,7 @@ from ..memory.memory import Memory
 from ..model.pipeline import Pipeline, pick_device
 from ..model.story import Scene as Segment
 from ..model.story import Story
+from ..model.video import to_uint8
 from .world import (
     ALL_STYLES, LANDMARK_COLUMNS, LANDMARK_TOP, NUM_CLASSES, RING_COLUMNS, STATION_COLUMNS, TOKEN, VIEW_COLUMNS,
     Script, Style, background, benchmark_script, caption, templates, upscale,
@@ -217,9 +218,8 @@ def strip(pipeline: Pipeline, memory: Memory, columns: int = 12, scale: int = 3)
     """The film as a strip of pictures, evenly spread."""
     film = torch.cat(memory.film, dim=2)
     picked = np.linspace(0, film.shape[2] - 1, 4 * columns).round().astype(int)
-    pixels = torch.cat(list(pipeline.decode([film])), dim=2)[0, :, [max(0, 4 * int(t)) for t in picked]]
-    frames = pixels.add(1).mul(127.5).round().clamp(0, 255).byte().movedim(0, -1).cpu().numpy()
-    frames = upscale(np.ascontiguousarray(frames), scale)
+    pixels = torch.cat(list(pipeline.decode([film])), dim=2)
+    frames = upscale(to_uint8(pixels)[4 * picked], scale)
     rows = [np.concatenate(list(frames[i : i + columns]), axis=1) for i in range(0, len(frames), columns)]
     return Image.fromarray(np.concatenate(rows, axis=0)).resize(
         (1920, rows[0].shape[0] * len(rows) * 1920 // rows[0].shape[1])

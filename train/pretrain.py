@@ -52,9 +52,7 @@ def noised_context(config: PretrainConfig, latents: Tensor, generator: torch.Gen
     return add_noise(latents, torch.randn(latents.shape, generator=generator), sigma)
 
 
-def training_loss(
-    net: WanModel, config: PretrainConfig, batch: Batch, generator: torch.Generator
-) -> Tensor:
+def training_loss(net: WanModel, config: PretrainConfig, batch: Batch, generator: torch.Generator) -> Tensor:
     """Mean squared error of the flow; one noise level a chunk, warped.
 
     What the last frames show is three columns in four and soon learnt. The columns that have to be looked up in sink

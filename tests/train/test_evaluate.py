@@ -17,8 +17,9 @@ def world():
 
 
 def true_film(world, script, style, seed):
+    """A film that begins somewhere on the ring, as generated ones do."""
     scene = Scene.sample(np.random.default_rng(seed))
-    art = render_latent_frames(scene, [style] * len(script.moves), script.frame_moves)
+    art = render_latent_frames(scene, [style] * len(script.moves), script.frame_moves, start=7 * seed)
     return world.encode(art).movedim(0, 1), scene
 
 

@@ -183,7 +183,7 @@ def test_steps_lower_the_loss():
     batch = make_batch(load_demo_codec(), config.memory, seed=(1, 1), size=1, num_chunks=3, text_dropout=0.0)
     optimizers, losses = build_optimizers(net, 2e-3), []
     for _ in range(12):
-        loss = training_loss(net, config, batch, recall_weight=1.0, generator=torch.Generator().manual_seed(0))
+        loss = training_loss(net, config, batch, generator=torch.Generator().manual_seed(0))
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()

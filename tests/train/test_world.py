@@ -44,6 +44,15 @@ def make_scene(seed=0):
 
 def test_headings_ignore_the_first_move_and_add_up_the_rest():
     assert headings([1, 1, 1, 0, -1, -1, -1]).tolist() == [0, 1, 2, 2, 1, 0, -1]
+    assert headings([1, 1, 1, 0, -1, -1, -1], start=5).tolist() == [5, 6, 7, 7, 6, 5, 4]
+
+
+@pytest.mark.parametrize("render", [render_latent_frames, render_pixel_frames])
+def test_a_start_heading_turns_the_whole_clip(render):
+    scene, moves = make_scene(), [0, 1, 1, -1, 0, 0]
+    shifted = render(scene, [DAY, DAY], moves, start=3)
+    np.testing.assert_array_equal(shifted[0], view(panorama(scene, DAY), 3 * TOKEN))
+    np.testing.assert_array_equal(shifted[:, :, : -3 * TOKEN], render(scene, [DAY, DAY], moves)[:, :, 3 * TOKEN :])
 
 
 @pytest.mark.parametrize("move", [-1, 1])
