@@ -83,3 +83,13 @@ class MemoryConfig:
         if unknown := sorted(set(raw) - known):
             raise ValueError(f"memory: unknown fields {unknown}; known are {sorted(known)}")
         return cls(**raw)
+
+
+MEMORY_PRESETS: Mapping[str, MemoryConfig] = {
+    "slow-fast": MemoryConfig(),
+    "context-forcing": MemoryConfig(policy="clean"),
+    "longlive": MemoryConfig(slow=0, fast=9, window=12, policy="fifo"),
+    "infinity-rope": MemoryConfig(sink=1, slow=0, fast=5, window=6, policy="fifo"),
+}
+"""Memories by name: ours, the paper's, and the sliding windows that LongLive and Infinity-RoPE students have
+(method.md 3.5)."""

@@ -9,7 +9,7 @@ S tokens of one text group, G text groups, N heads, E head dim, D model width, L
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,17 @@ from .rope import rotary_table, rotate
 AttendSelf = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q_BTPNE, k_BTPNE, v_BTPNE) -> out_BTPNE"""
 
+Call = Callable[..., Any]
+"""(module, function, *args) -> function(module, *args): how the pass enters a block; training passes its own, to shard
+and to recompute."""
 
-@dataclass(frozen=True)
-class TextContext:
+
+def direct(module: nn.Module, function: Callable, *args):
+    """Just the function."""
+    return function(module, *args)
+
+
+class TextContext(NamedTuple):
     """Cross-attention keys and values of a prompt per layer, [B * G, L, N, E], made once per prompt.
 
     With G > 1 groups the frames of a pass are split into G equal runs, each with a text of its own.
@@ -37,7 +45,7 @@ class TextContext:
     num_groups: int = 1
 
 
-def embed_text(net: nn.Module, text_BLC: Tensor, num_groups: int = 1) -> TextContext:
+def embed_text(net: nn.Module, text_BLC: Tensor, num_groups: int = 1, call: Call = direct) -> TextContext:
     """Text embeddings -> what cross-attention needs.
 
     Wan pads the text with zero rows to `text_len` and attends to all of them (method.md 1.2.4). Zero rows have
@@ -58,10 +66,15 @@ def embed_text(net: nn.Module, text_BLC: Tensor, num_groups: int = 1) -> TextCon
     embedded_BLD = net.text_embedding(text_BLC)
     keys, values = [], []
     for block in net.blocks:
-        attn = block.cross_attn
-        keys.append(_heads(attn, attn.norm_k(attn.k(embedded_BLD))))
-        values.append(_heads(attn, attn.v(embedded_BLD)))
+        k, v = call(block, _text_keys, embedded_BLD)
+        keys.append(k)
+        values.append(v)
     return TextContext(tuple(keys), tuple(values), bias, num_groups)
+
+
+def _text_keys(block: nn.Module, embedded_BLD: Tensor) -> tuple[Tensor, Tensor]:
+    attn = block.cross_attn
+    return _heads(attn, attn.norm_k(attn.k(embedded_BLD))), _heads(attn, attn.v(embedded_BLD))
 
 
 def padding_biases(count: int, dtype: torch.dtype) -> Tensor:
@@ -86,6 +99,7 @@ def causal_forward(
     text: TextContext,
     attend_self: AttendSelf,
     attention: Attention = sdpa,
+    call: Call = direct,
 ) -> Tensor:
     """Predicted flow [B, C, T, H, W] of latents at `timestep_BT` (0 .. 1000, one per frame); method.md 1.2."""
     dtype = x_BCTHW.dtype
@@ -95,7 +109,7 @@ def causal_forward(
     temb_BTD = net.time_embedding(sinusoid(timestep_BT, net.time_embedding[0].in_features).to(dtype))
     tproj_BT6D = net.time_projection(temb_BTD).unflatten(-1, (6, -1))
     for layer, block in enumerate(net.blocks):
-        x = _block(block, layer, x, tproj_BT6D, text, attend_self, attention)
+        x = call(block, _block, layer, x, tproj_BT6D, text, attend_self, attention)
     shift, scale = (net.head.modulation.to(x) + temb_BTD[:, :, None]).unsqueeze(-2).unbind(dim=2)
     patches = net.head.head(net.head.norm(x) * (1 + scale) + shift)
     _, patch_rows, patch_columns = net.patch_size

@@ -32,16 +32,20 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
 
 def save_student(path: str | Path, net: nn.Module, card: StudentCard) -> None:
     """A student in Wan's layout with its card; ComfyUI's UNETLoader reads it too."""
+    write_student(path, net.state_dict(), net.blocks[0].self_attn.num_heads, card)
+
+
+def write_student(path: str | Path, state: dict[str, Tensor], num_heads: int, card: StudentCard) -> None:
+    """The same from a state dict."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    num_heads = net.blocks[0].self_attn.num_heads
     metadata = {
         CARD_KEY: card.to_json(),
         # What ComfyUI cannot guess from shapes: heads other than dim / 128, and that the model is causal.
         "config": json.dumps({"transformer": {"num_heads": num_heads, "causal_ar": True}}),
     }
     part = path.with_name(path.name + ".part")
-    save_file({key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}, part, metadata)
+    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, part, metadata)
     part.replace(path)
 
 

@@ -39,7 +39,7 @@ class WanConfig:
 
 
 PRESETS: Mapping[str, WanConfig] = {
-    "demo": WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=5),
+    "demo": WanConfig(dim=128, ffn_dim=512, num_heads=2, num_layers=4),
     "wan2.1-1.3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "wan2.1-14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
 }

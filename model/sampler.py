@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..memory.memory import Memory
 from ..memory.view import MemoryView
 from .attention import Attention, sdpa
-from .causal import MemoryAttention, TextContext, causal_forward
+from .causal import Call, MemoryAttention, TextContext, causal_forward, direct
 from .config import VAE_STRIDE
 from .flow import SOLVERS, TIMESTEPS, add_noise, x0_from_flow
 from .rope import rotary_table, rotate
@@ -64,6 +64,7 @@ class CausalSampler:
     commit_attends: str = "all"
     """What the pass over clean latents sees while it writes their keys: `all`, `no sink`, `fast only`."""
     on_pass: Callable[[], None] = lambda: None
+    call: Call = direct
 
     def __post_init__(self):
         if self.solver not in SOLVERS:
@@ -81,8 +82,13 @@ class CausalSampler:
 
     def make_chunk(self, memory: Memory, sigmas: Sequence[float], noise: Noise) -> Memory:
         """Denoise one chunk against the memory, then commit it."""
-        first = memory.num_frames
         view = self.view(memory)
+        *_, x0 = self.denoise(memory, view, sigmas, noise)
+        return self.commit(memory, x0, view)
+
+    def denoise(self, memory: Memory, view: MemoryView, sigmas: Sequence[float], noise: Noise) -> Iterator[Tensor]:
+        """The chunk after a memory, x0 [1, C, T, H, W] as it stands after every step."""
+        first = memory.num_frames
         attend_self = self._attend(memory, view, memory.config.chunk)
         x0 = flow = None
         for step, sigma in enumerate(sigmas):
@@ -93,7 +99,7 @@ class CausalSampler:
             x = eps if x0 is None else add_noise(x0, eps, sigma)
             flow = self._flow(x, sigma, attend_self)
             x0 = x0_from_flow(x, flow, sigma)
-        return self.commit(memory, x0, view)
+            yield x0
 
     def commit(self, memory: Memory, x0_BCTHW: Tensor, view: MemoryView | None = None) -> Memory:
         """One pass at sigma 0 over clean latents, whose only purpose is to write their keys and values."""
@@ -117,7 +123,8 @@ class CausalSampler:
     def _flow(self, x_BCTHW: Tensor, sigma: float, attend_self: MemoryAttention) -> Tensor:
         self.on_pass()
         timestep = torch.full((1, x_BCTHW.shape[2]), TIMESTEPS * sigma, device=self.device)
-        flow = causal_forward(self.net, x_BCTHW.to(self.dtype), timestep, self.text, attend_self, self.attention)
+        x = x_BCTHW.to(self.dtype)
+        flow = self.call(self.net, causal_forward, x, timestep, self.text, attend_self, self.attention, self.call)
         return flow.float()
 
     def _check_fits(self, memory: Memory) -> None:

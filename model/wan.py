@@ -47,6 +47,10 @@ class Block(nn.Module):
         )
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
 
+    def forward(self, function, *args):
+        """`function(self, *args)`, through the module's hooks: how sharded training enters a block."""
+        return function(self, *args)
+
 
 class Head(nn.Module):
     """Modulated projection of tokens to patches of flow."""
@@ -75,6 +79,10 @@ class WanModel(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.head = Head(config)
+
+    def forward(self, function, *args):
+        """`function(self, *args)`, through the module's hooks: how sharded training enters the network."""
+        return function(self, *args)
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Draw fresh weights for training from scratch."""

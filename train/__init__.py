@@ -13,6 +13,18 @@ def run_stage(stage: str, config: str, overrides: Sequence[str], resume: bool) -
         from .vae import train_vae
 
         return train_vae(settings, resume)
-    from .pretrain import train_pretrain
+    if stage == "pretrain":
+        from .pretrain import train_pretrain
 
-    return train_pretrain(settings, resume)
+        return train_pretrain(settings, resume)
+    from .loop import train
+    from .parallel import start_parallel
+
+    parallel = start_parallel(settings.device)
+    if stage == "teacher":
+        from .teacher import TeacherStage
+
+        return train(TeacherStage(settings, parallel), stage, resume)
+    from .distill import DistillStage
+
+    return train(DistillStage(settings, parallel), stage, resume)

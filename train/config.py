@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from ..memory.config import MemoryConfig
-from ..model.config import PRESETS
+from ..memory.config import MEMORY_PRESETS, MemoryConfig
+from ..model.config import PRESETS, VAE_STRIDE
+from .parallel import PRECISIONS
+from .recycling import RecyclingConfig
+from .trainee import OptimConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,7 @@ class PretrainConfig:
     init: str = ""
     """A student file to start from; empty starts from fresh weights."""
     num_chunks: int = 12
-    steps: int = 4000
+    steps: int = 3200
     batch: int = 4
     lr: float = 2e-3
     decay: float = 0.3
@@ -74,8 +77,125 @@ class PretrainConfig:
     def __post_init__(self):
         _check_positive(self, "num_chunks", "steps", "batch", "lr", "decay", "clip", "shift", "sample_steps")
         _check_positive(self, "validate_every", "checkpoint_every", "recall_weight", "unseen_weight")
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset: {self.preset!r} is not one of {', '.join(PRESETS)}")
+        _check_choice(self, "preset", PRESETS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """What every stage of distillation has (train/loop.py)."""
+
+    preset: str = "wan2.1-1.3b"
+    memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(policy="clean"))
+    codec: str = "assets"
+    """What sample pictures are drawn with: `assets` for the shipped demo codec, or the path of a codec file."""
+    size: tuple[int, int] = (832, 480)
+    """Width and height of the videos in pixels."""
+    steps: int = 600
+    batch: int = 64
+    """Samples of an iteration, over all processes; each makes its own one after the other."""
+    warmup: int = 0
+    """Steps in which the learning rate rises."""
+    decay: float = 0.0
+    """The last part of the steps in which the learning rate falls to zero; 0: it stays."""
+    shift: float = 5.0
+    precision: str = "bf16"
+    recompute: bool = True
+    """Keep only block inputs for the backward pass, compute the rest again."""
+    device: str = "auto"
+    data_seed: int = 1
+    seed: int = 0
+    max_skipped: int = 10
+    """Iterations in a row whose gradients may be dropped before the run stops."""
+    checkpoint_every: int = 50
+    sample_every: int = 50
+    out: str = ""
+
+    def __post_init__(self):
+        _check_positive(self, "steps", "batch", "shift", "checkpoint_every", "sample_every")
+        _check_choice(self, "preset", PRESETS)
+        _check_choice(self, "precision", PRECISIONS)
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay: {self.decay} is a share of the steps, from 0 to 1")
+        if len(self.size) != 2 or any(side <= 0 or side % 16 for side in self.size):
+            raise ValueError(f"size: {self.size} must be a width and a height, multiples of 16")
+
+    @property
+    def latent_size(self) -> tuple[int, int, int]:
+        """C, H, W of a latent frame."""
+        return PRESETS[self.preset].channels, self.size[1] // VAE_STRIDE[1], self.size[0] // VAE_STRIDE[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig(LoopConfig):
+    """Stage `teacher`: a context teacher (method.md 5.2)."""
+
+    init: str = ""
+    """The network to start from: a bidirectional or a causal one in Wan's layout; empty starts from fresh weights."""
+    num_chunks: int = 27
+    """Length of a clip, in chunks."""
+    target_chunks: int = 7
+    plain_share: float = 0.1
+    """Iterations without a context, so that plain generation is not forgotten."""
+    text_dropout: float = 0.1
+    recycling: RecyclingConfig = field(default_factory=RecyclingConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, betas=(0.9, 0.999), clip=1.0, ema=0.999))
+    out: str = "runs/teacher"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.target_chunks < self.num_chunks:
+            raise ValueError(
+                f"target_chunks: {self.target_chunks} must be above 0 and below num_chunks {self.num_chunks}"
+            )
+
+
+TEACHER_SEES = ("memory", "nothing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(LoopConfig):
+    """Stages `local` and `contextual` (method.md 5.3, 5.4)."""
+
+    stage_name: str = "contextual"
+    student: str = ""
+    """The student to start from."""
+    teacher: str = ""
+    """The frozen teacher; the critic starts from it."""
+    teacher_sees: str = "memory"
+    """`memory`: teacher and critic are given the frames the student remembers. `nothing`: they judge the target by
+    itself, the memoryless teacher of LongLive."""
+    denoising_steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
+    """The student's steps, before the warp."""
+    target_from: int = 7
+    """Chunks of the shortest target."""
+    target_chunks: int = 7
+    """Chunks of the longest target."""
+    context_from: int = 7
+    """Chunks of the longest context at the first iteration; 0: none ever, with context_to 0."""
+    context_to: int = 33
+    """Chunks of the longest context once it has grown."""
+    context_ramp: int = 300
+    """Iterations in which it grows."""
+    local_every: int = 5
+    """Every so many rounds of critic and student one has no context; 0: none."""
+    critic_per_student: int = 5
+    guidance: float = 3.0
+    """w of teacher + w (teacher - teacher without text); 0: no guidance."""
+    student_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-6, ema=0.99, ema_from=40))
+    critic_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-7))
+    sample_chunks: int = 28
+    """Length of the sample pictures' rollout."""
+    out: str = "runs/contextual"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_positive(self, "target_from", "critic_per_student", "sample_chunks")
+        if self.teacher_sees not in TEACHER_SEES:
+            raise ValueError(f"teacher_sees: {self.teacher_sees!r} is not one of {', '.join(TEACHER_SEES)}")
+        if self.target_from > self.target_chunks:
+            raise ValueError(f"target_from: {self.target_from} is above target_chunks {self.target_chunks}")
+        if not 0 <= self.context_from <= self.context_to:
+            raise ValueError(f"context_from: {self.context_from} must be from 0 to context_to {self.context_to}")
 
 
 def vae_demo() -> VaeConfig:
@@ -96,9 +216,82 @@ def pretrain_smoke() -> PretrainConfig:
     )
 
 
+DEMO = dict(preset="demo", size=(128, 64), memory=MemoryConfig(), shift=3.0, precision="fp32", recompute=False, batch=4)
+"""What the demo world's runs share."""
+
+
+def teacher_wan() -> TeacherConfig:
+    return TeacherConfig(steps=8000, batch=8)
+
+
+def teacher_demo() -> TeacherConfig:
+    """From the teacher-forced student: same layout, now all frames of the target at once."""
+    return TeacherConfig(
+        **DEMO, init="runs/pretrain/student.safetensors", num_chunks=20, target_chunks=4, steps=600, decay=0.5,
+        warmup=20, text_dropout=0.0, optim=OptimConfig(kind="muon", lr=1e-3, betas=(0.9, 0.98), clip=1.0, ema=0.99),
+    )  # fmt: skip
+
+
+def local_wan() -> DistillConfig:
+    return DistillConfig(
+        stage_name="local", target_from=1, context_from=0, context_to=0, local_every=0, out="runs/local"
+    )
+
+
+def contextual_wan() -> DistillConfig:
+    return DistillConfig(
+        student="runs/local/student.safetensors", teacher="runs/teacher/teacher.safetensors", steps=500
+    )
+
+
+DEMO_DISTILL = dict(
+    guidance=0.0, critic_per_student=2, sample_chunks=24, teacher="runs/teacher/teacher.safetensors",
+    student_optim=OptimConfig(lr=2e-4, betas=(0.0, 0.95), clip=1.0, ema=0.95),
+    critic_optim=OptimConfig(lr=4e-4, betas=(0.0, 0.95), clip=1.0),
+)  # fmt: skip
+
+
+def local_demo() -> DistillConfig:
+    return DistillConfig(
+        **DEMO, **DEMO_DISTILL, stage_name="local", student="runs/pretrain/student.safetensors", target_from=1,
+        target_chunks=4, context_from=0, context_to=0, local_every=0, steps=300, out="runs/local",
+    )  # fmt: skip
+
+
+def contextual_demo() -> DistillConfig:
+    return DistillConfig(
+        **DEMO, **DEMO_DISTILL, student="runs/local/student.safetensors", target_from=4, target_chunks=4,
+        context_from=3, context_to=20, context_ramp=200, steps=600,
+    )  # fmt: skip
+
+
+SMOKE = DEMO | dict(steps=4, batch=2, checkpoint_every=2, sample_every=4)
+
+
+def teacher_smoke() -> TeacherConfig:
+    return TeacherConfig(**SMOKE, num_chunks=4, target_chunks=2, out="runs/smoke-teacher")
+
+
+def local_smoke() -> DistillConfig:
+    return DistillConfig(
+        **SMOKE, stage_name="local", target_from=1, target_chunks=2, context_from=0, context_to=0, local_every=0,
+        guidance=0.0, critic_per_student=2, sample_chunks=2, out="runs/smoke-local",
+    )  # fmt: skip
+
+
+def contextual_smoke() -> DistillConfig:
+    return DistillConfig(
+        **SMOKE, target_from=1, target_chunks=2, context_from=1, context_to=3, context_ramp=2, local_every=2,
+        critic_per_student=2, sample_chunks=2, out="runs/smoke-contextual",
+    )  # fmt: skip
+
+
 CONFIGS: dict[str, dict[str, Callable]] = {
     "vae": {"demo": vae_demo, "smoke": vae_smoke},
     "pretrain": {"demo": pretrain_demo, "smoke": pretrain_smoke},
+    "teacher": {"wan2.1-1.3b": teacher_wan, "demo": teacher_demo, "smoke": teacher_smoke},
+    "local": {"wan2.1-1.3b": local_wan, "demo": local_demo, "smoke": local_smoke},
+    "contextual": {"wan2.1-1.3b": contextual_wan, "demo": contextual_demo, "smoke": contextual_smoke},
 }
 
 
@@ -123,6 +316,8 @@ def _override(config, override: str):
     if head not in known:
         raise ValueError(f"{head}: unknown key; known are {', '.join(sorted(known))}")
     current = getattr(config, head)
+    if key == "memory" and text in MEMORY_PRESETS:
+        return dataclasses.replace(config, memory=MEMORY_PRESETS[text])
     if rest and not dataclasses.is_dataclass(current):
         raise ValueError(f"{key}: {head} has no parts; give {head}=value")
     if rest:
@@ -133,9 +328,16 @@ def _override(config, override: str):
             value = float(value)  # YAML reads 1e-3 as text
     except (yaml.YAMLError, ValueError):
         value = None
+    if isinstance(current, tuple) and isinstance(value, list):
+        value = tuple(value)
     if type(value) is not type(current) or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"{key}: {text!r} is not a {type(current).__name__}")
     return dataclasses.replace(config, **{head: value})
+
+
+def _check_choice(config, name: str, choices) -> None:
+    if getattr(config, name) not in choices:
+        raise ValueError(f"{name}: {getattr(config, name)!r} is not one of {', '.join(choices)}")
 
 
 def _check_positive(config, *names: str) -> None:

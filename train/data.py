@@ -11,11 +11,15 @@ from torch import Tensor
 
 from ..memory.config import MemoryConfig
 from ..memory.policy import Slots, advance
+from ..model.checkpoint import load_demo_codec
 from ..model.codec import DemoCodec
 from ..model.text import TEXT_DIM, canonical_words, concept_embedding
 from .world import (
+    ART_SCALE,
     RING_COLUMNS,
     VIEW_COLUMNS,
+    VIEW_HEIGHT,
+    VIEW_WIDTH,
     Scene,
     Style,
     caption,
@@ -173,3 +177,34 @@ def make_batch(
     slots = slots[:, :, : max(1, int((slots >= 0).sum(-1).max()))]
     where = [last_seen(clip, slots[b].numpy(), config.fast - config.chunk) for b, clip in enumerate(clips)]
     return Batch(clips, to_latents(codec, clips), to_text(captions), slots, torch.from_numpy(np.stack(where)))
+
+
+@dataclass(frozen=True)
+class DemoClips:
+    """Clips of the demo world by sample number, for stages that learn from one clip at a time."""
+
+    codec: DemoCodec
+    seed: int
+    num_chunks: int
+    chunk: int
+    pacing: float = 0.3
+
+    @classmethod
+    def load(cls, codec: str, seed: int, num_chunks: int, chunk: int) -> "DemoClips":
+        """With the codec of a file, or of `assets`."""
+        return cls(load_demo_codec(None if codec == "assets" else codec), seed, num_chunks, chunk)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return VIEW_WIDTH * ART_SCALE, VIEW_HEIGHT * ART_SCALE
+
+    def sample(self, number: int) -> tuple[Tensor, Tensor]:
+        """Latents [1, C, T, H, W] and a text a chunk, [chunks, L, 4096]."""
+        rng = np.random.default_rng((self.seed, 4, number))
+        clip = random_clip(rng, self.num_chunks, self.chunk, self.pacing)
+        return to_latents(self.codec, [clip]), to_text([clip.captions])
+
+    def describe(self) -> str:
+        """For a card."""
+        return f"demo world, drawn on the fly; clips of {self.num_chunks * self.chunk} latent frames"

@@ -5,6 +5,9 @@ import time
 from collections import deque
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 WINDOW = 50
@@ -14,21 +17,29 @@ WINDOW = 50
 class RunLog:
     """Progress of one run; `log.jsonl` in its folder grows by a line per step."""
 
-    def __init__(self, folder: Path, stage: str, num_steps: int, start: int = 0):
+    def __init__(self, folder: Path, stage: str, num_steps: int, start: int = 0, quiet: bool = False):
         self.folder, self.stage, self.num_steps, self.start = folder, stage, num_steps, start
+        self.quiet = quiet
+        """Write nothing: another process does."""
         self.recent: dict[str, deque] = {}
 
     def __enter__(self) -> "RunLog":
+        self.clock = time.monotonic()
+        if self.quiet:
+            return self
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "log.jsonl"
         kept = self._before(path) if self.start else []
         self.file = open(path, "w", encoding="utf-8")
         self.file.writelines(line + "\n" for line in kept)
         self.bar = tqdm(total=self.num_steps, initial=self.start, desc=self.stage, unit="step", mininterval=2)
-        self.clock = time.monotonic()
+        self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.start)
         return self
 
     def __exit__(self, *exc) -> None:
+        if self.quiet:
+            return
+        self.board.close()
         self.file.close()
         self.bar.close()
 
@@ -46,8 +57,12 @@ class RunLog:
 
     def step(self, step: int, **values: float) -> None:
         """Note one step's figures."""
+        if self.quiet:
+            return
         now = time.monotonic()
         values["seconds"], self.clock = now - self.clock, now
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
         for name, value in values.items():
@@ -57,11 +72,24 @@ class RunLog:
 
     def note(self, step: int, **values: float) -> None:
         """Figures that are taken now and then, for example a validation."""
+        if self.quiet:
+            return
+        for name, value in values.items():
+            self.board.add_scalar(f"validation/{name}", value, step)
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
         self.bar.write(
             f"{self.stage} {step + 1}: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         )
+
+    def picture(self, step: int, picture: Image.Image) -> None:
+        """A filmstrip, as a PNG in the run's folder and on the board."""
+        if self.quiet:
+            return
+        folder = self.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        picture.save(folder / f"step-{step + 1:08d}.png")
+        self.board.add_image("sample", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
 
     def mean(self, name: str) -> float:
         """Mean over the recent steps."""

@@ -5,6 +5,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+from .parallel import like, whole
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
@@ -45,18 +47,24 @@ class Muon(torch.optim.Optimizer):
                         state["momentum"] = torch.zeros_like(parameter)
                     state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                     updates.append(parameter.grad.lerp(state["momentum"], group["momentum"]))
-                update = orthogonalise(self._working(torch.stack(updates))) * (0.2 * max(shape) ** 0.5)
+                update = torch.stack([whole(update) for update in updates])
+                update = orthogonalise(self._working(update)) * (0.2 * max(shape) ** 0.5)
                 for parameter, delta in zip(parameters, update):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * delta.to(parameter))
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * like(delta, parameter))
 
     @staticmethod
     def _working(matrices: Tensor) -> Tensor:
         return matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
 
 
-def build_optimizers(net: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon on the blocks' matrices; AdamW on embeddings, head, norms and biases."""
+def build_optimizers(
+    net: nn.Module, kind: str, lr: float, betas: tuple[float, float], weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """`adamw`: AdamW on everything that learns; `muon`: Muon on the blocks' matrices, AdamW on the rest."""
     hidden, rest = [], []
     for name, parameter in net.named_parameters():
-        (hidden if name.startswith("blocks.") and parameter.ndim == 2 else rest).append(parameter)
-    return [Muon(hidden, lr=lr), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)]
+        if parameter.requires_grad:
+            muon = kind == "muon" and name.startswith("blocks.") and parameter.ndim == 2
+            (hidden if muon else rest).append(parameter)
+    adamw = torch.optim.AdamW(rest, lr=lr, betas=tuple(betas), weight_decay=weight_decay)
+    return [Muon(hidden, lr=lr, weight_decay=weight_decay), adamw] if hidden else [adamw]

@@ -120,7 +120,7 @@ def train_pretrain(config: PretrainConfig, resume: bool = False) -> Path:
         first, begun_from = load_student(config.init)
         check_tensors(net, first.state_dict(), config.init)
         net.load_state_dict(first.state_dict())
-    optimizers = build_optimizers(net, config.lr)
+    optimizers = build_optimizers(net, "muon", config.lr, (0.9, 0.98), 0.01)
     make = functools.partial(make_batch, codec, config.memory, num_chunks=config.num_chunks)
     validation = make(seed=(config.data_seed, 0), size=4 * config.batch)
     start, seconds, revision = 0, 0.0, git_revision()

@@ -181,7 +181,7 @@ def test_steps_lower_the_loss():
     net = WanModel(WanConfig(dim=32, ffn_dim=64, num_heads=1, num_layers=1))
     net.reset_parameters(torch.Generator().manual_seed(0))
     batch = make_batch(load_demo_codec(), config.memory, seed=(1, 1), size=1, num_chunks=3, text_dropout=0.0)
-    optimizers, losses = build_optimizers(net, 2e-3), []
+    optimizers, losses = build_optimizers(net, "muon", 2e-3, (0.9, 0.98), 0.01), []
     for _ in range(12):
         loss = training_loss(net, config, batch, generator=torch.Generator().manual_seed(0))
         loss.backward()

@@ -1,0 +1,439 @@
+"""The distillation stages: what scores and students see, where gradients are, and that a killed run goes on alike."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from context_forcing.memory import Memory, MemoryConfig
+from context_forcing.model.causal import embed_text
+from context_forcing.model.checkpoint import load_student
+from context_forcing.model.config import PRESETS, WanConfig
+from context_forcing.model.pipeline import Pipeline
+from context_forcing.model.sampler import CausalSampler, seeded_noise
+from context_forcing.train import run_stage
+from context_forcing.train.config import load_config
+from context_forcing.train.distill import DistillStage
+from context_forcing.train.loop import Checkpoints, Stage, rng_of
+from context_forcing.train.parallel import Parallel, entry, start_parallel
+from context_forcing.train.recycling import ErrorBank, RecyclingConfig
+from context_forcing.train.score import Score
+from context_forcing.train.student import Student
+from context_forcing.train.teacher import TeacherStage
+from context_forcing.train.trainee import HISTORY, OptimConfig, Trainee
+
+TINY = WanConfig(dim=32, ffn_dim=64, num_heads=1, num_layers=2)
+SIGMAS = (1.0, 0.8, 0.5)
+ALONE = Parallel(0, 1, torch.device("cpu"), None)
+STAGES = {"teacher": "teacher", "local": "student", "contextual": "student"}
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The demo preset, much smaller."""
+    monkeypatch.setitem(PRESETS, "demo", TINY)
+
+
+@pytest.fixture
+def learner(net):
+    net.requires_grad_(True)
+    yield net
+    net.zero_grad()
+    net.requires_grad_(False)
+
+
+def student_of(net, num_texts=1, recompute=False):
+    text = random(num_texts, 5, net.config.text_dim, seed=9)
+    return Student(net, text, torch.device("cpu"), torch.float32, entry(net, recompute))
+
+
+def empty(**settings):
+    return Memory(config=MemoryConfig(**settings), latent_size=(16, 4, 6))
+
+
+# What is seen
+
+
+def test_a_score_sees_the_context_and_the_context_does_not_see_the_target(net):
+    score, text = Score(net, torch.float32, entry(net)), random(1, 5, net.config.text_dim, seed=1)
+    context, x = random(1, 16, 4, 4, 6, seed=2), random(1, 16, 6, 4, 6, seed=3)
+    with torch.no_grad():
+        view = score.remember(context, text)
+        flow = score.flow(view, x, 0.7, text)
+        for frame in range(4):
+            changed = context.clone()
+            changed[:, :, frame] += 1
+            assert not torch.allclose(score.flow(score.remember(changed, text), x, 0.7, text), flow, atol=1e-3)
+        ahead = x.clone()
+        ahead[:, :, 5] += 1
+        assert not torch.allclose(score.flow(view, ahead, 0.7, text)[:, :, 0], flow[:, :, 0], atol=1e-4), (
+            "the target sees itself in both directions"
+        )
+        nothing = score.remember(context[:, :, :0], text)
+        assert nothing.num_frames == 0 and score.flow(nothing, x, 0.7, text).shape == x.shape
+
+
+def test_a_score_pass_is_one_pass_over_both(net):
+    """Remembering and then scoring equals attending to remembered frames in the sampler's own way."""
+    score, text = Score(net, torch.float32, entry(net)), random(1, 5, net.config.text_dim, seed=1)
+    context, x = random(1, 16, 3, 4, 6, seed=2), random(1, 16, 3, 4, 6, seed=3)
+    with torch.no_grad():
+        sampler = CausalSampler(net=net, text=embed_text(net, text), device=x.device, dtype=torch.float32)
+        memory = sampler.commit(empty(sink=3, slow=0, fast=3), context)
+        torch.testing.assert_close(
+            score.flow(score.remember(context, text), x, 0.7, text),
+            sampler._flow(x, 0.7, sampler._attend(memory, sampler.view(memory), 3)),
+        )
+
+
+def test_texts_may_differ_from_chunk_to_chunk(net):
+    score, texts = Score(net, torch.float32, entry(net)), random(2, 5, net.config.text_dim, seed=1)
+    context, x = random(1, 16, 2, 4, 6, seed=2), random(1, 16, 6, 4, 6, seed=3)
+    with torch.no_grad():
+        flow = score.flow(score.remember(context, texts), x, 0.7, texts)
+        other = score.flow(score.remember(context, texts.flip(0)), x, 0.7, texts)
+        same = score.flow(score.remember(context, texts[:1].expand(2, -1, -1)), x, 0.7, texts)
+    assert not torch.allclose(flow, other) and not torch.allclose(flow, same)
+
+
+@pytest.mark.parametrize("sees", ["memory", "nothing"])
+def test_scores_are_given_exactly_what_the_student_remembers(tiny, sees, monkeypatch):
+    config = load_config("contextual", "smoke", [f"teacher_sees={sees}", "context_from=3", "memory.slow=2"])
+    stage = DistillStage(config, ALONE)
+    text = stage.prompts.text(0, 6)
+    rolled = stage.roll(text, 4, 2, 1, 0, False)
+    context, frame_text, target_text = stage.remembered(rolled, text)
+    frames = rolled.context.slots.all if sees == "memory" else ()
+    assert rolled.context.num_frames == 12 and len(rolled.context.slots.all) >= 6
+    film = torch.cat(rolled.context.film, dim=2)
+    assert torch.equal(context, film[:, :, list(frames)])
+    assert torch.equal(frame_text, text[[frame // 3 for frame in frames]])
+    assert torch.equal(target_text, text[4:6])
+
+
+# The student's rollout
+
+
+@pytest.mark.parametrize("exit_step", [0, 2])
+def test_a_training_rollout_is_the_sampler_s_rollout(net, exit_step):
+    student, noise = student_of(net), seeded_noise(3, (16, 4, 6))
+    sampler = student.sampler(0)
+    with torch.no_grad():
+        *_, expected = sampler.rollout(empty(), 5, sigmas=SIGMAS, noise=noise)
+    context = student.go_on(empty(), 3, SIGMAS, noise)
+    rolled = student.target(context, 2, exit_step, SIGMAS, noise, with_gradient=False)
+    assert torch.equal(torch.cat(rolled.memory.film, 2), torch.cat(expected.film, 2))
+    assert rolled.memory.slots == expected.slots and rolled.context is context
+    last_step = torch.equal(rolled.target_BCTHW, torch.cat(rolled.memory.film[3:], 2))
+    assert last_step == (exit_step == len(SIGMAS) - 1)
+
+
+def test_gradients_are_in_the_exit_step_only_and_change_nothing(learner):
+    student, noise = student_of(learner), seeded_noise(3, (16, 4, 6))
+    context = student.go_on(empty(), 3, SIGMAS, noise)
+    plain = student.target(context, 2, 1, SIGMAS, noise, with_gradient=False)
+    rolled = student.target(context, 2, 1, SIGMAS, noise, with_gradient=True)
+    assert rolled.target_BCTHW.requires_grad and not plain.target_BCTHW.requires_grad
+    assert torch.equal(rolled.target_BCTHW, plain.target_BCTHW)
+    assert not any(frame.keys.requires_grad for frame in rolled.memory.remembered.values())
+    assert not any(part.requires_grad for part in rolled.memory.film)
+    rolled.target_BCTHW.square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in learner.parameters())
+
+
+def bytes_saved(student, context_chunks):
+    """Bytes that the backward pass of a target keeps, weights not counted."""
+    noise = seeded_noise(3, (16, 4, 6))
+    context = student.go_on(empty(policy="uniform", uniform_stride=1), context_chunks, SIGMAS, noise)
+    weights = {p.untyped_storage().data_ptr() for p in student.net.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        rolled = student.target(context, 2, 1, SIGMAS, noise, with_gradient=True)
+    assert rolled.target_BCTHW.requires_grad
+    return sum(size for size, _ in kept.values())
+
+
+def test_memory_under_gradient_is_flat_in_rollout_length(learner):
+    student = student_of(learner)
+    full, long = bytes_saved(student, 8), bytes_saved(student, 40)
+    assert full == long > 0
+
+
+def test_recomputing_gives_the_same_gradients(learner):
+    noise, grads = seeded_noise(3, (16, 4, 6)), []
+    for recompute in (False, True):
+        student = student_of(learner, num_texts=7, recompute=recompute)
+        context = student.go_on(empty(), 5, SIGMAS, noise)
+        rolled = student.target(context, 2, 1, SIGMAS, noise, with_gradient=True)
+        rolled.target_BCTHW.square().mean().backward()
+        grads.append([p.grad.clone() for p in learner.parameters()])
+        learner.zero_grad()
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+
+
+def test_recomputing_saves_memory(learner):
+    assert bytes_saved(student_of(learner, recompute=True), 8) < 0.6 * bytes_saved(student_of(learner), 8)
+
+
+# The loss
+
+
+def test_the_student_s_gradient_is_critic_minus_teacher(tiny):
+    stage = DistillStage(load_config("contextual", "smoke"), ALONE)
+    torch.manual_seed(0)
+    for p in stage.critic.net.parameters():
+        p.data.add_(0.05 * torch.randn_like(p))
+    text = stage.prompts.text(0, 4)
+    rolled = stage.roll(text, 2, 2, 1, 0, True)
+    leaf = rolled.target_BCTHW.detach().requires_grad_()
+    rolled = dataclasses.replace(rolled, target_BCTHW=leaf)
+    loss, values = stage.student_loss(rolled, text, rng_of(7))
+    loss.backward()
+    context, frame_text, target_text = stage.remembered(rolled, text)
+    sigma, _, x = stage.noised(leaf.detach(), rng_of(7))
+    with torch.no_grad():
+        fake = stage._x0(stage.critic, context, frame_text, target_text, x, sigma)
+        real = stage._x0(stage.teacher, context, frame_text, target_text, x, sigma)
+    expected = (fake - real) / (leaf.detach() - real).abs().mean() / leaf.numel()
+    torch.testing.assert_close(leaf.grad, expected.float(), rtol=1e-4, atol=1e-9)
+    assert values["dmd_gradient"] > 0
+
+
+def test_with_critic_and_teacher_equal_there_is_nothing_to_learn(tiny):
+    stage = DistillStage(load_config("contextual", "smoke", ["guidance=0.0"]), ALONE)
+    stage.critic.net.load_state_dict(stage.teacher.net.state_dict())
+    text = stage.prompts.text(0, 4)
+    loss, _ = stage.student_loss(stage.roll(text, 2, 2, 0, 0, True), text, rng_of(7))
+    assert loss.item() < 1e-12
+
+
+def test_lengths_are_the_same_on_every_rank_and_grow(tiny):
+    config = load_config("contextual", "smoke", ["context_from=2", "context_to=10", "context_ramp=100"])
+    stages = [DistillStage(config, dataclasses.replace(ALONE, rank=rank, world_size=2)) for rank in (0, 1)]
+    draws = [[stage.draw_lengths(step, False) for step in range(200)] for stage in stages]
+    assert draws[0] == draws[1]
+    early, late = [c for c, _, _ in draws[0][:20]], [c for c, _, _ in draws[0][100:]]
+    assert max(early) <= 4 and max(late) == 10 and 0 in early
+    assert {e for _, _, e in draws[0]} == {0, 1, 2, 3}
+    assert {t for _, t, _ in draws[0]} == {1, 2}
+
+
+# Killed and resumed
+
+
+def losses_of(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: {k: v for k, v in line.items() if k != "seconds"} for line in lines}
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("stop_at", [2, 3])
+def test_a_killed_stage_resumes_to_the_same_network(tiny, tmp_path, monkeypatch, name, stop_at):
+    run = lambda folder, resume: run_stage(
+        name, "smoke", ["steps=5", "batch=1", "sample_every=9", f"out={tmp_path / folder}"], resume
+    )
+    whole = run("whole", False)
+    cls = TeacherStage if name == "teacher" else DistillStage
+    step = cls.step
+
+    def killed(self, number):
+        if number == stop_at:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cls, "step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run("killed", False)
+    resumed = run("killed", True)
+    assert losses_of(tmp_path / "killed") == losses_of(tmp_path / "whole")
+    assert sorted(losses_of(tmp_path / "whole")) == [0, 1, 2, 3, 4]
+    (a, card), (b, _) = load_student(whole), load_student(resumed)
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    assert (card.stage, card.train_steps) == (name, 5)
+    assert not list(tmp_path.rglob("*.part"))
+    assert len(list((tmp_path / "whole" / "checkpoints").iterdir())) == 2
+
+
+def test_a_fresh_run_does_not_overwrite_and_resume_wants_the_same_settings(tiny, tmp_path):
+    out = f"out={tmp_path / 'run'}"
+    with pytest.raises(ValueError, match="no checkpoint"):
+        run_stage("local", "smoke", [out], True)
+    run_stage("local", "smoke", [out, "steps=1"], False)
+    with pytest.raises(ValueError, match="holds a run already"):
+        run_stage("local", "smoke", [out], False)
+    with pytest.raises(ValueError, match="shift: 4.0 now, 3.0 when"):
+        run_stage("local", "smoke", [out, "shift=4"], True)
+    run_stage("local", "smoke", [out, "steps=2"], True)
+
+
+def wait_for(path, seconds=120):
+    """Until a file has text."""
+    end = time.monotonic() + seconds
+    while not (path.exists() and path.read_text().strip()):
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_sigterm_checkpoints_and_ends_well(tmp_path):
+    command = [sys.executable, "-m", "context_forcing.train", "teacher", "--config", "smoke", "steps=10000",
+               "checkpoint_every=10000", f"out={tmp_path}"]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "log.jsonl")
+    process.send_signal(signal.SIGTERM)
+    _, words = process.communicate(timeout=120)
+    assert process.returncode == 0 and "--resume goes on" in words
+    steps = len(losses_of(tmp_path))
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [f"step-{steps:08d}"]
+    assert (tmp_path / "teacher.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["teacher", "contextual"])
+def test_two_processes_equal_one(tmp_path, name):
+    """The same global batch on one process and on two under torchrun (gloo, sharded)."""
+    arguments = [name, "--config", "smoke", "steps=3", "batch=2", "sample_every=9"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for processes in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+                   "-m", "context_forcing.train", *arguments, f"out={tmp_path / str(processes)}"]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = losses_of(tmp_path / "1"), losses_of(tmp_path / "2")
+    assert one.keys() == two.keys() == {0, 1, 2}
+    for step in one:
+        assert one[step]["loss"] == pytest.approx(two[step]["loss"], rel=1e-4)
+        assert one[step]["grad_norm"] == pytest.approx(two[step]["grad_norm"], rel=1e-3)
+    file = f"{STAGES[name]}.safetensors"
+    (a, _), (b, _) = load_student(tmp_path / "1" / file), load_student(tmp_path / "2" / file)
+    for x, y in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=2e-4)
+
+
+# Bad gradients, averages
+
+
+def trainee_of(**settings):
+    net = torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.ones_(net.weight)
+    return Trainee(net, OptimConfig(lr=0.1, **settings), ALONE)
+
+
+def give(trainee, gradient):
+    trainee.net.weight.grad = torch.full_like(trainee.net.weight, gradient)
+
+
+def test_bad_gradients_are_not_applied():
+    trainee = trainee_of(spike=5.0)
+    for _ in range(HISTORY):
+        give(trainee, 1.0)
+        assert not trainee.update(1.0)["skipped"]
+    before = trainee.net.weight.clone()
+    for loss, gradient in ((float("nan"), 1.0), (1.0, float("inf")), (1.0, 100.0)):
+        give(trainee, gradient)
+        assert trainee.update(loss)["skipped"] and torch.equal(trainee.net.weight, before)
+    give(trainee, 1.0)
+    assert not trainee.update(1.0)["skipped"] and not torch.equal(trainee.net.weight, before)
+
+
+def test_a_run_of_bad_gradients_stops_the_run(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(TeacherStage, "loss", lambda self, memory, latents, *_: (
+        self.score.net.head.head.bias.sum() * float("nan"), latents, 0.5, True))  # fmt: skip
+    with pytest.raises(FloatingPointError, match="3 iterations in a row"):
+        run_stage("teacher", "smoke", ["steps=9", "max_skipped=2", f"out={tmp_path}"], False)
+
+
+def test_the_average_follows_the_weights():
+    trainee = trainee_of(ema=0.5, ema_from=1, betas=(0.0, 0.999))
+    path = [trainee.net.weight.clone()]
+    for _ in range(3):
+        give(trainee, 1.0)
+        trainee.update(1.0)
+        path.append(trainee.net.weight.detach().clone())
+    expected = 0.25 * path[1] + 0.25 * path[2] + 0.5 * path[3]
+    torch.testing.assert_close(trainee.weights()["weight"], expected.detach())
+
+
+# Recycled errors
+
+
+def test_the_bank_keeps_errors_by_noise_level_and_no_more_than_it_may():
+    bank = ErrorBank(RecyclingConfig(bins=2, entries=4))
+    assert bank.draw(5, rng_of(1)) is None
+    for number in range(9):
+        bank.add(0.2, torch.full((16, 6, 2, 2), float(number)), 3, rng_of(number))
+    bank.add(0.9, torch.full((16, 3, 2, 2), 100.0), 3, rng_of(0))
+    assert [len(held) for held in bank.bins] == [4, 1] and len(bank) == 5
+    drawn = bank.draw(7, rng_of(5))
+    assert drawn.shape == (16, 7, 2, 2) and torch.equal(drawn, bank.draw(7, rng_of(5)))
+    again = ErrorBank(RecyclingConfig(bins=2, entries=4))
+    again.load_state(bank.state())
+    assert torch.equal(again.draw(7, rng_of(6)), bank.draw(7, rng_of(6)))
+
+
+def test_spoilt_contexts_are_spoilt_and_clean_ones_are_not(tiny):
+    stage = TeacherStage(load_config("teacher", "smoke", ["recycling.clean_share=0.5", "recycling.share=1.0"]), ALONE)
+    context = random(1, 16, 6, 8, 16)
+    assert torch.equal(stage.spoil(context, rng_of(0))[0], context), "an empty bank spoils nothing"
+    stage.bank.add(0.5, torch.ones(16, 3, 8, 16), 3, rng_of(0))
+    outcomes = [stage.spoil(context, rng_of(k)) for k in range(60)]
+    spoilt = [made for made, clean in outcomes if not clean]
+    assert 15 < len(spoilt) < 45 and all(torch.equal(made, context) for made, clean in outcomes if clean)
+    assert all(torch.allclose(made[:, :, 1:], context[:, :, 1:] + 1) for made in spoilt)
+    spared = sum(torch.equal(made[:, :, 0], context[:, :, 0]) for made in spoilt)
+    assert 0 < spared < len(spoilt)
+
+
+# What comes out
+
+
+@pytest.mark.slow
+def test_a_distilled_student_goes_straight_into_the_pipeline(tmp_path):
+    path = run_stage("contextual", "smoke", ["steps=2", "batch=1", "memory=longlive", f"out={tmp_path}"], False)
+    pipeline = Pipeline.load(path, torch.device("cpu"), torch.float32)
+    card = pipeline.card
+    assert (card.solver, card.shift, card.steps) == ("renoise", 3.0, (1000.0, 750.0, 500.0, 250.0))
+    assert (card.memory.sink, card.memory.slow, card.memory.fast, card.memory.window) == (3, 0, 9, 12)
+    assert pipeline.empty_memory().config == card.memory
+
+
+@pytest.mark.parametrize("device, words", [("tpu", "auto, cuda, cpu"), ("cuda", "no CUDA device")])
+def test_devices_that_are_not_there_are_refused(device, words):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match=words):
+        start_parallel(device)
+
+
+def test_a_batch_must_divide_over_the_processes():
+    with pytest.raises(ValueError, match="batch: 3 samples"):
+        dataclasses.replace(ALONE, world_size=2).samples(3)
+    assert list(dataclasses.replace(ALONE, rank=1, world_size=2).samples(4)) == [1, 3]
+
+
+def test_checkpoints_are_whole_or_not_there(tiny, tmp_path):
+    stage = TeacherStage(load_config("teacher", "smoke"), ALONE)
+    checkpoints = Checkpoints(tmp_path, stage, {"a": 1})
+    checkpoints.save(3, 1.0, "r")
+    (tmp_path / "checkpoints" / "step-00000009.part").mkdir()
+    assert checkpoints.latest().name == "step-00000003" and checkpoints.load()["step"] == 3
+    assert isinstance(stage, Stage)

@@ -1,0 +1,241 @@
+"""The loop every stage of distillation runs in: resume, step, log, sample, checkpoint, stop; and what stages share."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import signal
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from PIL import Image
+from torch import Tensor, nn
+
+from ..model.checkpoint import check_tensors, load_student, write_student
+from ..model.config import PRESETS, StudentCard
+from ..model.wan import WanModel
+from .checkpoint import MAY_CHANGE
+from .log import RunLog
+from .parallel import PRECISIONS, Parallel, shard
+from .trainee import Trainee
+from .vae import git_revision
+
+log = logging.getLogger("context_forcing")
+
+KEPT = 2
+"""Checkpoints that stay on disk."""
+
+
+def rng_of(*numbers: int) -> torch.Generator:
+    """A generator that is a function of its numbers: no draw depends on what was drawn before, or where."""
+    digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def load_network(
+    path: str, preset: str, seed: int, parallel: Parallel, precision: str, trained: bool = True
+) -> tuple[nn.Module, StudentCard | None]:
+    """A network from a student file, or fresh where `path` is empty; sharded, with its card.
+
+    Networks that do not learn rest in the precision they compute in. Raises ValueError for a file of another size.
+    """
+    net = WanModel(PRESETS[preset])
+    card = None
+    if path:
+        found, card = load_student(path)
+        check_tensors(net, found.state_dict(), path)
+        net.load_state_dict(found.state_dict())
+    else:
+        net.reset_parameters(torch.Generator().manual_seed(seed))
+    if not trained:
+        net = net.to(PRECISIONS[precision])
+    net = shard(net.requires_grad_(trained), parallel, PRECISIONS[precision])
+    return net, card
+
+
+class Stage:
+    """What a stage brings to the loop. Subclasses set `trainees` and fill in `step` and `export`."""
+
+    def __init__(self, config: Any, parallel: Parallel):
+        self.config, self.parallel = config, parallel
+        self.trainees: dict[str, Trainee] = {}
+        self.begun_from: StudentCard | None = None
+
+    def step(self, step: int) -> dict[str, float]:
+        """One iteration; its figures, with `loss`."""
+        raise NotImplementedError
+
+    def export(self, folder: Path, step: int, seconds: float, revision: str) -> Path:
+        """Write what the stage makes, as it stands. Called on every rank; the main one writes."""
+        raise NotImplementedError
+
+    def sample(self) -> Image.Image | None:
+        """A picture of what the stage makes, or None where there is nothing to look at. Called on every rank."""
+        return None
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """Tensors of this rank alone that a checkpoint must hold."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Put them back."""
+
+    def rate(self, step: int) -> float:
+        """Share of the learning rate: a short rise, then all of it, then a fall to zero over the `decay` last part."""
+        config = self.config
+        fall = (config.steps - step) / (config.decay * config.steps) if config.decay else 1.0
+        return min(1.0, (step + 1) / max(1, config.warmup), fall)
+
+    def save(self, path: Path, name: str, card: StudentCard, step: int, seconds: float, revision: str) -> Path:
+        """A trained network with its card, to a file."""
+        weights = self.trainees[name].weights()
+        if self.begun_from:
+            revision = f"{self.begun_from.revision}; then {revision}"
+            step, seconds = step + (self.begun_from.train_steps or 0), seconds + (self.begun_from.train_seconds or 0)
+        card = dataclasses.replace(
+            card, revision=revision, data_seed=self.config.data_seed, train_steps=step, train_seconds=round(seconds)
+        )
+        if self.parallel.is_main:
+            write_student(path, weights, self.trainees[name].net.blocks[0].self_attn.num_heads, card)
+        return path
+
+
+class Checkpoints:
+    """A run's state in its folder: torch.distributed.checkpoint, one folder a checkpoint, whole or not there at all."""
+
+    def __init__(self, folder: Path, stage: Stage, config: dict):
+        self.folder, self.stage, self.config = folder / "checkpoints", stage, json.loads(json.dumps(config))
+        self.parallel = stage.parallel
+
+    def latest(self) -> Path | None:
+        """The newest whole one."""
+        found = sorted(self.folder.glob("step-????????")) if self.folder.is_dir() else []
+        return found[-1] if found else None
+
+    def _tensors(self) -> dict:
+        return {name: trainee.state() for name, trainee in self.stage.trainees.items()}
+
+    def save(self, step: int, seconds: float, revision: str) -> None:
+        """Write the state before `step`; older ones go."""
+        final = self.folder / f"step-{step:08d}"
+        part = final.with_name(final.name + ".part")
+        if self.parallel.is_main:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        self._together()
+        dcp.save(self._tensors(), checkpoint_id=part, no_dist=not dist.is_initialized())
+        torch.save(self.stage.extra_state(), part / f"rank{self.parallel.rank}.pt")
+        self._together()
+        if self.parallel.is_main:
+            progress = {name: trainee.progress() for name, trainee in self.stage.trainees.items()}
+            state = {"step": step, "seconds": seconds, "revision": revision, "config": self.config,
+                     "world_size": self.parallel.world_size, "progress": progress}  # fmt: skip
+            (part / "run.json").write_text(json.dumps(state, indent=1))
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(part, final)
+            for old in sorted(self.folder.glob("step-????????"))[:-KEPT]:
+                shutil.rmtree(old)
+        self._together()
+
+    def load(self) -> dict:
+        """Fill the stage from the newest checkpoint; returns its `run.json`.
+
+        Raises ValueError where there is none, or where the run was begun with other settings.
+        """
+        path = self.latest()
+        if path is None:
+            raise ValueError(f"resume: there is no checkpoint in {self.folder}; start without --resume")
+        run = json.loads((path / "run.json").read_text())
+        begun = run["config"]
+        for name, value in self.config.items():
+            if name not in MAY_CHANGE and begun.get(name) != value:
+                raise ValueError(
+                    f"{name}: {value} now, {begun.get(name)} when {path} was begun; give the same to resume"
+                )
+        mine = path / f"rank{self.parallel.rank}.pt"
+        if run["world_size"] != self.parallel.world_size and any(torch.load(mine, weights_only=True).values()):
+            raise ValueError(
+                f"resume: {path} was written by {run['world_size']} processes, each with an error bank of its own;"
+                f" start as many, not {self.parallel.world_size}"
+            )
+        tensors = self._tensors()
+        dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+        for name, trainee in self.stage.trainees.items():
+            trainee.load_state(tensors[name])
+            trainee.load_progress(run["progress"][name])
+        if mine.exists():
+            self.stage.load_extra_state(torch.load(mine, weights_only=True))
+        return run
+
+    def _together(self) -> None:
+        if dist.is_initialized():
+            dist.barrier()
+
+
+class StopSignal:
+    """Set by SIGTERM while it is entered: the run writes a checkpoint and ends well."""
+
+    def __enter__(self) -> "StopSignal":
+        self.caught = False
+        self.before = signal.signal(signal.SIGTERM, self._catch)
+        return self
+
+    def __exit__(self, *exc) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+
+    def _catch(self, number: int, frame) -> None:
+        self.caught = True
+
+
+def train(stage: Stage, name: str, resume: bool) -> Path:
+    """Run a stage to its end, or to SIGTERM; returns what it exported.
+
+    Raises FloatingPointError when `max_skipped` iterations in a row had to be dropped.
+    """
+    config, parallel = stage.config, stage.parallel
+    folder = Path(config.out)
+    settings = dataclasses.asdict(config)
+    checkpoints = Checkpoints(folder, stage, settings)
+    start, seconds, revision = 0, 0.0, git_revision()
+    if resume:
+        run = checkpoints.load()
+        start, seconds = run["step"], run["seconds"]
+        if run["revision"] != revision:
+            revision = f"{run['revision']}, from step {start} {revision}"
+    elif checkpoints.latest():
+        raise ValueError(f"out: {folder} holds a run already; add --resume to go on with it, or choose another out=")
+    began, skipped, path = time.monotonic() - seconds, 0, folder
+
+    with RunLog(folder, name, config.steps, start, quiet=not parallel.is_main) as run_log, StopSignal() as stop:
+        for step in range(start, config.steps):
+            values = stage.step(step)
+            run_log.step(step, **values)
+
+            skipped = skipped + 1 if values.get("skipped") else 0
+            if skipped:
+                log.warning("step %d: loss %g, gradient %g: not applied", step, values["loss"], values["grad_norm"])
+            if skipped > config.max_skipped:
+                raise FloatingPointError(
+                    f"{skipped} iterations in a row had bad gradients; the last checkpoint is {checkpoints.latest()}."
+                    " Lower the learning rate, or look at the data"
+                )
+            stopping = parallel.any(stop.caught)
+            if (step + 1) % config.sample_every == 0 and (picture := stage.sample()):
+                run_log.picture(step, picture)
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stopping:
+                seconds = time.monotonic() - began
+                checkpoints.save(step + 1, seconds, revision)
+                path = stage.export(folder, step + 1, seconds, revision)
+            if stopping:
+                log.warning("SIGTERM: stopped after step %d; --resume goes on", step)
+                break
+    if start >= config.steps:
+        path = stage.export(folder, start, seconds, revision)
+    return path

@@ -1,0 +1,86 @@
+"""The student's own rollout, with gradients in its target (method.md 4.2, 5.4).
+
+Everything goes through the sampler that generates videos. The context is made without gradients; of every target
+chunk one denoising step, the exit step, has them, against memories that are never changed afterwards. What is kept
+for the backward pass depends on the target's length, not on the rollout's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..memory.memory import Memory
+from ..model.causal import Call, TextContext, embed_text
+from ..model.sampler import CausalSampler, Noise
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A context the student made, and what it went on with."""
+
+    context: Memory
+    """As it stood when the target began."""
+    target_BCTHW: Tensor
+    """x0 of the target at the exit step."""
+    memory: Memory
+    """At the end."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """A causal network under the texts of a rollout, [G, L, 4096]: one for all chunks, or one a chunk."""
+
+    net: nn.Module
+    text_GLC: Tensor
+    device: torch.device
+    dtype: torch.dtype
+    call: Call
+
+    def sampler(self, chunk: int) -> CausalSampler:
+        """The network under a chunk's text."""
+        text_BLC = self.text_GLC[min(chunk, len(self.text_GLC) - 1)][None].to(self.device, self.dtype)
+        text: TextContext = self.call(self.net, embed_text, text_BLC, 1, self.call)
+        return CausalSampler(net=self.net, text=text, device=self.device, dtype=self.dtype, call=self.call)
+
+    @torch.no_grad()
+    def watch(self, memory: Memory, latents_BCTHW: Tensor) -> Memory:
+        """Remember given clean latents, chunk by chunk."""
+        for part in latents_BCTHW.split(memory.config.chunk, dim=2):
+            memory = self.sampler(len(memory.film)).commit(memory, part)
+        return memory
+
+    @torch.no_grad()
+    def go_on(self, memory: Memory, num_chunks: int, sigmas: Sequence[float], noise: Noise) -> Memory:
+        """Continue a memory by whole chunks, without gradients."""
+        for _ in range(num_chunks):
+            memory = self.sampler(len(memory.film)).make_chunk(memory, sigmas, noise)
+        return memory
+
+    def target(
+        self,
+        context: Memory,
+        num_chunks: int,
+        exit_step: int,
+        sigmas: Sequence[float],
+        noise: Noise,
+        with_gradient: bool,
+    ) -> Rollout:
+        """Continue a context by the target. Chunks are denoised to the end and committed clean, without gradients
+        (open choice 5); what is scored, and has gradients, is x0 at `exit_step`."""
+        memory, exits = context, []
+        for _ in range(num_chunks):
+            with torch.set_grad_enabled(with_gradient):
+                sampler = self.sampler(len(memory.film))
+            with torch.no_grad():
+                view = sampler.view(memory)
+            denoising = sampler.denoise(memory, view, sigmas, noise)
+            for step in range(len(sigmas)):
+                with torch.set_grad_enabled(with_gradient and step == exit_step):
+                    x0 = next(denoising)
+                if step == exit_step:
+                    exits.append(x0)
+            with torch.no_grad():
+                memory = sampler.commit(memory, x0.detach(), view)
+        return Rollout(context, torch.cat(exits, dim=2), memory)
