@@ -170,31 +170,61 @@ def train(
 
 @app.command()
 def evaluate(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the table, the JSON and the frames.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the JSON, the plots and the filmstrips; goes on there.")
+    ],
     student: Annotated[str, typer.Option(help="`demo`, or a student file.")] = "demo",
+    compare: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Another student on the same scenes and noise, FILE or FILE=policy,policy. Repeatable."),
+    ] = None,
     policies: Annotated[
         str, typer.Option(help="Comma-separated: novel, clean, fifo, uniform, none (no slow memory).")
-    ] = ("novel,clean,none"),
-    rollouts: Annotated[int, typer.Option(min=2, help="Scenes a cell.")] = 12,
-    gaps: Annotated[str, typer.Option(help="Chunks spent elsewhere before the camera returns.")] = "8,24",
-    seed: Annotated[int, typer.Option(min=0, max=2**48, help="Seed of scenes and noise.")] = 0,
+    ] = "novel,clean,none",
+    rollouts: Annotated[int, typer.Option(min=2, help="Scenes a seed.")] = 12,
+    gaps: Annotated[
+        str, typer.Option(help="Chunks spent elsewhere before the camera returns; empty is none.")
+    ] = "8,24",
+    minutes: Annotated[float, typer.Option(min=0, help="Length of long rollouts, to measure drift; 0 is none.")] = 0,
+    long_rollouts: Annotated[int, typer.Option(min=2, help="Long rollouts a seed.")] = 4,
+    seed: Annotated[str, typer.Option(help="Seeds of scenes and noise, comma-separated.")] = "0",
+    video: Annotated[
+        Optional[list[Path]],
+        typer.Option(help="Measure this video instead, by --clip and --dino; none of the above applies. Repeatable."),
+    ] = None,
+    clip: Annotated[Optional[Path], typer.Option(help="Folder of a CLIP model in transformers' layout.")] = None,
+    dino: Annotated[Optional[Path], typer.Option(help="Folder of a DINOv2 model in transformers' layout.")] = None,
+    every: Annotated[float, typer.Option(help="Seconds between the frames of a video that are looked at.")] = 1.0,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
 ) -> None:
-    """Measure recall over gaps on the demo world: does what the camera left stand there when it returns?"""
-    from .train.evaluate import evaluate_recall
+    """Measure students on the demo world (recall over gaps, drift), or videos (consistency over time)."""
+    if video or clip or dino:
+        from .train.consistency import evaluate_videos
 
-    gap_chunks = [_whole_number("gaps", gap) for gap in gaps.split(",")]
-    table = evaluate_recall(
-        None if student == "demo" else student, policies.split(","), gap_chunks, rollouts, seed, device, dtype, output
-    )
-    Console(width=max(120, console.width)).print(table, highlight=False)
+        tables = evaluate_videos(video or [], clip, dino, every, device, dtype, output)
+    else:
+        from .train.evaluate import Plan, evaluate, parse_entrants
+
+        plan = Plan(
+            entrants=parse_entrants(student, compare or [], policies),
+            gaps=_whole_numbers("gaps", gaps),
+            rollouts=rollouts,
+            seeds=_whole_numbers("seed", seed),
+            minutes=minutes,
+            long_rollouts=long_rollouts,
+        )
+        tables = evaluate(plan, device, dtype, output)
+    for table in tables:
+        Console(width=max(240, console.width)).print(table, highlight=False)
 
 
-def _whole_number(name: str, text: str) -> int:
-    if not text.strip().isdigit():
-        raise ValueError(f"{name}: {text!r} is not a whole number")
-    return int(text)
+def _whole_numbers(name: str, text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    for part in parts:
+        if not (part.isascii() and part.isdigit()):
+            raise ValueError(f"{name}: {part!r} is not a whole number")
+    return tuple(int(part) for part in parts)
 
 
 @app.command()

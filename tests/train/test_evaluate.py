@@ -1,14 +1,27 @@
-"""The judge must be right before it judges: the true world scores full marks, another one does not."""
+"""Evaluation as a whole: scripts share their beginnings, rollouts are paired, and a killed run goes on."""
 
+import dataclasses
+import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from context_forcing.cli import app
+from context_forcing.memory import MemoryConfig
+from context_forcing.model.checkpoint import save_student
+from context_forcing.model.config import StudentCard
 from context_forcing.model.pipeline import Pipeline
-from context_forcing.train.evaluate import World, evaluate_recall, judge, sum_up
-from context_forcing.train.world import ALL_STYLES, Scene, benchmark_script, render_latent_frames
+from context_forcing.model.story import Scene as Segment
+from context_forcing.model.story import Story
+from context_forcing.train import evaluate as command
+from context_forcing.train.evaluate import Plan, evaluate, long_paths, parse_entrants, reach_frames
+from context_forcing.train.judge import QUARTERS, LongTrial, Trial, World, judge
+from context_forcing.train.rollout import Camera, branches
+from context_forcing.train.summary import Record, bootstrap, effective_context, shuffled_rate, sum_up
+from context_forcing.train.world import ALL_STYLES, Scene, benchmark_script, caption, frame_moves, render_latent_frames
 
 
 @pytest.fixture(scope="module")
@@ -16,51 +29,312 @@ def world():
     return World(Pipeline.load(None, torch.device("cpu"), torch.float32))
 
 
-def true_film(world, script, style, seed):
-    """A film that begins somewhere on the ring, as generated ones do."""
-    scene = Scene.sample(np.random.default_rng(seed))
-    art = render_latent_frames(scene, [style] * len(script.moves), script.frame_moves, start=7 * seed)
-    return world.encode(art).movedim(0, 1), scene
+@pytest.fixture(scope="module")
+def students(make_net, tmp_path_factory):
+    """Two tiny random students of the demo world, in folders of their own."""
+    paths = []
+    for seed in range(2):
+        path = tmp_path_factory.mktemp(f"run{seed}") / "student.safetensors"
+        memory = MemoryConfig(sink=3, slow=4, fast=6, slow_similarity_threshold=0.999)
+        card = StudentCard(base="demo", steps=(1000.0, 500.0), shift=3.0, memory=memory, size=(128, 64))
+        save_student(path, make_net(seed, text_dim=4096, text_len=512), card)
+        paths.append(str(path))
+    return paths
 
 
-@pytest.mark.parametrize("mirror", [False, True])
-@pytest.mark.parametrize("kind", ["dwell", "wander"])
-def test_the_true_world_scores_full_marks(world, kind, mirror):
-    script = benchmark_script(kind, 4, mirror)
-    for k, style in enumerate(ALL_STYLES[::5]):
-        film, scene = true_film(world, script, style, k)
-        trial = judge(world, film, script, style)
-        assert trial.remembered == trial.returned
-        assert set(trial.remembered) <= set(scene.class_ids)
-        assert trial.heading_accuracy == 1 and trial.motion == 1
-        assert trial.residual < 1e-6
+@pytest.fixture(scope="module")
+def pipeline(students):
+    return Pipeline.load(students[0], torch.device("cpu"), torch.float32)
+
+
+def told(pipeline, memory, style, seed, moves):
+    """The film of a script as `context-forcing generate` makes it."""
+    runs = [(move, len(list(run))) for move, run in itertools.groupby(moves)]
+    segments = tuple(Segment(prompt=caption(style, move), seconds=0.75 * count) for move, count in runs)
+    for memory in pipeline.tell(Story(segments=segments, seed=seed), memory):
+        pass
+    return memory
+
+
+@pytest.mark.parametrize("policy", ["novel", "fifo"])
+def test_branches_equal_separate_rollouts(pipeline, same_memory, policy):
+    style, seed = ALL_STYLES[3], 7
+    scripts = {(kind, gap): benchmark_script(kind, gap, True) for kind in ("dwell", "wander") for gap in (0, 4)}
+    empty = pipeline.empty_memory(policy=policy)
+    ends = dict(branches(Camera(pipeline, style, seed), empty, {key: s.moves for key, s in scripts.items()}))
+    assert set(ends) == set(scripts)
+    for key, script in scripts.items():
+        assert same_memory(ends[key], told(pipeline, empty, style, seed, script.moves)), key
+
+
+def test_a_shared_beginning_is_made_once(pipeline):
+    made = []
+
+    class Counting(Camera):
+        def move(self, memory, move):
+            made.append(move)
+            return memory
+
+    paths = {"a": (0, 1, 1), "b": (0, 1, -1, -1), "c": (0, 1), "same as c": (0, 1)}
+    ends = list(branches(Counting(pipeline, ALL_STYLES[0], 0), pipeline.empty_memory(), paths))
+    assert sorted(name for name, _ in ends) == sorted(paths)
+    assert len(made) == 2 + 1 + 2
+
+
+def record(student="one", policy="novel", scene=0, kind="dwell", gap=15, recall=1.0, targets=4, **given):
+    """A made-up trial with a given share of targets recalled."""
+    remembered = tuple(range(targets))
+    hits = round(recall * targets)
+    returned = remembered[:hits] + tuple(20 + target for target in remembered[hits:])
+    trial = dict(
+        first=remembered, remembered=remembered, returned=returned, psnr=20.0, heading_accuracy=1.0, motion=1.0,
+        change=1.0, residual=0.0,
+    )  # fmt: skip
+    return Record(
+        student=student,
+        policy=policy,
+        seed=0,
+        scene=scene,
+        kind=kind,
+        gap_frames=gap,
+        trial=Trial(**{**trial, **given}),
+    )
 
 
 def test_a_world_that_changed_meanwhile_scores_chance(world):
     script, style = benchmark_script("dwell", 4, False), ALL_STYLES[0]
-    trials = []
+    records = []
     for k in range(20):
-        film, _ = true_film(world, script, style, k)
-        other, _ = true_film(world, script, style, 1000 + k)
+        art = [
+            render_latent_frames(
+                Scene.sample(np.random.default_rng(seed)), [style] * len(script.moves), script.frame_moves, start=7 * k
+            )
+            for seed in (k, 1000 + k)
+        ]
+        film, other = (world.encode(each).movedim(0, 1) for each in art)
         film[:, script.return_frame :] = other[:, script.return_frame :]
-        trials.append(judge(world, film, script, style))
-    cell = sum_up("novel", "dwell", 15, trials)
-    assert cell.recall < 0.2 and cell.low <= cell.recall <= cell.high
-    assert cell.chance < 0.2
+        trial = judge(world, film, script, style)
+        records.append(dataclasses.replace(record(scene=k), trial=trial))
+    (cell,) = sum_up(records).cells
+    recall = cell.figures["recall"]
+    assert recall.mean < 0.2 and recall.low <= recall.mean <= recall.high
+    assert cell.shuffled < 0.2 and cell.n == 20
 
 
-def test_a_still_picture_is_caught_by_the_motion_figures(world):
-    script, style = benchmark_script("dwell", 4, False), ALL_STYLES[0]
-    film, _ = true_film(world, script, style, 0)
-    trial = judge(world, film[:, :1].expand(-1, film.shape[1], -1, -1), script, style)
-    assert trial.motion == 0 and trial.heading_accuracy < 0.5
+def test_a_collapsed_world_is_told_by_the_shuffled_rate():
+    trials = [record(scene=k).trial for k in range(5)]
+    assert shuffled_rate(trials) == 1 == np.mean([trial.recall for trial in trials])
+
+
+def test_the_interval_covers_the_mean_and_narrows():
+    draws = np.random.default_rng(3).random(100)
+    few, many = bootstrap(draws[:10]), bootstrap(draws)
+    assert few.low < few.mean < few.high and many.mean == pytest.approx(draws.mean())
+    assert many.high - many.low < few.high - few.low
+    # Two standard errors on either side of the mean.
+    assert many.high - many.mean == pytest.approx(1.96 * draws.std() / 10, rel=0.1)
+    assert bootstrap([0.5] * 3) == bootstrap([0.5] * 7)
+
+
+def test_differences_are_paired_by_scene():
+    """The scenes differ far more than the students do; only pairs can tell them apart."""
+    recalls = [0.0, 0.25, 0.5, 0.75] * 4
+    one = [record(scene=k, recall=recall) for k, recall in enumerate(recalls)]
+    two = [record(student="two", scene=k, recall=recall + 0.25) for k, recall in enumerate(recalls)]
+    summary = sum_up(one + two[::-1])
+    (difference,) = summary.differences
+    assert (difference.student, difference.against, difference.n) == ("two", ("one", "novel"), 16)
+    found = difference.figures["recall"]
+    assert found.mean == pytest.approx(0.25) and found.high - found.low < 1e-9
+    first, second = (cell.figures["recall"] for cell in summary.cells)
+    assert first.high > second.low
+
+
+def test_differences_leave_out_scenes_that_only_one_has():
+    one = [record(scene=k, recall=0.5) for k in range(4)]
+    two = [record(student="two", scene=k, recall=1.0) for k in range(2, 9)]
+    (difference,) = sum_up(one + two).differences
+    assert difference.n == 2 and difference.figures["recall"].mean == 0.5
+
+
+def test_what_is_held_against_what():
+    records = [
+        record(student=student, policy=policy, scene=k)
+        for k in range(2)
+        for student, policy in (("one", "novel"), ("one", "none"), ("two", "novel"), ("two", "none"), ("three", "fifo"))
+    ]
+    assert [(each.student, each.policy, each.against) for each in sum_up(records).differences] == [
+        ("one", "none", ("one", "novel")),
+        ("two", "novel", ("one", "novel")),
+        ("two", "none", ("one", "novel")),
+        ("two", "none", ("one", "none")),
+        ("three", "fifo", ("one", "novel")),
+    ]
+
+
+@pytest.mark.parametrize(
+    "recalls, frames, is_bound, again",
+    [
+        ({15: 1.0, 27: 0.75, 75: 0.5}, 15, False, None),
+        ({15: 1.0, 27: 1.0, 75: 1.0}, 75, True, None),
+        ({15: 0.5, 27: 0.5}, 0, False, None),
+        ({15: 0.5, 27: 1.0, 75: 0.5}, 0, False, 27),
+        ({75: 1.0, 15: 1.0, 27: 0.5}, 15, False, 75),
+    ],
+    ids=["fails late", "never fails", "fails at once", "fails, then holds", "in any order"],
+)
+def test_effective_context_stops_at_the_first_gap_that_is_not_bridged(recalls, frames, is_bound, again):
+    cells = sum_up([record(scene=k, gap=gap, recall=recalls[gap]) for gap in recalls for k in range(2)]).cells
+    found = effective_context("one", "novel", "dwell", "recall", cells)
+    assert (found.frames, found.is_bound, found.again) == (frames, is_bound, again)
+
+
+def test_a_record_survives_json():
+    long = LongTrial(**{name: (1.0, 2.0, 3.0, 4.0) for name in LongTrial.__dataclass_fields__})
+    for each in (record(), dataclasses.replace(record(), kind="long", gap_frames=0, trial=long)):
+        assert Record.from_dict(json.loads(json.dumps(dataclasses.asdict(each)))) == each
+
+
+def test_long_rollouts_are_summed_up_by_quarter():
+    def long(student, scene, palette):
+        fields = {name: (1.0,) * QUARTERS for name in LongTrial.__dataclass_fields__}
+        return dataclasses.replace(
+            record(student, scene=scene), kind="long", gap_frames=0, trial=LongTrial(**{**fields, "palette": palette})
+        )
+
+    records = [long("one", k, (0.1, 0.1, 0.1, 0.1)) for k in range(3)]
+    records += [long("two", k, (0.1, 0.2, 0.3, 0.4)) for k in range(3)]
+    summary = sum_up(records)
+    assert [(cell.at, cell.student) for cell in summary.cells] == [(q, s) for q in (1, 2, 3, 4) for s in ("one", "two")]
+    drift = [each.figures["palette"].mean for each in summary.differences]
+    assert drift == pytest.approx([0, 0.1, 0.2, 0.3]) and summary.effective_context == ()
+
+
+def test_long_paths_are_the_same_for_all_and_move_in_every_quarter():
+    plan = Plan(entrants=(), minutes=2, seeds=(0, 5), long_rollouts=3)
+    paths = long_paths(plan, fps=16)
+    assert paths == long_paths(plan, fps=16) and len(paths) == 6 and len({tuple(path) for path in paths.values()}) == 6
+    for path in paths.values():
+        assert len(frame_moves(path)) == 2 * 60 * 16 / 4
+        assert all(any(quarter) for quarter in np.split(np.array(path), QUARTERS))
+    with pytest.raises(ValueError, match="minutes.*0.4 is the least"):
+        long_paths(Plan(entrants=(), minutes=0.3), fps=16)
+
+
+def test_reach_is_the_age_of_the_oldest_frame_that_is_not_sink(pipeline):
+    camera, memory = Camera(pipeline, ALL_STYLES[0], 0), pipeline.empty_memory(slow=0)
+    reached = [reach_frames(memory := camera.move(memory, 0)) for _ in range(4)]
+    assert reached == [0, 3, 3, 3]
+    with_slow = pipeline.empty_memory(policy="fifo")
+    for _ in range(5):
+        with_slow = camera.move(with_slow, 0)
+    assert reach_frames(with_slow) == 15 - min(with_slow.slots.slow)
+
+
+def test_students_are_named_as_shortly_as_they_can_be_told_apart():
+    entrants = parse_entrants("demo", ["runs/a/student.safetensors", "runs/b/student.safetensors=none"], "novel, none")
+    assert [(each.name, each.policies) for each in entrants] == [
+        ("demo", ("novel", "none")),
+        ("a/student", ("novel", "none")),
+        ("b/student", ("none",)),
+    ]
+    assert parse_entrants("x/demo.safetensors", ["demo"], "none")[0].name == "x/demo"
+    assert parse_entrants("demo", ["demo=fifo"], "novel")[1].name == "demo"
+
+
+@pytest.mark.parametrize(
+    "compare, match", [(["demo"], "demo with policy 'novel' is there twice"), (["a.pt", "./a.pt=none"], "there twice")]
+)
+def test_a_student_named_twice_is_refused(compare, match):
+    with pytest.raises(ValueError, match=match):
+        parse_entrants("demo", compare, "novel")
+
+
+@pytest.mark.parametrize(
+    "given, match",
+    [
+        ({"gaps": ()}, "gaps"),
+        ({"gaps": (8, 8)}, "gaps"),
+        ({"seeds": ()}, "seed"),
+        ({"rollouts": 1}, "rollouts: 1"),
+        ({"minutes": -1.0}, "minutes: -1"),
+        ({"minutes": 1.0, "long_rollouts": 1}, "long_rollouts: 1"),
+    ],
+)
+def test_plans_that_make_no_sense_are_refused(given, match):
+    with pytest.raises(ValueError, match=match):
+        Plan(entrants=(), **given)
+
+
+def test_the_command_line_says_what_is_measured(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(command, "evaluate", lambda plan, *where: asked.append(plan) or [])
+    run = CliRunner().invoke
+    assert run(app, ["evaluate", "-o", str(tmp_path)]).exit_code == 0
+    options = "--policies novel,none --rollouts 3 --gaps 4 --seed 1,2 --minutes 2 --compare a.safetensors=none".split()
+    assert run(app, ["evaluate", "-o", str(tmp_path), *options]).exit_code == 0
+    by_default, chosen = asked
+    assert by_default == Plan(entrants=parse_entrants("demo", [], "novel,clean,none"))
+    assert [each.policies for each in chosen.entrants] == [("novel", "none"), ("none",)]
+    assert (chosen.rollouts, chosen.gaps, chosen.seeds, chosen.minutes) == (3, (4,), (1, 2), 2)
+    refused = run(app, ["evaluate", "-o", str(tmp_path), "--gaps", "4,x"])
+    assert isinstance(refused.exception, ValueError) and "gaps: 'x' is not a whole number" in str(refused.exception)
+
+
+@pytest.fixture
+def plan(students):
+    return Plan(
+        entrants=parse_entrants(students[0], [f"{students[1]}=none"], "novel"), gaps=(0,), rollouts=2,
+        minutes=0.4, long_rollouts=2,
+    )  # fmt: skip
 
 
 @pytest.mark.slow
-def test_evaluate_writes_a_table_and_strips(tmp_path):
-    table = evaluate_recall(None, ["novel", "none"], [0], 2, 0, "cpu", "fp32", tmp_path)
-    cells = json.loads((tmp_path / "recall.json").read_text())
-    assert {(cell["kind"], cell["policy"]) for cell in cells} == {
-        (kind, policy) for kind in ("dwell", "wander") for policy in ("novel", "none")
+def test_a_killed_run_goes_on_to_the_same_results(plan, tmp_path, monkeypatch):
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    tables = evaluate(plan, "cpu", "fp32", whole)
+    assert [table.row_count for table in tables] == [4, 4, 2 * QUARTERS]
+
+    add, added = command.Results.add, []
+
+    def killed(self, records):
+        if len(added) == 3:
+            raise KeyboardInterrupt
+        added.append(records)
+        add(self, records)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(command.Results, "add", killed)
+        evaluate(plan, "cpu", "fp32", halved)
+    kept = json.loads((halved / "recall.json").read_text())
+    assert 0 < len(kept["records"]) < len(json.loads((whole / "recall.json").read_text())["records"])
+
+    evaluate(plan, "cpu", "fp32", halved)
+    assert (halved / "recall.json").read_bytes() == (whole / "recall.json").read_bytes()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Camera, "move", None)
+        evaluate(plan, "cpu", "fp32", halved)
+    with pytest.raises(ValueError, match="output: .*recall.json was made with other gaps; give another folder"):
+        evaluate(dataclasses.replace(plan, gaps=(0, 4)), "cpu", "fp32", halved)
+
+
+@pytest.mark.slow
+def test_results_plots_and_strips_are_written(plan, tmp_path):
+    pytest.importorskip("matplotlib")
+    evaluate(plan, "cpu", "fp32", tmp_path)
+    found = json.loads((tmp_path / "recall.json").read_text())
+    assert set(found["header"]) == {"format", "students", "gaps", "minutes", "device", "dtype"}
+    assert {(cell["kind"], cell["policy"]) for cell in found["summary"]["cells"]} == {
+        (kind, policy) for kind in ("dwell", "wander", "long") for policy in ("novel", "none")
     }
-    assert table.row_count == len(cells) and len(list(tmp_path.glob("*.png"))) == len(cells)
+    assert all(each["n"] == 2 and each["against"][1] == "novel" for each in found["summary"]["differences"])
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert {"recall.png", "drift.png"} < pictures and len(pictures) == 2 + 6
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"header": {"format": 1}}'], ids=["old", "broken", "other format"])
+def test_a_folder_with_something_else_in_it_is_refused(content, tmp_path):
+    (tmp_path / "recall.json").write_text(content)
+    with pytest.raises(ValueError, match="output: .*give another folder, or delete the file"):
+        command.Results(tmp_path, {"format": command.FORMAT})

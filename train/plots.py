@@ -1,0 +1,166 @@
+"""Plots of measurements: recall over gaps, drift over long rollouts, consistency of videos; all beside motion.
+
+Needs matplotlib (extra `train`). Figures are made without its global state, so nothing else that plots is disturbed.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+
+from .judge import QUARTERS
+from .summary import HELD, KINDS, LONG, Cell, Summary, row_name
+
+COLOURS = ("#0b6fb8", "#d9571a", "#2c8a4b", "#8a4fbf", "#b8860b", "#3b3f46", "#c2378a", "#1b9aa0")
+MARKERS = "osD^vPX*"
+_INK, _FAINT = "#2a2e35", "#c9ced6"
+_DODGE = 0.01
+"""How far apart rows stand at one gap, as a share of the axis: intervals must not cover each other."""
+
+
+def draw_recall(summary: Summary, fps: float, path: Path) -> bool:
+    """Recall over the time out of view, above the motion that it was scored with; False if there is none to draw."""
+    cells = [cell for cell in summary.cells if cell.kind in KINDS]
+    if not cells:
+        return False
+    canvas = Canvas(figsize=(11, 9.2), layout="constrained")
+    axes = canvas.subplots(3, len(KINDS), sharex=True, sharey="row")
+    titles = {
+        "dwell": "the camera dwells elsewhere, then returns",
+        "wander": "the camera wanders elsewhere, then returns",
+    }
+    labels = ("recall\n(as last seen)", "recall\n(as first seen)", "heading accuracy")
+    for column, kind in enumerate(KINDS):
+        for row, (figure, label) in enumerate(zip(("recall", "recall_first", "heading_accuracy"), labels)):
+            ax = axes[row, column]
+            _style(ax, title=titles[kind] if row == 0 else "", ylabel=label if column == 0 else "")
+            mine = [cell for cell in cells if cell.kind == kind]
+            _lines(ax, mine, summary, figure, scale=4 / fps)
+            ax.set_ylim(-0.03, 1.03)
+            if figure != "heading_accuracy":
+                ax.axhline(HELD, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
+                _shuffled(ax, mine, scale=4 / fps)
+        axes[-1, column].set_xlabel("seconds out of view")
+        axes[-1, column].set_xlim(0, 1.08 * 4 / fps * max(cell.at for cell in cells))
+    _legend(canvas, axes[0, 0])
+    canvas.suptitle(
+        f"Recall over gaps, {_rollouts(cells)} a point, 95 % intervals. Grey: match rate of unrelated rollouts;"
+        f" dashed: bridged, {HELD}",
+        fontsize=11, color=_INK,
+    )  # fmt: skip
+    canvas.savefig(path, dpi=110)
+    return True
+
+
+def draw_drift(summary: Summary, fps: float, path: Path) -> bool:
+    """Long rollouts by quarter, consistency in the upper row, motion in the lower; False if there is none to draw."""
+    cells = [cell for cell in summary.cells if cell.kind == LONG]
+    if not cells:
+        return False
+    canvas = Canvas(figsize=(12, 7.2), layout="constrained")
+    axes = canvas.subplots(2, 3, sharex=True)
+    panels = (
+        ("palette", "palette distance\n(latent units, less is better)", 1.0, None),
+        ("residual", "distance to nearest template\n(sharpness, less is better)", 1.0, None),
+        ("reach", "memory reach, seconds\n(age of the oldest frame that is not sink)", 4 / fps, None),
+        ("heading_accuracy", "heading accuracy\n(share of frames that look where asked)", 1.0, None),
+        ("motion", "camera motion over asked\n(true world: 1)", 1.0, 1.0),
+        ("change", "frame difference over true\n(true world: 1, a still picture: 0)", 1.0, 1.0),
+    )
+    for ax, (figure, title, unit, truth) in zip(axes.flat, panels):
+        _style(ax, title=title)
+        _lines(ax, cells, summary, figure, unit=unit)
+        ax.set_ylim(bottom=0)
+        ax.set_xticks(range(1, QUARTERS + 1))
+        ax.set_xlim(0.6, QUARTERS + 0.4)
+        if figure == "heading_accuracy":
+            ax.set_ylim(0, 1.03)
+        if truth is not None:
+            ax.axhline(truth, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    for ax in axes[-1]:
+        ax.set_xlabel("quarter of the rollout")
+    _legend(canvas, axes[0, 0])
+    canvas.suptitle(f"Drift over long rollouts, {_rollouts(cells)} a point, 95 % intervals", fontsize=11, color=_INK)
+    canvas.savefig(path, dpi=110)
+    return True
+
+
+def draw_consistency(videos: Sequence[Mapping], path: Path) -> None:
+    """Similarity to the first frame over time, one panel a model, above motion; one line a video.
+
+    `videos` have `name`, `times` (seconds), `similarity` (model -> values) and `motion`, as long as `times`.
+    """
+    models = list(videos[0]["similarity"])
+    canvas = Canvas(figsize=(10, 2.9 * (len(models) + 1)), layout="constrained")
+    axes = canvas.subplots(len(models) + 1, 1, sharex=True)
+    for i, video in enumerate(videos):
+        look = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.6, "label": video["name"]}
+        for ax, model in zip(axes, models):
+            ax.plot(video["times"], video["similarity"][model], **look)
+        # The first sample has no frame before it.
+        axes[-1].plot(video["times"][1:], video["motion"][1:], **look)
+    for ax, model in zip(axes, models):
+        _style(ax, ylabel=f"{model}: cosine\nto the first frame")
+        ax.set_ylim(top=1.01)
+    _style(axes[-1], ylabel="motion: mean change\nframe to frame, %")
+    axes[-1].set_ylim(bottom=0)
+    axes[-1].set_xlabel("seconds")
+    _legend(canvas, axes[0])
+    canvas.suptitle("Consistency to the first frame, and motion", fontsize=11, color=_INK)
+    canvas.savefig(path, dpi=110)
+
+
+def _style(ax: Axes, title: str = "", ylabel: str = "") -> None:
+    ax.set_title(title, fontsize=10, color=_INK)
+    ax.set_ylabel(ylabel, fontsize=9, color=_INK)
+    ax.tick_params(colors=_INK, labelsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(_FAINT)
+    ax.grid(color=_FAINT, linewidth=0.5, alpha=0.6)
+    ax.set_axisbelow(True)
+
+
+def _lines(
+    ax: Axes, cells: Sequence[Cell], summary: Summary, figure: str, *, scale: float = 1.0, unit: float = 1.0
+) -> None:
+    """One line with intervals a row; colours go by the row, the same in every panel."""
+    names = list(dict.fromkeys(row_name(cell, summary) for cell in summary.cells))
+    width = _DODGE * scale * (max(cell.at for cell in cells) if cells else 0)
+    for i, name in enumerate(names):
+        mine = [cell for cell in cells if row_name(cell, summary) == name]
+        if not mine:
+            continue
+        found = [cell.figures[figure] for cell in mine]
+        mean = unit * np.array([each.mean for each in found])
+        below = mean - unit * np.array([each.low for each in found])
+        above = unit * np.array([each.high for each in found]) - mean
+        at = scale * np.array([cell.at for cell in mine]) + width * (i - (len(names) - 1) / 2)
+        ax.errorbar(
+            at, mean, yerr=np.maximum(0, [below, above]), label=name, color=COLOURS[i % len(COLOURS)],
+            marker=MARKERS[i % len(MARKERS)], markersize=5, linewidth=1.6, elinewidth=1.1, capsize=3,
+        )  # fmt: skip
+
+
+def _shuffled(ax: Axes, cells: Sequence[Cell], scale: float) -> None:
+    """The band of what no memory at all would score, over all rows."""
+    gaps = sorted({cell.at for cell in cells})
+    rates = [[cell.shuffled for cell in cells if cell.at == gap] for gap in gaps]
+    low, high = [min(each) for each in rates], [max(each) for each in rates]
+    at = [scale * gap for gap in gaps]
+    # Level outside of the gaps measured: one gap gives a band too.
+    at, low, high = [0, *at, 2 * at[-1]], [low[0], *low, low[-1]], [high[0], *high, high[-1]]
+    ax.fill_between(at, low, high, color=_FAINT, alpha=0.7, linewidth=1)
+
+
+def _rollouts(cells: Sequence[Cell]) -> str:
+    least, most = min(cell.n for cell in cells), max(cell.n for cell in cells)
+    return f"{least} rollouts" if least == most else f"{least} to {most} rollouts"
+
+
+def _legend(canvas: Canvas, ax: Axes) -> None:
+    handles, labels = ax.get_legend_handles_labels()
+    canvas.legend(
+        handles, labels, loc="outside lower center", ncols=min(4, max(1, len(labels))), frameon=False, fontsize=9
+    )
