@@ -9,6 +9,7 @@ import yaml
 
 from ..memory.config import MEMORY_PRESETS, MemoryConfig
 from ..model.config import PRESETS, VAE_STRIDE
+from .lora import LoraConfig
 from .parallel import PRECISIONS
 from .recycling import RecyclingConfig
 from .trainee import OptimConfig
@@ -98,6 +99,8 @@ class LoopConfig:
     decay: float = 0.0
     """The last part of the steps in which the learning rate falls to zero; 0: it stays."""
     shift: float = 5.0
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters for every network of the stage that learns."""
     precision: str = "bf16"
     recompute: bool = True
     """Keep only block inputs for the backward pass, compute the rest again."""

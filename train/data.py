@@ -16,6 +16,7 @@ from ..model.codec import DemoCodec
 from ..model.text import TEXT_DIM, canonical_words, concept_embedding
 from .world import (
     ART_SCALE,
+    CHUNK,
     RING_COLUMNS,
     VIEW_COLUMNS,
     VIEW_HEIGHT,
@@ -208,3 +209,19 @@ class DemoClips:
     def describe(self) -> str:
         """For a card."""
         return f"demo world, drawn on the fly; clips of {self.num_chunks * self.chunk} latent frames"
+
+
+@dataclass(frozen=True)
+class DemoPrompts:
+    """Captions of the demo world along random camera moves, by sample number, for stages that need no video."""
+
+    seed: int
+    pacing: float = 0.3
+
+    def captions(self, number: int, num_chunks: int) -> list[str]:
+        """A caption a chunk."""
+        return random_clip(np.random.default_rng((self.seed, 3, number)), num_chunks, CHUNK, self.pacing).captions
+
+    def text(self, number: int, num_chunks: int) -> Tensor:
+        """Text rows [chunks, L, 4096]."""
+        return to_text([self.captions(number, num_chunks)])

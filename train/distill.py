@@ -18,10 +18,10 @@ from ..model.config import StudentCard
 from ..model.flow import TIMESTEPS, add_noise, warp, warped_sigmas, x0_from_flow
 from ..model.sampler import Noise, seeded_noise
 from .config import DistillConfig
+from .data import DemoPrompts
 from .loop import Stage, load_network, rng_of
 from .parallel import PRECISIONS, Parallel, entry
 from .pictures import film_strip
-from .prompts import DemoPrompts
 from .score import NOTHING, Score
 from .student import Rollout, Student
 from .trainee import Trainee
@@ -37,10 +37,9 @@ class DistillStage(Stage):
     def __init__(self, config: DistillConfig, parallel: Parallel):
         super().__init__(config, parallel)
         dtype = PRECISIONS[config.precision]
-        load = lambda path, trained: load_network(path, config.preset, config.seed, parallel, config.precision, trained)
-        student, self.begun_from = load(config.student, True)
-        critic, _ = load(config.teacher, True)
-        teacher, self.teacher_card = load(config.teacher, False)
+        student, self.begun_from = load_network(config.student, config, parallel, config.lora)
+        critic, _ = load_network(config.teacher, config, parallel, config.lora)
+        teacher, _ = load_network(config.teacher, config, parallel, None)
         self.trainees = {
             "student": Trainee(student, config.student_optim, parallel),
             "critic": Trainee(critic, config.critic_optim, parallel),

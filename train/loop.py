@@ -19,10 +19,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..model.checkpoint import check_tensors, load_student, write_student
-from ..model.config import PRESETS, StudentCard
+from ..model.config import CARD_KEY, PRESETS, StudentCard
 from ..model.wan import WanModel
 from .checkpoint import MAY_CHANGE
 from .log import RunLog
+from .lora import LoraConfig, add_lora, merge_lora, save_lora
 from .parallel import PRECISIONS, Parallel, shard
 from .trainee import Trainee
 from .vae import git_revision
@@ -40,12 +41,14 @@ def rng_of(*numbers: int) -> torch.Generator:
 
 
 def load_network(
-    path: str, preset: str, seed: int, parallel: Parallel, precision: str, trained: bool = True
+    path: str, config: Any, parallel: Parallel, lora: LoraConfig | None
 ) -> tuple[nn.Module, StudentCard | None]:
     """A network from a student file, or fresh where `path` is empty; sharded, with its card.
 
-    Networks that do not learn rest in the precision they compute in. Raises ValueError for a file of another size.
+    With `lora` None it does not learn and rests in the precision it computes in; with rank 0 all of it learns.
+    Raises ValueError for a file of another size.
     """
+    preset, dtype = config.preset, PRECISIONS[config.precision]
     net = WanModel(PRESETS[preset])
     card = None
     if path:
@@ -53,11 +56,9 @@ def load_network(
         check_tensors(net, found.state_dict(), path)
         net.load_state_dict(found.state_dict())
     else:
-        net.reset_parameters(torch.Generator().manual_seed(seed))
-    if not trained:
-        net = net.to(PRECISIONS[precision])
-    net = shard(net.requires_grad_(trained), parallel, PRECISIONS[precision])
-    return net, card
+        net.reset_parameters(torch.Generator().manual_seed(config.seed))
+    net = net.requires_grad_(False).to(dtype) if lora is None else add_lora(net, lora, config.seed)
+    return shard(net, parallel, dtype), card
 
 
 class Stage:
@@ -95,7 +96,8 @@ class Stage:
 
     def save(self, path: Path, name: str, card: StudentCard, step: int, seconds: float, revision: str) -> Path:
         """A trained network with its card, to a file."""
-        weights = self.trainees[name].weights()
+        trainee, lora = self.trainees[name], self.config.lora
+        weights = trainee.weights()
         if self.begun_from:
             revision = f"{self.begun_from.revision}; then {revision}"
             step, seconds = step + (self.begun_from.train_steps or 0), seconds + (self.begun_from.train_seconds or 0)
@@ -103,7 +105,10 @@ class Stage:
             card, revision=revision, data_seed=self.config.data_seed, train_steps=step, train_seconds=round(seconds)
         )
         if self.parallel.is_main:
-            write_student(path, weights, self.trainees[name].net.blocks[0].self_attn.num_heads, card)
+            num_heads = trainee.net.blocks[0].self_attn.num_heads
+            write_student(path, merge_lora(weights, lora) if lora.rank else weights, num_heads, card)
+            if lora.rank:
+                save_lora(path.with_stem(path.stem + "_lora"), weights, lora, {CARD_KEY: card.to_json()})
         return path
 
 

@@ -31,7 +31,7 @@ class TeacherStage(Stage):
 
     def __init__(self, config: TeacherConfig, parallel: Parallel):
         super().__init__(config, parallel)
-        net, self.begun_from = load_network(config.init, config.preset, config.seed, parallel, config.precision)
+        net, self.begun_from = load_network(config.init, config, parallel, config.lora)
         self.trainees = {"teacher": Trainee(net, config.optim, parallel)}
         self.score = Score(net, PRECISIONS[config.precision], entry(net, config.recompute))
         self.clips = DemoClips.load(config.codec, config.data_seed, config.num_chunks, config.memory.chunk)

@@ -13,7 +13,7 @@ import torch
 
 from context_forcing.memory import Memory, MemoryConfig
 from context_forcing.model.causal import embed_text
-from context_forcing.model.checkpoint import load_student
+from context_forcing.model.checkpoint import load_student, read_card, read_safetensors
 from context_forcing.model.config import PRESETS, WanConfig
 from context_forcing.model.pipeline import Pipeline
 from context_forcing.model.sampler import CausalSampler, seeded_noise
@@ -23,7 +23,7 @@ from context_forcing.train.distill import DistillStage
 from context_forcing.train.loop import Checkpoints, Stage, rng_of
 from context_forcing.train.parallel import Parallel, entry, start_parallel
 from context_forcing.train.recycling import ErrorBank, RecyclingConfig
-from context_forcing.train.score import Score
+from context_forcing.train.score import NOTHING, Score
 from context_forcing.train.student import Student
 from context_forcing.train.teacher import TeacherStage
 from context_forcing.train.trainee import HISTORY, OptimConfig, Trainee
@@ -437,3 +437,50 @@ def test_checkpoints_are_whole_or_not_there(tiny, tmp_path):
     (tmp_path / "checkpoints" / "step-00000009.part").mkdir()
     assert checkpoints.latest().name == "step-00000003" and checkpoints.load()["step"] == 3
     assert isinstance(stage, Stage)
+
+
+# Adapters
+
+
+@pytest.mark.parametrize("alpha", [0.0, 8.0])
+def test_adapters_begin_with_nothing_and_export_merged_and_alone(tiny, tmp_path, alpha):
+    whole = run_stage("teacher", "smoke", ["steps=1", "optim.lr=1e-9", f"out={tmp_path / 'whole'}"], False)
+    settings = ["steps=3", "lora.rank=4", f"lora.alpha={alpha}", f"init={whole}", f"out={tmp_path / 'lora'}"]
+    stage = TeacherStage(load_config("teacher", "smoke", settings), ALONE)
+    assert all(".lora_" in name for name, _ in stage.trainees["teacher"].trained())
+    latents, text = stage.clips.sample(0)
+    begun, _ = load_student(whole)
+    flow = lambda net: Score(net, torch.float32, entry(net)).flow(NOTHING, latents[:, :, :6], 0.5, text[:2])
+    with torch.no_grad():
+        torch.testing.assert_close(flow(stage.score.net), flow(begun))
+
+    path = run_stage("teacher", "smoke", settings, False)
+    merged, _ = load_student(path)
+    adapters, metadata = read_safetensors(path.with_name("teacher_lora.safetensors"))
+    assert read_card(path.with_name("teacher_lora.safetensors")).stage == "teacher" and metadata
+    by_hand = begun.state_dict()
+    for name in [name.removesuffix(".lora_A.weight") for name in adapters if name.endswith("lora_A.weight")]:
+        down, up = adapters[f"{name}.lora_A.weight"], adapters[f"{name}.lora_B.weight"]
+        scale = adapters[f"{name}.alpha"] / down.shape[0]
+        assert scale == (alpha or 4) / 4 and up.abs().sum() > 0
+        by_hand[name.removeprefix("diffusion_model.") + ".weight"] += scale * up @ down
+    assert len(adapters) == 3 * 10 * TINY.num_layers
+    for name, value in merged.state_dict().items():
+        torch.testing.assert_close(value, by_hand[name])
+
+
+def test_adapters_resume_alike(tiny, tmp_path):
+    run = lambda folder, steps, resume: run_stage(
+        "local", "smoke", [f"steps={steps}", "batch=1", "lora.rank=2", "sample_every=9", f"out={tmp_path / folder}"], resume
+    )  # fmt: skip
+    whole = run("whole", 4, False)
+    run("parts", 2, False)
+    parts = run("parts", 4, True)
+    assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "whole")
+    a, b = load_student(whole)[0], load_student(parts)[0]
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_an_adapter_target_that_is_not_there_is_refused(tiny):
+    with pytest.raises(ValueError, match="targets: 'self_attn.w' names no linear layer"):
+        TeacherStage(load_config("teacher", "smoke", ["lora.rank=2", "lora.targets=[self_attn.w]"]), ALONE)
