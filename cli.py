@@ -157,15 +157,82 @@ def _progress() -> Progress:
 
 @app.command()
 def train(
-    stage: Annotated[str, typer.Argument(help="vae or pretrain.")],
+    stage: Annotated[str, typer.Argument(help="vae, pretrain, teacher, local or contextual, in this order.")],
     overrides: Annotated[Optional[list[str]], typer.Argument(help="key=value, for example steps=100.")] = None,
-    config: Annotated[str, typer.Option(help="A named configuration: demo or smoke.")] = "demo",
+    config: Annotated[
+        str, typer.Option(help="demo, smoke, wan2.1-1.3b (from teacher on), or a YAML file of settings.")
+    ] = "demo",
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last checkpoint.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the settings and what a process will need; do nothing.")
+    ] = False,
 ) -> None:
-    """Train the demo codec (`vae`) or a causal student (`pretrain`)."""
-    from .train import run_stage
+    """Train: the demo codec (`vae`), a causal student (`pretrain`), a `teacher` that continues from memory, and the
+    student by distribution matching on short (`local`) and long (`contextual`) rollouts of its own.
 
+    Many processes: `torchrun --nproc-per-node 8 -m context_forcing.train STAGE ...`.
+    """
+    from .train import plan_stage, run_stage
+
+    if dry_run:
+        Console().print(*plan_stage(stage, config, overrides or []), sep="\n", highlight=False)
+        return
     console.print(f"written to {run_stage(stage, config, overrides or [], resume)}", highlight=False)
+
+
+@app.command()
+def encode(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder of videos, each with a .txt caption of the same name beside it; a .csv or .tsv with columns"
+            " path, caption and, if wanted, start, end (seconds); or a .txt with a prompt a line."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the set; goes on with one begun there.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="`demo`, or a local copy of Wan-AI/Wan2.1-T2V-1.3B-Diffusers (vae, text_encoder, tokenizer)."
+        ),
+    ] = "demo",
+    size: Annotated[
+        Optional[str],
+        typer.Option(help="WIDTHxHEIGHT, multiples of 16. Default: 128x64 for the demo, 832x480 for Wan."),
+    ] = None,
+    fps: Annotated[int, typer.Option(min=1, help="Frames per second that videos are resampled to.")] = 16,
+    frames: Annotated[int, typer.Option(min=1, help="Latent frames of a clip; 42 are 165 frames, 10.3 s.")] = 42,
+    max_clips: Annotated[Optional[int], typer.Option(min=1, help="Stop when the set holds so many.")] = None,
+    dtype: Annotated[str, typer.Option(help="What is stored: fp16 or bf16.")] = "fp16",
+    shard_mb: Annotated[int, typer.Option(min=1, help="Megabytes after which a shard is closed.")] = 256,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    retry: Annotated[bool, typer.Option("--retry", help="Try videos again that were skipped.")] = False,
+) -> None:
+    """Turn videos with captions, or prompts, into a set of latents and text embeddings to train on."""
+    from .train.encode import EncodeSettings, SetEncoder, parse_size
+
+    settings = EncodeSettings(
+        model=model, size=None if size is None else parse_size(size), fps=fps, frames=frames, max_clips=max_clips,
+        dtype=dtype, shard_mb=shard_mb, device=device, retry=retry,
+    )  # fmt: skip
+    run = SetEncoder(source, output, settings)
+    with _progress() as progress:
+        task = progress.add_task("encode", total=len(run.sources), says="")
+        summary = run.run(
+            lambda done, so_far: progress.update(
+                task, completed=done, says=f"{so_far.clips} clips  {len(so_far.skipped)} skipped"
+            )
+        )
+    for name, reason in list(summary.skipped.items())[:SKIPPED_SHOWN]:
+        console.print(f"skipped {_escape(name)}: {_escape(reason)}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{_escape(str(output))}: {summary.clips} clips ({summary.new_clips} new) of {summary.through} sources,"
+        f" {len(summary.skipped)} skipped; the manifest lists all",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+SKIPPED_SHOWN = 20
 
 
 @app.command()

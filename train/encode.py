@@ -1,0 +1,383 @@
+"""Videos with captions, or prompts, -> a set of shards (shards.py): what a trainer of real students reads.
+
+Shapes: C latent channels, T latent frames, F pixel frames, H W pixels, h w latents, L text tokens.
+"""
+
+import hashlib
+import html
+import itertools
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..model.checkpoint import DEMO_CODEC, fingerprint, load_demo_codec
+from ..model.codec import WAN_MEAN, WAN_STD, normalise, pixel_frames
+from ..model.pipeline import pick_device
+from ..model.story import check_size
+from ..model.text import TEXT_DIM, TEXT_LEN, canonical_words, encode_demo_text
+from .shards import Header, ShardWriter
+from .sources import Source, list_sources
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+WAN_FOLDERS = ("vae", "text_encoder", "tokenizer")
+WAN_EXAMPLE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeSettings:
+    """How a source is encoded. Raises ValueError for a value out of range."""
+
+    model: str = "demo"
+    """`demo`, or a folder in diffusers' layout with Wan 2.1's VAE, UMT5 and its tokenizer."""
+    size: tuple[int, int] | None = None
+    """Width and height in pixels, multiples of 16; None is 128 x 64 for the demo codec, 832 x 480 for Wan's."""
+    fps: int = 16
+    frames: int = 42
+    """Latent frames of a clip: 1 + 4 (frames - 1) pixel frames."""
+    max_clips: int | None = None
+    """Stop when the set holds so many."""
+    dtype: str = "fp16"
+    shard_mb: int = 256
+    """A shard is closed when it holds so many megabytes."""
+    device: str = "auto"
+    retry: bool = False
+    """Try skipped sources again."""
+
+    def __post_init__(self):
+        for name in ("fps", "frames", "shard_mb"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} must be 1 or more")
+        if self.max_clips is not None and self.max_clips < 1:
+            raise ValueError(f"max_clips: {self.max_clips} must be 1 or more")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.size is not None:
+            check_size(*self.size)
+
+
+@dataclass(kw_only=True)
+class Summary:
+    """What a run has made, and what the set holds with that of earlier runs."""
+
+    clips: int = 0
+    new_clips: int = 0
+    through: int = 0
+    """Sources that are through."""
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`832x480` -> (832, 480)."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text.strip().lower())
+    if not match:
+        raise ValueError(f"size: {text!r} is not WIDTHxHEIGHT, for example 832x480")
+    return int(match[1]), int(match[2])
+
+
+class VideoError(ValueError):
+    """A video that cannot be used; says why."""
+
+
+def _ffmpeg(source: Source, *options: str, stop_at_errors: bool = False) -> list[str]:
+    import imageio_ffmpeg
+
+    part = ["-ss", f"{source.start:.6f}"] if source.start else []
+    part += ["-t", f"{source.end - source.start:.6f}"] if source.end is not None else []
+    strict = ["-xerror"] if stop_at_errors else []
+    return [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", *strict, *part,
+            "-i", f"file:{source.video}", "-map", "0:v:0", *options]  # fmt: skip
+
+
+def check_video(source: Source) -> None:
+    """Raises VideoError unless the video, or the part of it, decodes to its end without an error.
+
+    Before anything is encoded: a video that breaks in its middle must not leave half its clips in a set.
+    """
+    if not source.video.is_file():
+        raise VideoError("there is no such file")
+    command = _ffmpeg(source, "-f", "null", "-", stop_at_errors=True)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise VideoError(f"does not decode: {_first_line(done.stderr)}")
+
+
+def _first_line(stderr: str) -> str:
+    """What ffmpeg says first, without the address it puts before."""
+    lines = [re.sub(r"^(\[[^]]*\]\s*)+", "", line).strip() for line in stderr.splitlines()]
+    return next(filter(None, lines), "ffmpeg gave no reason")
+
+
+def read_runs(source: Source, num_frames: int, size: tuple[int, int], fps: int, start: int = 0) -> Iterator[np.ndarray]:
+    """Consecutive runs of a video as uint8 [num_frames, H, W, 3]; the last may be shorter. `start`: runs to leave out.
+
+    Resampled to `fps`; resized to cover `size` (width, height), in square pixels, and cropped to its centre.
+    """
+    width, height = size
+    zoom = f"max({width}/(iw*sar),{height}/ih)"
+    filters = (
+        f"fps={fps},scale=w='max({width},round(iw*sar*{zoom}))':h='max({height},round(ih*{zoom}))'"
+        f":flags=bicubic+accurate_rnd+full_chroma_int,crop={width}:{height}"
+    )
+    command = _ffmpeg(source, "-vf", filters, "-f", "rawvideo", "-pix_fmt", "rgb24", "-")
+    run_bytes = num_frames * height * width * 3
+    with tempfile.TemporaryFile() as stderr, subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=stderr, bufsize=2**20
+    ) as process:  # fmt: skip
+        try:
+            for run in itertools.count():
+                data = process.stdout.read(run_bytes)
+                if len(data) < run_bytes and process.wait():
+                    stderr.seek(0)
+                    raise VideoError(f"does not decode: {_first_line(stderr.read().decode(errors='replace'))}")
+                if not data:
+                    return
+                if run >= start:
+                    yield np.frombuffer(data, np.uint8).reshape(-1, height, width, 3)
+        finally:
+            process.kill()
+
+
+class Encoder(Protocol):
+    """A VAE and a text encoder. `vae` and `text_encoder` are their fingerprints; `size` is the default."""
+
+    vae: str | None
+    text_encoder: str
+    size: tuple[int, int]
+
+    def latents(self, pixels_FHWC: np.ndarray) -> Tensor:
+        """uint8 pixels, F = 1 + 4 (T - 1) -> normalised float32 latents [C, T, h, w]."""
+
+    def text(self, prompt: str) -> Tensor:
+        """float32 rows [L, 4096], without padding."""
+
+
+def _to_pixels(pixels_FHWC: np.ndarray, device: torch.device) -> Tensor:
+    """[1, 3, F, H, W] float32 in [-1, 1]."""
+    pixels = torch.from_numpy(pixels_FHWC.copy()).to(device)
+    return pixels.permute(3, 0, 1, 2)[None].float().div_(127.5).sub_(1)
+
+
+class DemoEncoder:
+    """The demo student's codec and text encoder."""
+
+    size = (128, 64)
+    text_encoder = "demo"
+
+    def __init__(self, device: torch.device):
+        self.vae = hashlib.sha256(DEMO_CODEC.read_bytes()).hexdigest()[:16]
+        self.device = device
+        self._codec = load_demo_codec().to(device)
+
+    def latents(self, pixels_FHWC: np.ndarray) -> Tensor:
+        return normalise(self._codec.encode(_to_pixels(pixels_FHWC, self.device)))[0]
+
+    def text(self, prompt: str) -> Tensor:
+        return encode_demo_text(prompt)[0, : len(set(canonical_words(prompt)))]
+
+
+def clean_text(prompt: str) -> str:
+    """As Wan cleans a prompt before its tokenizer (method.md 1.6)."""
+    import ftfy
+
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
+
+
+class WanEncoder:
+    """Wan 2.1's VAE in float32 and UMT5, from a local folder; nothing is downloaded.
+
+    Raises ValueError, one line, for a folder without them, weights of something else, or missing libraries.
+    """
+
+    size = (832, 480)
+
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, with_vae: bool):
+        for name in WAN_FOLDERS[0 if with_vae else 1 :]:
+            if not (folder / name).is_dir():
+                raise ValueError(
+                    f"model: {folder} has no folder {name}; give `demo`, or a folder in diffusers' layout such as a"
+                    f" copy of {WAN_EXAMPLE} with {', '.join(WAN_FOLDERS)}"
+                )
+        try:
+            import ftfy  # noqa: F401 (clean_text)
+            from diffusers import AutoencoderKLWan
+            from transformers import AutoTokenizer, UMT5EncoderModel
+        except ImportError as error:
+            raise ValueError(f"model: {error.name} is not installed; pip install 'context-forcing[encode]'") from None
+        self.device, self.vae = device, None
+        if with_vae:
+            self._vae = _load(AutoencoderKLWan, folder / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False).to(
+                device
+            )
+            _check_wan_vae(self._vae.config, folder / "vae")
+            self.vae = fingerprint(self._vae)
+        self._umt5 = _load(UMT5EncoderModel, folder / "text_encoder", dtype=dtype).to(device)
+        if self._umt5.config.d_model != TEXT_DIM:
+            raise ValueError(
+                f"model: {folder / 'text_encoder'} has width {self._umt5.config.d_model}, Wan 2.1 takes {TEXT_DIM};"
+                " give UMT5-XXL"
+            )
+        self.text_encoder = fingerprint(self._umt5)
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model: {folder / 'tokenizer'} is no tokenizer ({_one_line(error)})") from None
+
+    def latents(self, pixels_FHWC: np.ndarray) -> Tensor:
+        return normalise(self._vae.encode(_to_pixels(pixels_FHWC, self.device)).latent_dist.mode())[0]
+
+    def text(self, prompt: str) -> Tensor:
+        # The attention mask hides padding from the words: without padding the rows are the same, and fewer.
+        tokens = self._tokenizer(clean_text(prompt), max_length=TEXT_LEN, truncation=True, return_tensors="pt")
+        tokens = tokens.to(self.device)
+        rows = self._umt5(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        return rows[0].float()
+
+
+def _load(kind: type, folder: Path, **options) -> torch.nn.Module:
+    """A model whose every weight comes from the folder: a weight that is missing is an error, not a random number."""
+    try:
+        net, loading = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"model: {folder} cannot be loaded as {kind.__name__} ({_one_line(error)})") from None
+    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if wrong := sorted(map(str, loading.get(what) or ())):
+            raise ValueError(
+                f"model: {folder} is no {kind.__name__}, {len(wrong)} {what.replace('_', ' ')}: {wrong[0]}"
+            )
+    return net.eval().requires_grad_(False)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _check_wan_vae(config, folder: Path) -> None:
+    """Latents are normalised with Wan 2.1's statistics: a VAE with others (Wan 2.2's) is refused."""
+    for name, expected in (("latents_mean", WAN_MEAN), ("latents_std", WAN_STD)):
+        found = list(config[name])
+        if len(found) != len(expected) or not np.allclose(found, expected, atol=1e-3):
+            raise ValueError(f"model: {folder}: {name} is not that of Wan 2.1's VAE; give the VAE of {WAN_EXAMPLE}")
+
+
+def load_encoder(settings: EncodeSettings, with_vae: bool) -> Encoder:
+    """What `settings.model` names. Raises ValueError where it is not there."""
+    device, dtype = pick_device(settings.device, "auto")
+    if settings.model == "demo":
+        return DemoEncoder(device)
+    return WanEncoder(Path(settings.model), device, dtype, with_vae)
+
+
+def make_header(path: Path, settings: EncodeSettings, encoder: Encoder, of_videos: bool) -> Header:
+    """What the set of this source would be."""
+    shared = dict(source=str(path.resolve()), text_encoder=encoder.text_encoder, dtype=settings.dtype)
+    name = settings.model if settings.model == "demo" else Path(settings.model).resolve().name
+    if not of_videos:
+        return Header(**shared, model=name, vae=None)
+    return Header(
+        **shared,
+        model=name,
+        vae=encoder.vae,
+        fps=settings.fps,
+        size=settings.size or encoder.size,
+        frames=settings.frames,
+    )
+
+
+class SetEncoder:
+    """One run over a source: what the set holds already is not done again."""
+
+    def __init__(self, path: Path, output: Path, settings: EncodeSettings):
+        self.settings = settings
+        self.sources = list_sources(path)
+        of_videos = self.sources[0].video is not None
+        self.encoder = load_encoder(settings, of_videos)
+        self.header = make_header(path, settings, self.encoder, of_videos)
+        self.writer = ShardWriter(output, self.header, settings.shard_mb * 2**20)
+        self.before = self.writer.num_clips
+
+    @torch.inference_mode()
+    def run(self, on_clip: Callable[[int, Summary], None] = lambda done, summary: None) -> Summary:
+        """Encode what is missing; `on_clip` sees the number of sources looked at, after every clip and source."""
+        if not self.writer.has_empty_text():
+            self.writer.write_empty_text(self.encoder.text("").to(DTYPES[self.settings.dtype]))
+        for done, source in enumerate(self.sources):
+            on_clip(done, self.summary())
+            if self._is_full():
+                break
+            skipped = source.name in self.writer.manifest.skipped and not self.settings.retry
+            if skipped or source.name in self.writer.manifest.finished:
+                continue
+            try:
+                for _ in self._encode(source):
+                    on_clip(done, self.summary())
+            except VideoError as error:
+                self.writer.skip(source.name, str(error))
+        self.writer.flush()
+        summary = self.summary()
+        on_clip(len(self.sources), summary)
+        return summary
+
+    def summary(self) -> Summary:
+        manifest, clips = self.writer.manifest, self.writer.num_clips
+        return Summary(
+            clips=clips, new_clips=clips - self.before, through=len(manifest.finished), skipped=manifest.skipped
+        )
+
+    def _is_full(self) -> bool:
+        return self.settings.max_clips is not None and self.writer.num_clips >= self.settings.max_clips
+
+    def _encode(self, source: Source) -> Iterator[None]:
+        """Add what is missing of one source; yields after every clip. Raises VideoError for one that cannot be used."""
+        if source.problem:
+            raise VideoError(source.problem)
+        text = self._stored(self.encoder.text(source.caption), "text")
+        if source.video is None:
+            self.writer.add(source.name, None, source.caption, {"text": text})
+            self.writer.finish(source.name, 1)
+            return
+        check_video(source)
+        clip_frames, count, left = pixel_frames(self.settings.frames), self.writer.clips_of(source.name), 0
+        runs = read_runs(source, clip_frames, self.header.size, self.header.fps, start=count)
+        for pixels in runs:
+            if len(pixels) < clip_frames:
+                left = len(pixels)
+                break
+            if self._is_full():
+                runs.close()
+                return
+            latents = self._stored(self.encoder.latents(pixels), "latents")
+            start = round(source.start + count * clip_frames / self.header.fps, 6)
+            self.writer.add(source.name, start, source.caption, {"latents": latents, "text": text})
+            count += 1
+            yield
+        if not count:
+            raise VideoError(
+                f"too short: {left} frames at {self.header.fps} frames/s, a clip takes {clip_frames}"
+                f" ({clip_frames / self.header.fps:.2f} s)"
+            )
+        self.writer.finish(source.name, count)
+
+    def _stored(self, tensor: Tensor, what: str) -> Tensor:
+        stored = tensor.to(DTYPES[self.settings.dtype]).cpu()
+        if not stored.isfinite().all():
+            raise VideoError(f"its {what} are not finite in {self.settings.dtype}; bf16 has the range of float32")
+        return stored
+
+
+def encode(
+    source: str | Path,
+    output: str | Path,
+    settings: EncodeSettings,
+    on_clip: Callable[[int, Summary], None] = lambda done, summary: None,
+) -> Summary:
+    """Encode a source into a set, or go on with it. Raises ValueError, one line, for what a user can cause."""
+    return SetEncoder(Path(source), Path(output), settings).run(on_clip)
