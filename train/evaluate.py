@@ -20,7 +20,8 @@ from rich.table import Table
 from ..memory.memory import Memory
 from ..model.pipeline import Pipeline, pick_device
 from .judge import QUARTERS, World, judge, judge_long
-from .rollout import Camera, branches, film_of, strip
+from .pictures import film_strip
+from .rollout import Camera, branches, film_of
 from .summary import KINDS, LONG, Record, sum_up, tables
 from .world import ALL_STYLES, CHUNK, Script, benchmark_script, random_script
 
@@ -282,7 +283,7 @@ def _header(plan: Plan, pipelines: dict[str | None, Pipeline]) -> dict:
 def _save_strips(pipeline: Pipeline, made: Sequence[tuple[Record, Memory]], out: Path, several: bool) -> None:
     for record, memory in made:
         parts = [record.student.replace("/", "-")] * several + [record.kind, str(record.gap_frames)]
-        strip(pipeline, memory).save(out / f"{'-'.join([*parts, record.policy])}.png")
+        film_strip(pipeline.codec, memory.film, scale=1).save(out / f"{'-'.join([*parts, record.policy])}.png")
 
 
 def _report(results: Results, plan: Plan, fps: float, out: Path) -> list[Table]:

@@ -3,15 +3,12 @@
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-import numpy as np
 import torch
-from PIL import Image
 
 from ..memory.memory import Memory
 from ..model.pipeline import Pipeline
 from ..model.sampler import CausalSampler, seeded_noise
-from ..model.video import to_uint8
-from .world import Style, caption, upscale
+from .world import Style, caption
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -65,15 +62,3 @@ def branches(camera: Camera, memory: Memory, paths: Mapping[Key, Sequence[int]])
 def film_of(memory: Memory) -> torch.Tensor:
     """The film so far, [C, T, H, W], on the CPU."""
     return torch.cat(memory.film, dim=2)[0]
-
-
-def strip(pipeline: Pipeline, memory: Memory, columns: int = 12, scale: int = 3) -> Image.Image:
-    """The film as a strip of pictures, evenly spread."""
-    film = torch.cat(memory.film, dim=2)
-    picked = np.linspace(0, film.shape[2] - 1, 4 * columns).round().astype(int)
-    pixels = torch.cat(list(pipeline.decode([film])), dim=2)
-    frames = upscale(to_uint8(pixels)[4 * picked], scale)
-    rows = [np.concatenate(list(frames[i : i + columns]), axis=1) for i in range(0, len(frames), columns)]
-    return Image.fromarray(np.concatenate(rows, axis=0)).resize(
-        (1920, rows[0].shape[0] * len(rows) * 1920 // rows[0].shape[1])
-    )

@@ -7,6 +7,7 @@ between two is taken rollout by rollout, and its interval is that of the paired 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from rich.table import Table
@@ -114,9 +115,13 @@ class Summary:
 def bootstrap(values: Sequence[float]) -> Figure:
     """Mean over rollouts and its interval; the draws are the same for every figure of as many rollouts."""
     values = np.asarray(values, dtype=float)
-    draws = np.random.default_rng(0).integers(len(values), size=(BOOTSTRAP, len(values)))
-    low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
+    low, high = np.percentile(values[_draws(len(values))].mean(1), [2.5, 97.5])
     return Figure(float(values.mean()), float(low), float(high))
+
+
+@lru_cache(maxsize=8)
+def _draws(n: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(n, size=(BOOTSTRAP, n))
 
 
 def sum_up(records: Sequence[Record]) -> Summary:
@@ -176,9 +181,14 @@ def _cell(key: tuple, records: Sequence[Record]) -> Cell:
 
 
 def shuffled_rate(trials: Sequence[Trial]) -> float:
-    """Match rate of remembered targets with the returned ones of other rollouts."""
-    pairs = itertools.permutations(trials, 2)
-    return float(np.mean([a == b for one, two in pairs for a, b in zip(one.remembered, two.returned)]))
+    """Match rate of remembered targets with the returned ones of other rollouts, over all ordered pairs of rollouts."""
+    matches = pairs = 0
+    for place in range(max(len(trial.remembered) for trial in trials)):
+        both = [(t.remembered[place], t.returned[place]) for t in trials if len(t.remembered) > place]
+        before, after = (np.bincount(classes, minlength=NUM_CLASSES) for classes in zip(*both))
+        matches += int(before @ after) - sum(a == b for a, b in both)
+        pairs += len(both) * (len(both) - 1)
+    return matches / pairs
 
 
 def _difference(

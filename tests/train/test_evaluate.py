@@ -126,6 +126,17 @@ def test_a_collapsed_world_is_told_by_the_shuffled_rate():
     assert shuffled_rate(trials) == 1 == np.mean([trial.recall for trial in trials])
 
 
+def test_the_shuffled_rate_is_that_of_all_pairs_of_other_rollouts():
+    rng = np.random.default_rng(0)
+    trials = []
+    for k in range(9):
+        before, after = (tuple(int(c) for c in rng.integers(3, size=2 + k % 2)) for _ in range(2))
+        trials.append(dataclasses.replace(record().trial, remembered=before, returned=after))
+    pairs = itertools.permutations(trials, 2)
+    expected = np.mean([a == b for one, two in pairs for a, b in zip(one.remembered, two.returned)])
+    assert shuffled_rate(trials) == pytest.approx(expected)
+
+
 def test_the_interval_covers_the_mean_and_narrows():
     draws = np.random.default_rng(3).random(100)
     few, many = bootstrap(draws[:10]), bootstrap(draws)
