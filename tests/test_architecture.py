@@ -20,6 +20,10 @@ PACKAGES = {
     "model/video.py": {"imageio_ffmpeg"},
     "model/doctor.py": {"imageio_ffmpeg"},
     "train": {"torch", "einops", "safetensors", "numpy", "yaml", "tqdm", "rich", "PIL"},
+    "train/plots.py": {"matplotlib"},
+    "train/lora.py": {"peft"},
+    "train/encode.py": {"imageio_ffmpeg", "diffusers", "transformers", "ftfy"},
+    "train/consistency.py": {"imageio_ffmpeg", "transformers"},
     "nodes": {"torch", "numpy", "PIL", "comfy", "comfy_api", "folder_paths", "latent_preview", "nodes"},
     "cli.py": {"typer", "rich"},
     "__init__.py": set(),
@@ -107,7 +111,12 @@ def test_what_is_imported_is_declared():
         (ROOT / "pyproject.toml").read_text()
     )
     extras = project["project"]["optional-dependencies"]
-    lines = [*(ROOT / "requirements.txt").read_text().splitlines(), *extras["headless"], *extras["train"]]
+    lines = [
+        *(ROOT / "requirements.txt").read_text().splitlines(),
+        *extras["headless"],
+        *extras["train"],
+        *extras["encode"],
+    ]
     declared = {re.match(r"[\w-]+", line)[0].lower().replace("-", "_") for line in lines if line.strip()}
     imported_as = {"pyyaml": "yaml", "pillow": "PIL"}
     declared = {imported_as.get(name, name) for name in declared}

@@ -1,11 +1,15 @@
 """Headless training of Context Forcing students."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 
 def run_stage(stage: str, config: str, overrides: Sequence[str], resume: bool) -> Path:
-    """Run one stage of a named configuration; returns what it wrote. Raises ValueError for what is not known."""
+    """Run one stage of a named configuration or a YAML file; returns what it wrote.
+
+    Raises ValueError for what is not known.
+    """
     from .config import load_config
 
     settings = load_config(stage, config, overrides)
@@ -28,3 +32,22 @@ def run_stage(stage: str, config: str, overrides: Sequence[str], resume: bool) -
     from .distill import DistillStage
 
     return train(DistillStage(settings, parallel), stage, resume)
+
+
+def plan_stage(stage: str, config: str, overrides: Sequence[str]) -> list:
+    """What to print for a dry run: the settings, and where they can be told the costs. Under torchrun, of a process."""
+    import dataclasses
+    import os
+
+    import yaml
+
+    from .config import LoopConfig, load_config
+    from .plan import plan
+
+    settings = load_config(stage, config, overrides)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    plain = json.loads(json.dumps(dataclasses.asdict(settings)))
+    said = [f"{stage}, {config}", yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)]
+    if isinstance(settings, LoopConfig):
+        said.append(plan(settings, world_size).table(f"one of {world_size} processes, an iteration"))
+    return said

@@ -1,9 +1,11 @@
 """Named runs: one dataclass a stage, one function a run. Overrides are `key=value`; unknown keys are errors."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import yaml
 
@@ -299,15 +301,45 @@ CONFIGS: dict[str, dict[str, Callable]] = {
 
 
 def load_config(stage: str, name: str, overrides: Sequence[str] = ()):
-    """The configuration of a run. Raises ValueError for an unknown stage, name or key, or a value of another type."""
+    """The configuration of a run: a named one, or a YAML file that says `config: NAME` and what is otherwise in it.
+
+    Raises ValueError for an unknown stage, name or key, or a value of another type.
+    """
     if stage not in CONFIGS:
         raise ValueError(f"stage: {stage!r} is not one of {', '.join(CONFIGS)}")
-    if name not in CONFIGS[stage]:
+    if name.endswith((".yaml", ".yml")):
+        config = _from_file(stage, Path(name))
+    elif name not in CONFIGS[stage]:
         raise ValueError(f"config: {name!r} is not one of {', '.join(CONFIGS[stage])} (stage {stage})")
-    config = CONFIGS[stage][name]()
+    else:
+        config = CONFIGS[stage][name]()
     for override in overrides:
         config = _override(config, override)
     return config
+
+
+def _from_file(stage: str, path: Path):
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"config: {path} cannot be read ({str(error).splitlines()[0]})") from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("config"), str):
+        raise ValueError(f"config: {path} must be a mapping with `config`: one of {', '.join(CONFIGS[stage])}")
+    config = load_config(stage, raw.pop("config"))
+    try:
+        for key, value in _flat(raw):
+            config = _override(config, f"{key}={json.dumps(value)}")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return config
+
+
+def _flat(raw: dict, before: str = "") -> list[tuple[str, object]]:
+    """Nested settings as dotted keys."""
+    found = []
+    for key, value in raw.items():
+        found += _flat(value, f"{before}{key}.") if isinstance(value, dict) else [(f"{before}{key}", value)]
+    return found
 
 
 def _override(config, override: str):

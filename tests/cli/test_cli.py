@@ -311,7 +311,7 @@ def test_doctor(run):
 
 
 def test_unknown_stage_config_and_key(run, tmp_path):
-    refused(*run("train", "teacher"), "stage", "teacher")
+    refused(*run("train", "polish"), "stage", "polish")
     refused(*run("train", "vae", "--config", "huge"), "config", "huge")
     refused(*run("train", "vae", "depth=3"), "depth")
     refused(*run("train", "pretrain", "--config", "smoke", f"out={tmp_path / 'none'}", "--resume"), "resume")

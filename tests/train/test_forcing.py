@@ -252,7 +252,7 @@ def test_overrides():
 @pytest.mark.parametrize(
     "stage, name, overrides, words",
     [
-        ("teacher", "demo", [], ["stage", "teacher"]),
+        ("polish", "demo", [], ["stage", "polish"]),
         ("vae", "huge", [], ["config", "huge"]),
         ("vae", "demo", ["steps"], ["steps", "key=value"]),
         ("vae", "demo", ["depth=3"], ["depth", "unknown"]),

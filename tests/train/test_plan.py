@@ -1,0 +1,108 @@
+"""A run's costs, told before it starts: against method.md's figures, torch's own count, and real settings."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from context_forcing.memory import Memory, MemoryConfig
+from context_forcing.model.config import PRESETS, WanConfig
+from context_forcing.model.sampler import seeded_noise
+from context_forcing.model.wan import WanModel
+from context_forcing.train import plan_stage
+from context_forcing.train.config import CONFIGS, LoopConfig, load_config
+from context_forcing.train.parallel import entry
+from context_forcing.train.plan import block_flop, plan
+from context_forcing.train.student import Student
+
+
+def figure(made, what):
+    return next(value for _, row, value in made.rows if row.startswith(what))
+
+
+def test_the_1_3b_run_costs_what_method_md_says():
+    """method.md 1.1 and 4.5: 22.7 GB a learning network, 2.84 GB the frozen teacher, 6.04 GB of keys and values."""
+    made = plan(load_config("contextual", "wan2.1-1.3b"), 1)
+    assert figure(made, "of a wan2.1-1.3b network") == 1_418_996_800
+    assert figure(made, "critic: weights") == pytest.approx(22.7e9, rel=0.002)
+    assert figure(made, "student: weights") == pytest.approx((22.7 + 5.68) * 1e9, rel=0.002)
+    assert figure(made, "teacher, frozen") == pytest.approx(2.84e9, rel=0.002)
+    assert figure(made, "keys and values of 21 frames") == pytest.approx(6.04e9, rel=0.002)
+    assert made.total("bytes") < 139 * 2**30, "fits one H200"
+    chunk = block_flop(PRESETS["wan2.1-1.3b"], 3 * 1560, 21 * 1560)
+    assert chunk == pytest.approx(4.1e13, rel=0.05)
+
+
+def test_processes_share_and_adapters_save():
+    alone, eight = (plan(load_config("contextual", "wan2.1-1.3b"), size) for size in (1, 8))
+    assert figure(eight, "student: weights") == figure(alone, "student: weights") / 8
+    assert eight.total("flop") == pytest.approx(alone.total("flop") / 8)
+    lora = plan(load_config("contextual", "wan2.1-1.3b", ["lora.rank=64"]), 1)
+    assert figure(lora, "that learn") == 30 * 64 * (8 * 2 * 1536 + 2 * (1536 + 8960))
+    assert lora.total("bytes") < 0.7 * alone.total("bytes")
+
+
+def test_arithmetic_is_what_torch_counts(monkeypatch):
+    """A rollout of the student, five passes a chunk; embeddings and head are what the estimate leaves out."""
+    sizes = dataclasses.replace(PRESETS["demo"], dim=256, ffn_dim=1024, num_heads=2, text_dim=16, text_len=8)
+    monkeypatch.setitem(PRESETS, "demo", sizes)
+    net = WanModel(sizes)
+    net.reset_parameters(torch.Generator().manual_seed(0))
+    config = load_config("local", "demo")
+    student = Student(net, torch.ones(1, 8, 16), torch.device("cpu"), torch.float32, entry(net))
+    memory = Memory(config=MemoryConfig(policy="uniform", uniform_stride=1), latent_size=config.latent_size)
+    noise = seeded_noise(0, config.latent_size)
+    memory = student.go_on(memory, 7, (1.0, 0.5), noise)
+    assert len(memory.slots.all) == 18
+    # The count knows plain products, not the CPU's fused attention.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        student.go_on(memory, 1, (1.0, 0.8, 0.6, 0.4), noise)
+    assert 5 * block_flop(sizes, 3 * 32, 21 * 32) == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+@pytest.mark.parametrize("stage", CONFIGS)
+def test_every_configuration_can_be_looked_at_first(stage, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name in CONFIGS[stage]:
+        title, settings, *costs = plan_stage(stage, name, [])
+        assert name in title and "steps:" in settings
+        assert bool(costs) == isinstance(load_config(stage, name), LoopConfig)
+
+
+def test_a_file_of_settings(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("config: demo\nsteps: 7\nmemory:\n  slow: 6\nstudent_optim: {lr: 0.001, betas: [0.1, 0.9]}\n")
+    config = load_config("contextual", str(path), ["batch=2"])
+    assert (config.steps, config.memory.slow, config.batch, config.preset) == (7, 6, 2, "demo")
+    assert (config.student_optim.lr, config.student_optim.betas) == (0.001, (0.1, 0.9))
+    assert config.critic_optim == load_config("contextual", "demo").critic_optim
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("steps: 7", ["mapping", "config"]),
+        ("[1, 2]", ["mapping"]),
+        ("config: huge", ["config", "huge"]),
+        ("config: demo\nstep: 7", ["mine.yaml", "step", "unknown"]),
+        ("config: demo\nmemory: {slots: 7}", ["mine.yaml", "slots", "unknown"]),
+        ("config: demo\nsteps: many", ["mine.yaml", "steps", "many", "int"]),
+        ("config: {", ["cannot be read"]),
+    ],
+)
+def test_a_bad_file_of_settings_is_refused_in_a_line(tmp_path, text, words):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as raised:
+        load_config("contextual", str(path))
+    assert all(word in str(raised.value) for word in words) and "\n" not in str(raised.value)
+
+
+def test_named_memories_are_settings_too():
+    config = load_config("contextual", "demo", ["memory=infinity-rope", "memory.fast=4"])
+    assert (config.memory.sink, config.memory.slow, config.memory.fast, config.memory.window) == (1, 0, 4, 6)
+    with pytest.raises(ValueError, match="memory: 'longcat' is not"):
+        load_config("contextual", "demo", ["memory=longcat"])
+    assert isinstance(PRESETS["demo"], WanConfig)

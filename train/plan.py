@@ -1,0 +1,117 @@
+"""What a run will cost, before it starts: parameters, memory and arithmetic per process (method.md 4.5)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from ..model.config import PRESETS, WanConfig
+from ..model.wan import WanModel
+from .config import DistillConfig, LoopConfig, TeacherConfig
+from .lora import add_lora
+from .parallel import PRECISIONS
+
+FP32 = 4
+OPTIMISER = 4 * FP32
+"""Bytes a learning parameter needs: itself, its gradient, two moments of Adam."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Figures of one process; bytes and floating point operations."""
+
+    rows: tuple[tuple[str, str, float], ...]
+    """(kind, what, figure); kinds are parameters, bytes, flop."""
+
+    def total(self, kind: str) -> float:
+        """Sum of the figures of a kind."""
+        return sum(figure for row, _, figure in self.rows if row == kind)
+
+    def table(self, title: str) -> Table:
+        """For a person."""
+        table = Table(title=title)
+        table.add_column("")
+        table.add_column("")
+        table.add_column("", justify="right")
+        for kind, units in (("parameters", "M"), ("bytes", "GB"), ("flop", "TFLOP")):
+            scale = {"M": 1e6, "GB": 1e9, "TFLOP": 1e12}[units]
+            for row, what, figure in self.rows:
+                if row == kind:
+                    table.add_row(kind, what, f"{figure / scale:,.2f} {units}")
+            if kind != "parameters":
+                table.add_row(f"[bold]{kind}", "[bold]together", f"[bold]{self.total(kind) / scale:,.2f} {units}")
+            table.add_section()
+        return table
+
+
+def block_flop(sizes: WanConfig, queries: int, keys: int) -> float:
+    """One pass of the blocks over `queries` tokens that see `keys` tokens, and the text; forward only."""
+    dim, text = sizes.dim, sizes.text_len
+    linear = 2 * queries * (6 * dim * dim + 2 * dim * sizes.ffn_dim)  # q k v o, cross q o, ffn
+    attention = 4 * queries * dim * (keys + text)
+    return sizes.num_layers * (linear + attention)
+
+
+def plan(config: LoopConfig, world_size: int) -> Plan:
+    """The figures of a stage of distillation, at the longest rollout it will come to."""
+    sizes, dtype = PRESETS[config.preset], PRECISIONS[config.precision].itemsize
+    _, height, width = config.latent_size
+    frame = height // sizes.patch_size[1] * (width // sizes.patch_size[2])
+    with torch.device("meta"):
+        net = WanModel(sizes)
+    total = sum(p.numel() for p in net.parameters())
+    learning = total if not config.lora.rank else _learning(net, config)
+    memory = config.memory
+    per_rank = math.ceil(config.batch / world_size)
+
+    names = ["teacher"] if isinstance(config, TeacherConfig) else ["student", "critic"]
+    rows = [("parameters", f"of a {config.preset} network", total), ("parameters", "that learn, each", learning)]
+    for name in names:
+        optim = config.optim if isinstance(config, TeacherConfig) else getattr(config, f"{name}_optim")
+        held = learning * (OPTIMISER + (FP32 if optim.ema else 0)) + (total - learning) * FP32
+        rows.append(("bytes", f"{name}: weights, gradients, Adam, average", held / world_size))
+    if isinstance(config, DistillConfig):
+        rows.append(("bytes", "teacher, frozen", total * dtype / world_size))
+    target = config.target_chunks * memory.chunk * frame
+    context = memory.capacity * frame
+    kept = 2 * sizes.num_layers * sizes.dim * dtype * frame * (memory.capacity + memory.chunk)
+    rows.append(("bytes", f"keys and values of {memory.capacity + memory.chunk} frames", kept))
+    if isinstance(config, DistillConfig):
+        views = 2 * sizes.num_layers * sizes.dim * dtype * context * config.target_chunks
+        rows.append(("bytes", "what each chunk of the target saw, until the backward pass", views))
+    rows.append(("bytes", "for the backward pass", _activations(sizes, target + context, config.recompute, dtype)))
+
+    score = block_flop(sizes, context, context) + block_flop(sizes, target, context + target)
+    chunk = block_flop(sizes, memory.chunk * frame, context + memory.chunk * frame)
+    if isinstance(config, TeacherConfig):
+        watched = (config.num_chunks - config.target_chunks) * chunk
+        rows.append(("flop", "a sample's context, remembered", per_rank * watched))
+        rows.append(("flop", "a sample's forward and backward pass", per_rank * 3 * score))
+        return Plan(tuple(rows))
+    passes = len(config.denoising_steps) + 1
+    rollout = (config.context_to + config.target_chunks) * passes * chunk
+    share = 1 / config.critic_per_student
+    again = 4 if config.recompute else 3
+    scores = score * (2 + bool(config.guidance))
+    rows += [
+        ("flop", "critic: rollouts", per_rank * rollout),
+        ("flop", "critic: forward and backward", per_rank * again * score),
+        ("flop", "student, its share: rollouts", per_rank * share * rollout),
+        ("flop", "student, its share: scores", per_rank * share * scores),
+        ("flop", "student, its share: backward", per_rank * share * (again - 1) * config.target_chunks * chunk),
+    ]
+    return Plan(tuple(rows))
+
+
+def _learning(net: nn.Module, config: LoopConfig) -> int:
+    return sum(p.numel() for p in add_lora(net, config.lora, 0).parameters() if p.requires_grad)
+
+
+def _activations(sizes: WanConfig, tokens: int, recompute: bool, dtype: int) -> float:
+    """Bytes a pass keeps for its backward pass: block inputs, and everything inside one block or inside all."""
+    inside = tokens * (14 * sizes.dim + 2 * sizes.ffn_dim) * dtype
+    if recompute:
+        return sizes.num_layers * tokens * sizes.dim * dtype + inside
+    return sizes.num_layers * inside
