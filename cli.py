@@ -157,7 +157,7 @@ def _progress() -> Progress:
 
 @app.command()
 def train(
-    stage: Annotated[str, typer.Argument(help="vae, pretrain, teacher, local or contextual, in this order.")],
+    stage: Annotated[str, typer.Argument(help="vae, pretrain, teacher, local, contextual, in this order; export.")],
     overrides: Annotated[Optional[list[str]], typer.Argument(help="key=value, for example steps=100.")] = None,
     config: Annotated[
         str, typer.Option(help="demo, smoke, wan2.1-1.3b (from teacher on), or a YAML file of settings.")

@@ -10,7 +10,7 @@ def run_stage(stage: str, config: str, overrides: Sequence[str], resume: bool) -
 
     Raises ValueError for what is not known.
     """
-    from .config import load_config
+    from .config import from_plain, load_config
 
     settings = load_config(stage, config, overrides)
     if stage == "vae":
@@ -21,17 +21,19 @@ def run_stage(stage: str, config: str, overrides: Sequence[str], resume: bool) -
         from .pretrain import train_pretrain
 
         return train_pretrain(settings, resume)
-    from .loop import train
-    from .parallel import start_parallel
+    from .loop import export_run, train
 
-    parallel = start_parallel(settings.device)
-    if stage == "teacher":
-        from .teacher import TeacherStage
+    if stage == "export":
+        return export_run(Path(settings.run), Path(settings.out), lambda name, raw: _stage(name, from_plain(name, raw)))
+    return train(_stage(stage, settings), stage, resume)
 
-        return train(TeacherStage(settings, parallel), stage, resume)
+
+def _stage(stage: str, settings):
     from .distill import DistillStage
+    from .parallel import start_parallel
+    from .teacher import TeacherStage
 
-    return train(DistillStage(settings, parallel), stage, resume)
+    return (TeacherStage if stage == "teacher" else DistillStage)(settings, start_parallel(settings.device))
 
 
 def plan_stage(stage: str, config: str, overrides: Sequence[str]) -> list:

@@ -84,11 +84,27 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Stage `export`: a file from a run's newest checkpoint. Every checkpoint writes one into the run's own folder;
+    this is for one elsewhere, or after the file was lost."""
+
+    run: str = ""
+    """The folder of a run of `teacher`, `local` or `contextual`."""
+    out: str = "export"
+
+    def __post_init__(self):
+        if not self.run:
+            raise ValueError("run: give the folder of a run, for example run=runs/contextual")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     """What every stage of distillation has (train/loop.py)."""
 
     preset: str = "wan2.1-1.3b"
     memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(policy="clean"))
+    data: str = ""
+    """`demo` for the demo world, or a folder made by `context-forcing encode`."""
     codec: str = "assets"
     """What sample pictures are drawn with: `assets` for the shipped demo codec, or the path of a codec file."""
     size: tuple[int, int] = (832, 480)
@@ -119,6 +135,8 @@ class LoopConfig:
         _check_positive(self, "steps", "batch", "shift", "checkpoint_every", "sample_every")
         _check_choice(self, "preset", PRESETS)
         _check_choice(self, "precision", PRECISIONS)
+        if not self.data:
+            raise ValueError("data: say demo, or the folder of a set made by `context-forcing encode`")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay: {self.decay} is a share of the steps, from 0 to 1")
         if len(self.size) != 2 or any(side <= 0 or side % 16 for side in self.size):
@@ -221,12 +239,15 @@ def pretrain_smoke() -> PretrainConfig:
     )
 
 
-DEMO = dict(preset="demo", size=(128, 64), memory=MemoryConfig(), shift=3.0, precision="fp32", recompute=False, batch=4)
+DEMO = dict(
+    preset="demo", data="demo", size=(128, 64), memory=MemoryConfig(), shift=3.0, precision="fp32", recompute=False,
+    batch=4,
+)  # fmt: skip
 """What the demo world's runs share."""
 
 
 def teacher_wan() -> TeacherConfig:
-    return TeacherConfig(steps=8000, batch=8)
+    return TeacherConfig(data="data/clips", init="wan2.1_t2v_1.3B.safetensors", steps=8000, batch=8)
 
 
 def teacher_demo() -> TeacherConfig:
@@ -239,14 +260,17 @@ def teacher_demo() -> TeacherConfig:
 
 def local_wan() -> DistillConfig:
     return DistillConfig(
-        stage_name="local", target_from=1, context_from=0, context_to=0, local_every=0, out="runs/local"
-    )
+        data="data/prompts", stage_name="local", student="causal_init.safetensors",
+        teacher="wan2.1_t2v_1.3B.safetensors", target_from=1, context_from=0, context_to=0, local_every=0,
+        out="runs/local",
+    )  # fmt: skip
 
 
 def contextual_wan() -> DistillConfig:
     return DistillConfig(
-        student="runs/local/student.safetensors", teacher="runs/teacher/teacher.safetensors", steps=500
-    )
+        data="data/prompts", student="runs/local/student.safetensors", teacher="runs/teacher/teacher.safetensors",
+        steps=500,
+    )  # fmt: skip
 
 
 DEMO_DISTILL = dict(
@@ -291,12 +315,17 @@ def contextual_smoke() -> DistillConfig:
     )  # fmt: skip
 
 
+def export_demo() -> ExportConfig:
+    return ExportConfig(run="runs/contextual")
+
+
 CONFIGS: dict[str, dict[str, Callable]] = {
     "vae": {"demo": vae_demo, "smoke": vae_smoke},
     "pretrain": {"demo": pretrain_demo, "smoke": pretrain_smoke},
     "teacher": {"wan2.1-1.3b": teacher_wan, "demo": teacher_demo, "smoke": teacher_smoke},
     "local": {"wan2.1-1.3b": local_wan, "demo": local_demo, "smoke": local_smoke},
     "contextual": {"wan2.1-1.3b": contextual_wan, "demo": contextual_demo, "smoke": contextual_smoke},
+    "export": {"demo": export_demo},
 }
 
 
@@ -315,6 +344,14 @@ def load_config(stage: str, name: str, overrides: Sequence[str] = ()):
         config = CONFIGS[stage][name]()
     for override in overrides:
         config = _override(config, override)
+    return config
+
+
+def from_plain(stage: str, raw: dict):
+    """The configuration that `dataclasses.asdict` and JSON made plain values of."""
+    config = next(iter(CONFIGS[stage].values()))()
+    for key, value in _flat(raw):
+        config = _override(config, f"{key}={json.dumps(value)}")
     return config
 
 

@@ -14,6 +14,7 @@ from ..memory.policy import Slots, advance
 from ..model.checkpoint import load_demo_codec
 from ..model.codec import DemoCodec
 from ..model.text import TEXT_DIM, canonical_words, concept_embedding
+from .shards import ClipBatch, ShardedClips
 from .world import (
     ART_SCALE,
     CHUNK,
@@ -206,6 +207,11 @@ class DemoClips:
         clip = random_clip(rng, self.num_chunks, self.chunk, self.pacing)
         return to_latents(self.codec, [clip]), to_text([clip.captions])
 
+    @property
+    def empty(self) -> Tensor:
+        """The text of no prompt, [1, L, 4096]."""
+        return torch.zeros(1, 1, TEXT_DIM)
+
     def describe(self) -> str:
         """For a card."""
         return f"demo world, drawn on the fly; clips of {self.num_chunks * self.chunk} latent frames"
@@ -225,3 +231,70 @@ class DemoPrompts:
     def text(self, number: int, num_chunks: int) -> Tensor:
         """Text rows [chunks, L, 4096]."""
         return to_text([self.captions(number, num_chunks)])
+
+    @property
+    def empty(self) -> Tensor:
+        """The text of no prompt, [1, L, 4096]."""
+        return torch.zeros(1, 1, TEXT_DIM)
+
+    def describe(self) -> str:
+        """For a card."""
+        return "captions of the demo world"
+
+
+class EncodedSet:
+    """Clips or prompts of a set made by `context-forcing encode`, by sample number; one text for a whole clip.
+
+    Raises ValueError for a set of another size, of shorter clips, or of prompts where clips are needed.
+    """
+
+    def __init__(self, folder: str, seed: int, size: tuple[int, int], num_frames: int = 0):
+        self.set = ShardedClips(folder, 1, seed)
+        self.num_frames, self.size = num_frames, size
+        header = self.set.header
+        if num_frames and not header.frames:
+            raise ValueError(f"data: {folder} holds prompts only; this stage learns from videos")
+        if num_frames and header.frames < num_frames:
+            raise ValueError(
+                f"data: clips of {folder} have {header.frames} latent frames, {num_frames} are needed; encode with"
+                f" --frames {num_frames}, or lower num_chunks"
+            )
+        if num_frames and header.size != tuple(size):
+            raise ValueError(f"size: {tuple(size)}, but {folder} was encoded at {header.size}")
+
+    def _batch(self, number: int) -> ClipBatch:
+        self.set.load_state_dict({"position": number})
+        return next(self.set)
+
+    def sample(self, number: int) -> tuple[Tensor, Tensor]:
+        """Latents [1, C, T, H, W] and the text [1, L, 4096]."""
+        batch = self._batch(number)
+        return batch.latents[:, :, : self.num_frames], batch.text
+
+    def text(self, number: int, num_chunks: int) -> Tensor:
+        """The text of a rollout of any length, [1, L, 4096]."""
+        return self._batch(number).text
+
+    @property
+    def empty(self) -> Tensor:
+        """The text of no prompt, [1, L, 4096]."""
+        return self.set.empty_text()
+
+    def describe(self) -> str:
+        """For a card."""
+        return f"{len(self.set)} clips or prompts of {self.set.header.source}"
+
+
+def clips_of(config) -> DemoClips | EncodedSet:
+    """The videos a stage learns from."""
+    chunk = config.memory.chunk
+    if config.data == "demo":
+        return DemoClips.load(config.codec, config.data_seed, config.num_chunks, chunk)
+    return EncodedSet(config.data, config.data_seed, config.size, config.num_chunks * chunk)
+
+
+def prompts_of(config) -> DemoPrompts | EncodedSet:
+    """The prompts a stage rolls out."""
+    if config.data == "demo":
+        return DemoPrompts(config.data_seed)
+    return EncodedSet(config.data, config.data_seed, config.size)

@@ -15,17 +15,16 @@ from torch import Tensor
 from ..memory.memory import Memory
 from ..model.checkpoint import load_demo_codec
 from ..model.config import StudentCard
-from ..model.flow import TIMESTEPS, add_noise, warp, warped_sigmas, x0_from_flow
+from ..model.flow import add_noise, warp, warped_sigmas, x0_from_flow
 from ..model.sampler import Noise, seeded_noise
 from .config import DistillConfig
-from .data import DemoPrompts
+from .data import prompts_of
 from .loop import Stage, load_network, rng_of
 from .parallel import PRECISIONS, Parallel, entry
 from .pictures import film_strip
 from .score import NOTHING, Score
 from .student import Rollout, Student
 from .trainee import Trainee
-from .world import ART_SCALE, VIEW_HEIGHT, VIEW_WIDTH
 
 LEAST, MOST = 0.02, 0.98
 """Noise levels a target is scored at."""
@@ -47,10 +46,13 @@ class DistillStage(Stage):
         self.student, self.student_call = student, entry(student, config.recompute)
         self.critic = Score(critic, dtype, entry(critic, config.recompute))
         self.teacher = Score(teacher, dtype, entry(teacher))
-        self.prompts = DemoPrompts(config.data_seed)
+        self.prompts = prompts_of(config)
         self.sigmas = warped_sigmas(config.denoising_steps, config.shift)
         self.latent_size = config.latent_size
-        self.codec = load_demo_codec(None if config.codec == "assets" else config.codec)
+        # Sample pictures of the demo world only: there is no VAE for others here.
+        self.codec = (
+            load_demo_codec(None if config.codec == "assets" else config.codec) if config.data == "demo" else None
+        )
 
     def step(self, step: int) -> dict[str, float]:
         """An update of the critic, and every `critic_per_student` iterations one of the student."""
@@ -144,8 +146,8 @@ class DistillStage(Stage):
             fake = self._x0(self.critic, context, frame_text, target_text, x, sigma)
             real = self._x0(self.teacher, context, frame_text, target_text, x, sigma)
             if self.config.guidance:
-                blank = lambda rows: torch.zeros_like(rows)
-                plain = self._x0(self.teacher, context, blank(frame_text), blank(target_text), x, sigma)
+                blank = self.prompts.empty.to(text)
+                plain = self._x0(self.teacher, context, blank, blank, x, sigma)
                 real = real + self.config.guidance * (real - plain)
             gradient = (fake - real) / (target - real).abs().mean()
             gradient = gradient.nan_to_num()
@@ -168,6 +170,8 @@ class DistillStage(Stage):
     @torch.no_grad()
     def sample(self) -> Image.Image | None:
         """A filmstrip of a rollout under a fixed prompt, by the weights as they are."""
+        if self.codec is None:
+            return None
         chunks = self.config.sample_chunks
         text = self.prompts.text(0, chunks).to(self.parallel.device)
         memory = self.student_under(text).go_on(self._empty(), chunks, self.sigmas, self._noise(0))
@@ -179,8 +183,8 @@ class DistillStage(Stage):
         card = StudentCard(
             name=f"{config.preset} student, {config.stage_name}", base=config.preset, stage=config.stage_name,
             steps=tuple(float(value) for value in config.denoising_steps), shift=config.shift, solver="renoise",
-            memory=config.memory, size=(VIEW_WIDTH * ART_SCALE, VIEW_HEIGHT * ART_SCALE),
-            data=f"prompts of the demo world; scores see {config.teacher_sees}; teacher {config.teacher}",
+            memory=config.memory, size=tuple(config.size),
+            data=f"{self.prompts.describe()}; scores see {config.teacher_sees}; teacher {config.teacher}",
         )  # fmt: skip
         return self.save(folder / "student.safetensors", "student", card, step, seconds, revision)
 

@@ -9,6 +9,9 @@ import shutil
 import signal
 import struct
 import time
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +118,9 @@ class Stage:
 class Checkpoints:
     """A run's state in its folder: torch.distributed.checkpoint, one folder a checkpoint, whole or not there at all."""
 
-    def __init__(self, folder: Path, stage: Stage, config: dict):
-        self.folder, self.stage, self.config = folder / "checkpoints", stage, json.loads(json.dumps(config))
+    def __init__(self, folder: Path, stage: Stage, name: str):
+        self.folder, self.stage, self.name = folder / "checkpoints", stage, name
+        self.config = json.loads(json.dumps(dataclasses.asdict(stage.config)))
         self.parallel = stage.parallel
 
     def latest(self) -> Path | None:
@@ -135,12 +139,13 @@ class Checkpoints:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
         self._together()
-        dcp.save(self._tensors(), checkpoint_id=part, no_dist=not dist.is_initialized())
+        with _quiet():
+            dcp.save(self._tensors(), checkpoint_id=part, no_dist=not dist.is_initialized())
         torch.save(self.stage.extra_state(), part / f"rank{self.parallel.rank}.pt")
         self._together()
         if self.parallel.is_main:
             progress = {name: trainee.progress() for name, trainee in self.stage.trainees.items()}
-            state = {"step": step, "seconds": seconds, "revision": revision, "config": self.config,
+            state = {"stage": self.name, "step": step, "seconds": seconds, "revision": revision, "config": self.config,
                      "world_size": self.parallel.world_size, "progress": progress}  # fmt: skip
             (part / "run.json").write_text(json.dumps(state, indent=1))
             shutil.rmtree(final, ignore_errors=True)
@@ -171,7 +176,8 @@ class Checkpoints:
                 f" start as many, not {self.parallel.world_size}"
             )
         tensors = self._tensors()
-        dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+        with _quiet():
+            dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
         for name, trainee in self.stage.trainees.items():
             trainee.load_state(tensors[name])
             trainee.load_progress(run["progress"][name])
@@ -182,6 +188,14 @@ class Checkpoints:
     def _together(self) -> None:
         if dist.is_initialized():
             dist.barrier()
+
+
+@contextmanager
+def _quiet():
+    """Without being told that a run of one process is a run of one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 class StopSignal:
@@ -199,6 +213,20 @@ class StopSignal:
         self.caught = True
 
 
+def export_run(folder: Path, out: Path, build: Callable[[str, dict], Stage]) -> Path:
+    """Write what a run's newest checkpoint holds into another folder. `build` makes a stage of its name and settings.
+
+    Raises ValueError where there is no run.
+    """
+    found = sorted((folder / "checkpoints").glob("step-????????"))
+    if not found:
+        raise ValueError(f"run: {folder} holds no checkpoint of teacher, local or contextual")
+    run = json.loads((found[-1] / "run.json").read_text())
+    stage = build(run["stage"], run["config"])
+    Checkpoints(folder, stage, run["stage"]).load()
+    return stage.export(out, run["step"], run["seconds"], run["revision"])
+
+
 def train(stage: Stage, name: str, resume: bool) -> Path:
     """Run a stage to its end, or to SIGTERM; returns what it exported.
 
@@ -206,8 +234,7 @@ def train(stage: Stage, name: str, resume: bool) -> Path:
     """
     config, parallel = stage.config, stage.parallel
     folder = Path(config.out)
-    settings = dataclasses.asdict(config)
-    checkpoints = Checkpoints(folder, stage, settings)
+    checkpoints = Checkpoints(folder, stage, name)
     start, seconds, revision = 0, 0.0, git_revision()
     if resume:
         run = checkpoints.load()

@@ -1,6 +1,7 @@
 """One process or many: devices, sharded networks, sums over ranks. The same code under `torchrun` and without it."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -82,14 +83,25 @@ def shard(net: nn.Module, parallel: Parallel, dtype: torch.dtype) -> nn.Module:
     """A network on this process's device; over a mesh its float32 parameters are sharded block by block (FSDP2).
 
     Passes must enter through `entry(...)`, which calls the modules' own forward: that is where shards are gathered.
+    A rollout makes hundreds of passes with the same weights, so they stay gathered until `gather_no_more`.
     """
     net = net.to(parallel.device)
     if parallel.mesh is None:
         return net
+    # Blocks return views; nothing here changes them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in net.blocks:
-        fully_shard(block, mesh=parallel.mesh, mp_policy=policy)
-    return fully_shard(net, mesh=parallel.mesh, mp_policy=policy)
+    for module in (*net.blocks, net):
+        fully_shard(module, mesh=parallel.mesh, mp_policy=policy, reshard_after_forward=False)
+    net.set_reshard_after_backward(False)
+    return net
+
+
+def gather_no_more(net: nn.Module) -> None:
+    """Give up gathered weights: before the sharded ones are updated or read, else passes would go on with old ones."""
+    for module in net.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def through_hooks(module: nn.Module, function: Callable, *args):

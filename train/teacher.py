@@ -14,7 +14,7 @@ from ..memory.memory import Memory
 from ..model.config import StudentCard
 from ..model.flow import add_noise, warp
 from .config import TeacherConfig
-from .data import DemoClips
+from .data import clips_of
 from .loop import Stage, load_network, rng_of
 from .parallel import PRECISIONS, Parallel, entry
 from .recycling import ErrorBank
@@ -34,7 +34,7 @@ class TeacherStage(Stage):
         net, self.begun_from = load_network(config.init, config, parallel, config.lora)
         self.trainees = {"teacher": Trainee(net, config.optim, parallel)}
         self.score = Score(net, PRECISIONS[config.precision], entry(net, config.recompute))
-        self.clips = DemoClips.load(config.codec, config.data_seed, config.num_chunks, config.memory.chunk)
+        self.clips = clips_of(config)
         self.bank = ErrorBank(config.recycling)
 
     def step(self, step: int) -> dict[str, float]:
@@ -48,7 +48,7 @@ class TeacherStage(Stage):
             latents, text = self.clips.sample(step * config.batch + number)
             latents, text = latents.to(self.parallel.device), text.to(self.parallel.device)
             if torch.rand((), generator=generator) < config.text_dropout:
-                text = torch.zeros_like(text)
+                text = self.clips.empty.to(text)
             memory = self.remember(latents, text, context_chunks, generator)
             loss, error, sigma, clean = self.loss(memory, latents, text, generator)
             (loss / len(samples)).backward()

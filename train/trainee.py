@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from .optim import build_optimizers
-from .parallel import Parallel, clip_grad_norm, whole
+from .parallel import Parallel, clip_grad_norm, gather_no_more, whole
 
 HISTORY = 50
 """Gradient norms that a spike is measured against."""
@@ -54,7 +54,8 @@ class Trainee:
         self.average = {name: p.detach().clone() for name, p in self.trained()} if config.ema else {}
 
     def trained(self) -> list[tuple[str, nn.Parameter]]:
-        """Names and parameters that learn."""
+        """Names and parameters that learn, sharded."""
+        gather_no_more(self.net)
         return [(name, p) for name, p in self.net.named_parameters() if p.requires_grad]
 
     def update(self, loss: float, rate: float = 1.0) -> dict[str, float]:
@@ -91,6 +92,7 @@ class Trainee:
 
     def state(self) -> dict:
         """Sharded tensors, for torch.distributed.checkpoint."""
+        gather_no_more(self.net)
         net, optim = get_state_dict(self.net, self.optimizers)
         return {"net": net, "optim": optim, "average": self.average}
 
@@ -110,6 +112,7 @@ class Trainee:
 
     def weights(self) -> dict[str, Tensor]:
         """All weights whole, on the CPU, averaged where an average is kept; every rank must call it."""
+        gather_no_more(self.net)
         return {
             name: whole(self.average.get(name, value)).detach().cpu().clone()
             for name, value in self.net.state_dict().items()

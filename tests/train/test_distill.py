@@ -312,6 +312,8 @@ def test_sigterm_checkpoints_and_ends_well(tmp_path):
 def test_two_processes_equal_one(tmp_path, name):
     """The same global batch on one process and on two under torchrun (gloo, sharded)."""
     arguments = [name, "--config", "smoke", "steps=3", "batch=2", "sample_every=9"]
+    if name == "teacher":
+        arguments.append("recycling.share=0.0")  # each process has an error bank of its own
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for processes in (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
@@ -432,7 +434,7 @@ def test_a_batch_must_divide_over_the_processes():
 
 def test_checkpoints_are_whole_or_not_there(tiny, tmp_path):
     stage = TeacherStage(load_config("teacher", "smoke"), ALONE)
-    checkpoints = Checkpoints(tmp_path, stage, {"a": 1})
+    checkpoints = Checkpoints(tmp_path, stage, "teacher")
     checkpoints.save(3, 1.0, "r")
     (tmp_path / "checkpoints" / "step-00000009.part").mkdir()
     assert checkpoints.latest().name == "step-00000003" and checkpoints.load()["step"] == 3
@@ -484,3 +486,62 @@ def test_adapters_resume_alike(tiny, tmp_path):
 def test_an_adapter_target_that_is_not_there_is_refused(tiny):
     with pytest.raises(ValueError, match="targets: 'self_attn.w' names no linear layer"):
         TeacherStage(load_config("teacher", "smoke", ["lora.rank=2", "lora.targets=[self_attn.w]"]), ALONE)
+
+
+def test_export_writes_what_the_run_wrote(tiny, tmp_path):
+    run = run_stage("local", "smoke", ["steps=2", "batch=1", "memory=longlive", f"out={tmp_path / 'run'}"], False)
+    again = run_stage("export", "demo", [f"run={tmp_path / 'run'}", f"out={tmp_path / 'other'}"], False)
+    (a, card), (b, card_again) = load_student(run), load_student(again)
+    assert again.parent == tmp_path / "other" and card == card_again
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        run_stage("export", "demo", [f"run={tmp_path / 'nothing'}"], False)
+
+
+# Encoded sets
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    """A set of four clips of 12 latent frames, and one of three prompts, as `context-forcing encode` writes them."""
+    from context_forcing.train.shards import Header, ShardWriter
+
+    root = tmp_path_factory.mktemp("sets")
+    common = dict(source="made up", model="demo", text_encoder="demo", dtype="fp16")
+    clips = ShardWriter(
+        root / "clips", Header(**common, vae="demo", fps=16, size=(128, 64), frames=12), 2**20
+    )  # fmt: skip
+    prompts = ShardWriter(root / "prompts", Header(**common, vae=None), 2**20)
+    for number, writer in enumerate([clips] * 4 + [prompts] * 3):
+        tensors = {"text": random(3, 4096, seed=number).half()}
+        if writer is clips:
+            tensors["latents"] = random(16, 12, 8, 16, seed=number).half()
+        writer.add(f"source {number}", None, "words", tensors)
+    for writer in (clips, prompts):
+        writer.write_empty_text(torch.zeros(1, 4096).half())
+        writer.flush()
+    return root
+
+
+@pytest.mark.parametrize("name, data", [("teacher", "clips"), ("contextual", "prompts"), ("contextual", "clips")])
+def test_stages_learn_from_encoded_sets(tiny, tmp_path, encoded, name, data):
+    path = run_stage(
+        name, "smoke", ["steps=2", f"data={encoded / data}", "sample_every=1", f"out={tmp_path}"], False
+    )  # fmt: skip
+    assert "made up" in load_student(path)[1].data and len(losses_of(tmp_path)) == 2
+    assert not (tmp_path / "samples").exists()
+
+
+@pytest.mark.parametrize(
+    "data, overrides, words",
+    [
+        ("prompts", [], "holds prompts only"),
+        ("clips", ["num_chunks=9"], "27 are needed"),
+        ("clips", ["size=[256,128]"], "was encoded at"),
+        ("nothing", [], "manifest"),
+        ("", ["data="], "data: "),
+    ],
+)
+def test_sets_that_do_not_fit_are_refused(tiny, encoded, data, overrides, words):
+    with pytest.raises(ValueError, match=words):
+        TeacherStage(load_config("teacher", "smoke", [f"data={encoded / data}", *overrides]), ALONE)
