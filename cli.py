@@ -1,6 +1,7 @@
 """The `context-forcing` command."""
 
 import contextlib
+import dataclasses
 import logging
 import sys
 import time
@@ -41,6 +42,12 @@ def generate(
     output: Annotated[Path, typer.Option("--output", "-o", help="The video to write, .mp4.")],
     student: Annotated[str, typer.Option(help="`demo`, or a student file of `context-forcing train`.")] = "demo",
     seed: Annotated[Optional[int], typer.Option(min=0, max=2**63 - 1, help="Replaces the story's seed.")] = None,
+    memory: Annotated[
+        Optional[str],
+        typer.Option(
+            help="A memory by name: slow-fast, context-forcing, longlive, infinity-rope. Default: the student's."
+        ),
+    ] = None,
     policy: Annotated[
         Optional[str],
         typer.Option(help="What slow memory keeps: novel, clean, fifo or uniform. Default: the student's."),
@@ -62,6 +69,7 @@ def generate(
     ] = None,
 ) -> None:
     """Make a video from a story."""
+    from .memory.config import named_memory
     from .memory.report import draw_report, summary
     from .memory.snapshot import load_memory, save_memory
     from .model.pipeline import Pipeline, pick_device
@@ -80,31 +88,31 @@ def generate(
     if report is not None and report.suffix.lower() != ".png":
         raise ValueError(f"--report: {report} must end in .png")
     pipeline = Pipeline.load(None if student == "demo" else student, *pick_device(device, dtype))
+    named = {} if memory is None else dataclasses.asdict(named_memory(memory, pipeline.card.memory))
     settings = {"policy": policy, "slow": slow, "slow_similarity_threshold": threshold}
-    settings = {name: value for name, value in settings.items() if value is not None}
+    settings = named | {name: value for name, value in settings.items() if value is not None}
     if memory_in is not None:
-        memory = load_memory(memory_in, pipeline.fingerprint())
-        _check_continues(memory, told, settings)
+        final = load_memory(memory_in, pipeline.fingerprint())
+        _check_continues(final, told, settings)
     else:
-        memory = pipeline.empty_memory(told.size, **settings)
-    fps = told.fps or pipeline.card.fps
-    _announce_rounding(told, memory, fps)
-    height, width = (side * 8 for side in memory.latent_size[1:])
+        final = pipeline.empty_memory(told.size, **settings)
+    fps, chunk = told.fps or pipeline.card.fps, final.config.chunk
+    _announce_rounding(told, chunk, fps)
+    height, width = (side * 8 for side in final.latent_size[1:])
     began = time.monotonic()
 
-    final = memory
     with _progress() as progress, contextlib.ExitStack() as kept:
         if memory_out is not None:
             # Also after an interrupt or an error: what is finished is kept.
             kept.callback(lambda: final.film and save_memory(memory_out, final, pipeline.fingerprint()))
-        total = told.num_chunks(fps, memory.config.chunk)
+        total = told.num_chunks(fps, chunk)
         task = progress.add_task("generate", total=total, says="")
 
         def latents():
             nonlocal final
             yield from final.film
             for done, final in enumerate(pipeline.tell(told, final), 1):
-                frames = done * memory.config.chunk * 4
+                frames = done * chunk * 4
                 rate = frames / max(1e-6, time.monotonic() - began)
                 slots = final.slots
                 progress.update(
@@ -135,12 +143,12 @@ def _check_continues(memory, told, settings: dict) -> None:
             )
 
 
-def _announce_rounding(told, memory, fps: float) -> None:
+def _announce_rounding(told, chunk: int, fps: float) -> None:
     from .model.sampler import chunks_for
 
-    a_chunk = 4 * memory.config.chunk / fps
+    a_chunk = 4 * chunk / fps
     for i, scene in enumerate(told.segments):
-        seconds = chunks_for(scene.seconds, fps, memory.config.chunk) * a_chunk
+        seconds = chunks_for(scene.seconds, fps, chunk) * a_chunk
         if abs(seconds - scene.seconds) > 1e-6:
             console.print(
                 f"segments\\[{i}]: {scene.seconds:g} s rounded up to {seconds:g} s, whole chunks of {a_chunk:g} s",

@@ -93,3 +93,16 @@ MEMORY_PRESETS: Mapping[str, MemoryConfig] = {
 }
 """Memories by name: ours, the paper's, and the sliding windows that LongLive and Infinity-RoPE students have
 (method.md 3.5)."""
+
+
+def named_memory(name: str, trained: MemoryConfig) -> MemoryConfig:
+    """A memory by name for a student that was trained with `trained`.
+
+    Raises ValueError for an unknown name, or one that needs positions the student was never trained with.
+    """
+    if name not in MEMORY_PRESETS:
+        raise ValueError(f"memory: {name!r} is not one of {', '.join(MEMORY_PRESETS)}")
+    chosen = MEMORY_PRESETS[name]
+    if chosen.window > trained.window:
+        raise ValueError(f"memory: {name} needs a window of {chosen.window} frames, the student has {trained.window}")
+    return dataclasses.replace(chosen, chunk=trained.chunk)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from ..memory.config import POLICIES
+from ..memory.config import MEMORY_PRESETS, POLICIES, named_memory
 from ..memory.report import draw_report, summary
 from ..model.pipeline import new_memory
 from ..model.video import to_uint8
@@ -53,18 +53,25 @@ class ContextForcingMemory(io.ComfyNode):
                     tooltip="Policies novel and clean: a frame less similar than this is kept (0.95 is usual; higher"
                     " keeps more). -1: as trained.",
                 ),
+                io.Combo.Input(
+                    "preset", options=[AS_TRAINED, *MEMORY_PRESETS], default=AS_TRAINED, optional=True, advanced=True,
+                    tooltip="A memory by name; policy, sizes and threshold above change it where they are set."
+                    " slow-fast: ours. context-forcing: the paper's. longlive, infinity-rope: the sliding windows of"
+                    " those students, without slow memory.",
+                ),
             ],
             outputs=[MemoryType.Output("memory", tooltip="Nothing remembered yet; goes into the first sampler.")],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, width, height, policy, sink, slow, fast, threshold) -> io.NodeOutput:
+    def execute(cls, model, width, height, policy, sink, slow, fast, threshold, preset=AS_TRAINED) -> io.NodeOutput:
         card = card_of(model)
+        trained = card.memory if preset == AS_TRAINED else named_memory(preset, card.memory)
         chosen = {"sink": sink, "slow": slow, "fast": fast, "slow_similarity_threshold": threshold}
         settings = {name: value for name, value in chosen.items() if value != -1}
         if policy != AS_TRAINED:
             settings["policy"] = policy
-        config = dataclasses.replace(card.memory, **settings)
+        config = dataclasses.replace(trained, **settings)
         return io.NodeOutput(new_memory(config, width or card.size[0], height or card.size[1]))
 
 

@@ -142,6 +142,9 @@ def test_the_film_depends_on_seed_prompt_and_memory_settings(generate, tmp_path)
     assert torch.equal(film({**told(6), "seed": 5}, "--seed", 4), base)
     assert not torch.equal(film(told(6), "--slow", 0), base)
     assert not torch.equal(film(told(6), "--policy", "uniform"), base)
+    window = film(told(6), "--memory", "longlive")
+    assert not torch.equal(window, base)
+    assert torch.equal(film(told(6), "--memory", "slow-fast", "--slow", "4"), film(told(6), "--slow", "4"))
     assert not torch.equal(film(told(6), "--threshold", -1), base)
     assert not torch.equal(film({**STORY, "segments": [{"prompt": "snow at night", "seconds": 6}]}), base)
 
@@ -196,6 +199,7 @@ BAD_OPTIONS = {
     "output not mp4": (["-o", "film.avi"], ["output", "film.avi", ".mp4"]),
     "output folder missing": (["-o", "missing/film.mp4"], ["output", "missing/film.mp4"]),
     "bad policy": (["--policy", "newest"], ["policy", "newest"]),
+    "bad memory": (["--memory", "goldfish"], ["memory", "goldfish", "longlive"]),
     "bad device": (["--device", "tpu"], ["device", "tpu"]),
     "bad dtype": (["--dtype", "fp16"], ["dtype", "fp16"]),
     "too much slow": (["--slow", "100"], ["window", "100"]),

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from context_forcing.memory import MemoryConfig
+from context_forcing.memory.config import MEMORY_PRESETS, named_memory
 
 
 @pytest.mark.parametrize(
@@ -74,3 +75,23 @@ def test_from_dict_round_trip_and_unknown_fields():
     assert MemoryConfig.from_dict(dataclasses.asdict(config)) == config
     with pytest.raises(ValueError, match="slots"):
         MemoryConfig.from_dict({"sink": 1, "slots": 5})
+
+
+@pytest.mark.parametrize(
+    "name, sees",
+    [("slow-fast", (3, 12, 3)), ("context-forcing", (3, 12, 3)), ("longlive", (3, 0, 6)), ("infinity-rope", (1, 0, 2))],
+)
+def test_named_memories_show_a_chunk_what_their_students_saw(name, sees):
+    """method.md 3.5: LongLive 12 frames with its sink of 3, Infinity-RoPE 6 with its sink of 1, the chunk included."""
+    config = named_memory(name, MemoryConfig())
+    assert (config.sink, config.slow, config.fast - config.chunk) == sees
+    assert config.capacity + config.chunk == config.window
+    assert MEMORY_PRESETS["context-forcing"].policy == "clean" and MEMORY_PRESETS["slow-fast"].policy == "novel"
+
+
+def test_a_named_memory_keeps_the_student_s_chunk_and_window():
+    assert named_memory("longlive", MemoryConfig(chunk=1)).chunk == 1
+    with pytest.raises(ValueError, match="memory: 'none' is not one of slow-fast"):
+        named_memory("none", MemoryConfig())
+    with pytest.raises(ValueError, match="slow-fast needs a window of 21 frames, the student has 12"):
+        named_memory("slow-fast", MEMORY_PRESETS["longlive"])
