@@ -17,10 +17,6 @@ def run_stage(stage: str, config: str, overrides: Sequence[str], resume: bool) -
         from .vae import train_vae
 
         return train_vae(settings, resume)
-    if stage == "pretrain":
-        from .pretrain import train_pretrain
-
-        return train_pretrain(settings, resume)
     from .loop import export_run, train
 
     if stage == "export":
@@ -31,9 +27,11 @@ def run_stage(stage: str, config: str, overrides: Sequence[str], resume: bool) -
 def _stage(stage: str, settings):
     from .distill import DistillStage
     from .parallel import start_parallel
+    from .pretrain import PretrainStage
     from .teacher import TeacherStage
 
-    return (TeacherStage if stage == "teacher" else DistillStage)(settings, start_parallel(settings.device))
+    kind = {"pretrain": PretrainStage, "teacher": TeacherStage}.get(stage, DistillStage)
+    return kind(settings, start_parallel(settings.device))
 
 
 def plan_stage(stage: str, config: str, overrides: Sequence[str]) -> list:

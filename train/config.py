@@ -38,52 +38,6 @@ class VaeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """Stage `pretrain`: teacher-forced flow matching over the Slow-Fast layout (demo_world.md 3)."""
-
-    preset: str = "demo"
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
-    codec: str = "assets"
-    """`assets` for the shipped codec, or the path of a codec file."""
-    init: str = ""
-    """A student file to start from; empty starts from fresh weights."""
-    num_chunks: int = 12
-    steps: int = 3200
-    batch: int = 4
-    lr: float = 2e-3
-    decay: float = 0.3
-    """The last part of the steps in which the learning rate falls to zero."""
-    clip: float = 1.0
-    shift: float = 3.0
-    """Warp of the training noise levels, and of the steps the student is used with."""
-    sample_steps: int = 8
-    """Denoising steps written on the card."""
-    context_noise: float = 0.3
-    """Most noise on a remembered frame, labelled clean: what keeps long rollouts from drifting."""
-    context_noise_share: float = 0.7
-    recall_weight: float = 5.0
-    """How much more a column counts that only sink or slow frames can tell."""
-    unseen_weight: float = 2.0
-    """How much more a column counts that nothing remembered can tell: it has to be made up, and whole."""
-    pacing: float = 0.5
-    """Share of clips whose camera goes back and forth: there is more to look up in them."""
-    openings: int = 24
-    """Clips of a single chunk beside the `batch` long ones: a video has to begin somewhere."""
-    text_dropout: float = 0.05
-    data_seed: int = 1
-    seed: int = 0
-    """Seed of the weights and of the noise."""
-    validate_every: int = 100
-    checkpoint_every: int = 100
-    out: str = "runs/pretrain"
-
-    def __post_init__(self):
-        _check_positive(self, "num_chunks", "steps", "batch", "lr", "decay", "clip", "shift", "sample_steps")
-        _check_positive(self, "validate_every", "checkpoint_every", "recall_weight", "unseen_weight")
-        _check_choice(self, "preset", PRESETS)
-
-
-@dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """Stage `export`: a file from a run's newest checkpoint. Every checkpoint writes one into the run's own folder;
     this is for one elsewhere, or after the file was lost."""
@@ -143,9 +97,49 @@ class LoopConfig:
             raise ValueError(f"size: {self.size} must be a width and a height, multiples of 16")
 
     @property
+    def learners(self) -> dict[str, OptimConfig]:
+        """The networks that learn, and how."""
+        raise NotImplementedError
+
+    @property
     def latent_size(self) -> tuple[int, int, int]:
         """C, H, W of a latent frame."""
         return PRESETS[self.preset].channels, self.size[1] // VAE_STRIDE[1], self.size[0] // VAE_STRIDE[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(LoopConfig):
+    """Stage `pretrain`: teacher-forced flow matching over the Slow-Fast layout, on the demo world (demo_world.md 3)."""
+
+    init: str = ""
+    """A student file to start from; empty starts from fresh weights."""
+    num_chunks: int = 12
+    sample_steps: int = 8
+    """Denoising steps written on the card."""
+    context_noise: float = 0.3
+    """Most noise on a remembered frame, labelled clean: what keeps long rollouts from drifting."""
+    context_noise_share: float = 0.7
+    recall_weight: float = 5.0
+    """How much more a column counts that only sink or slow frames can tell."""
+    unseen_weight: float = 2.0
+    """How much more a column counts that nothing remembered can tell: it has to be made up, and whole."""
+    pacing: float = 0.5
+    """Share of clips whose camera goes back and forth: there is more to look up in them."""
+    openings: int = 24
+    """Clips of a single chunk beside the `batch` long ones: a video has to begin somewhere."""
+    text_dropout: float = 0.05
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(kind="muon", lr=2e-3, betas=(0.9, 0.98), clip=1.0))
+    out: str = "runs/pretrain"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_positive(self, "num_chunks", "sample_steps", "recall_weight", "unseen_weight")
+        if self.data != "demo":
+            raise ValueError(f"data: {self.data!r}; this stage knows the demo world only")
+
+    @property
+    def learners(self) -> dict[str, OptimConfig]:
+        return {"student": self.optim}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +164,10 @@ class TeacherConfig(LoopConfig):
             raise ValueError(
                 f"target_chunks: {self.target_chunks} must be above 0 and below num_chunks {self.num_chunks}"
             )
+
+    @property
+    def learners(self) -> dict[str, OptimConfig]:
+        return {"teacher": self.optim}
 
 
 TEACHER_SEES = ("memory", "nothing")
@@ -220,6 +218,10 @@ class DistillConfig(LoopConfig):
         if not 0 <= self.context_from <= self.context_to:
             raise ValueError(f"context_from: {self.context_from} must be from 0 to context_to {self.context_to}")
 
+    @property
+    def learners(self) -> dict[str, OptimConfig]:
+        return {"student": self.student_optim, "critic": self.critic_optim}
+
 
 def vae_demo() -> VaeConfig:
     return VaeConfig()
@@ -230,13 +232,11 @@ def vae_smoke() -> VaeConfig:
 
 
 def pretrain_demo() -> PretrainConfig:
-    return PretrainConfig()
+    return PretrainConfig(**DEMO, steps=4000, warmup=50, decay=0.4, checkpoint_every=100, sample_every=100)
 
 
 def pretrain_smoke() -> PretrainConfig:
-    return PretrainConfig(
-        steps=3, batch=1, openings=2, num_chunks=4, validate_every=2, checkpoint_every=2, out="runs/smoke-pretrain"
-    )
+    return PretrainConfig(**SMOKE, openings=2, num_chunks=4, out="runs/smoke-pretrain")
 
 
 DEMO = dict(

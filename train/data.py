@@ -157,6 +157,16 @@ class Batch:
     where: Tensor
     """[B, T, VIEW_COLUMNS]: FAST, MEMORY or UNSEEN."""
 
+    def only(self, clips: range) -> "Batch":
+        """Some clips of it."""
+        text = self.text.unflatten(0, (len(self.clips), -1))[clips].flatten(0, 1)
+        return Batch([self.clips[i] for i in clips], self.latents[clips], text, self.slots[clips], self.where[clips])
+
+    def to(self, device: torch.device) -> "Batch":
+        """On a device."""
+        tensors = (tensor.to(device) for tensor in (self.latents, self.text, self.slots, self.where))
+        return Batch(self.clips, *tensors)
+
 
 def make_batch(
     codec: DemoCodec,

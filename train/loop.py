@@ -84,6 +84,10 @@ class Stage:
         """A picture of what the stage makes, or None where there is nothing to look at. Called on every rank."""
         return None
 
+    def validate(self) -> dict[str, float]:
+        """Figures taken now and then. Called on every rank."""
+        return {}
+
     def extra_state(self) -> dict[str, Tensor]:
         """Tensors of this rank alone that a checkpoint must hold."""
         return {}
@@ -259,8 +263,11 @@ def train(stage: Stage, name: str, resume: bool) -> Path:
                     " Lower the learning rate, or look at the data"
                 )
             stopping = parallel.any(stop.caught)
-            if (step + 1) % config.sample_every == 0 and (picture := stage.sample()):
-                run_log.picture(step, picture)
+            if (step + 1) % config.sample_every == 0:
+                if figures := stage.validate():
+                    run_log.note(step, **figures)
+                if picture := stage.sample():
+                    run_log.picture(step, picture)
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stopping:
                 seconds = time.monotonic() - began
                 checkpoints.save(step + 1, seconds, revision)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..model.config import PRESETS, WanConfig
 from ..model.wan import WanModel
-from .config import DistillConfig, LoopConfig, TeacherConfig
+from .config import DistillConfig, LoopConfig, PretrainConfig, TeacherConfig
 from .lora import add_lora
 from .parallel import PRECISIONS
 
@@ -66,16 +66,21 @@ def plan(config: LoopConfig, world_size: int) -> Plan:
     memory = config.memory
     per_rank = math.ceil(config.batch / world_size)
 
-    names = ["teacher"] if isinstance(config, TeacherConfig) else ["student", "critic"]
     rows = [("parameters", f"of a {config.preset} network", total), ("parameters", "that learn, each", learning)]
-    for name in names:
-        optim = config.optim if isinstance(config, TeacherConfig) else getattr(config, f"{name}_optim")
+    for name, optim in config.learners.items():
         held = learning * (OPTIMISER + (FP32 if optim.ema else 0)) + (total - learning) * FP32
         rows.append(("bytes", f"{name}: weights, gradients, Adam, average", held / world_size))
     if isinstance(config, DistillConfig):
         rows.append(("bytes", "teacher, frozen", total * dtype / world_size))
-    target = config.target_chunks * memory.chunk * frame
     context = memory.capacity * frame
+    if isinstance(config, PretrainConfig):
+        clip = 2 * config.num_chunks * memory.chunk * frame  # clean and noisy
+        rows.append(("bytes", "for the backward pass", _activations(sizes, per_rank * clip, config.recompute, dtype)))
+        passes = per_rank * block_flop(sizes, clip, context + memory.chunk * frame)
+        passes += config.openings / world_size * block_flop(sizes, 2 * memory.chunk * frame, memory.chunk * frame)
+        rows.append(("flop", "forward and backward", 3 * passes))
+        return Plan(tuple(rows))
+    target = config.target_chunks * memory.chunk * frame
     kept = 2 * sizes.num_layers * sizes.dim * dtype * frame * (memory.capacity + memory.chunk)
     rows.append(("bytes", f"keys and values of {memory.capacity + memory.chunk} frames", kept))
     if isinstance(config, DistillConfig):

@@ -1,6 +1,5 @@
 """Teacher forcing sees what the sampler sees; training data, configurations and resuming."""
 
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,13 +8,11 @@ import torch
 
 from context_forcing.memory import Memory, MemoryConfig
 from context_forcing.model.causal import MemoryAttention, causal_forward, embed_text
-from context_forcing.model.checkpoint import load_student
 from context_forcing.model.sampler import CausalSampler
 from context_forcing.train.config import CONFIGS, load_config
 from context_forcing.train.data import make_batch, memory_layout, random_clip
 from context_forcing.train.forcing import CLEAN, TeacherForcing, interleave, noisy_part
-from context_forcing.train.log import RunLog
-from context_forcing.train.pretrain import teacher_forced_flow, train_pretrain, training_loss
+from context_forcing.train.pretrain import Draws, column_weights, teacher_forced_flow, training_loss
 
 CHUNK, NUM_CHUNKS, GRID = 2, 7, (2, 3)
 SETTINGS = [
@@ -181,9 +178,10 @@ def test_steps_lower_the_loss():
     net = WanModel(WanConfig(dim=32, ffn_dim=64, num_heads=1, num_layers=1))
     net.reset_parameters(torch.Generator().manual_seed(0))
     batch = make_batch(load_demo_codec(), config.memory, seed=(1, 1), size=1, num_chunks=3, text_dropout=0.0)
+    draws = Draws.of(config, batch, torch.Generator().manual_seed(0))
     optimizers, losses = build_optimizers(net, "muon", 2e-3, (0.9, 0.98), 0.01), []
     for _ in range(12):
-        loss = training_loss(net, config, batch, generator=torch.Generator().manual_seed(0))
+        loss = training_loss(net, config, batch, draws) / column_weights(config, batch).sum()
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -193,48 +191,6 @@ def test_steps_lower_the_loss():
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
-@pytest.fixture
-def tiny(monkeypatch, tmp_path):
-    """A pretraining run of six steps of a tiny network, checkpointed every second step, in `tmp_path / name`."""
-    from context_forcing.model.config import WanConfig
-    from context_forcing.train import pretrain
-
-    monkeypatch.setitem(pretrain.PRESETS, "demo", WanConfig(dim=32, ffn_dim=64, num_heads=1, num_layers=1))
-    return lambda name: load_config(
-        "pretrain", "smoke",
-        ["steps=6", "num_chunks=3", "validate_every=3", "checkpoint_every=2", f"out={tmp_path / name}"],
-    )  # fmt: skip
-
-
-def losses_of(folder):
-    """Loss of every step as last written."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return {line["step"]: (line["loss"], line["grad_norm"]) for line in lines if "loss" in line}
-
-
-@pytest.mark.parametrize("stop_at", [2, 3, 5])
-def test_a_killed_run_resumes_to_the_same_student(tiny, tmp_path, monkeypatch, stop_at):
-    whole = train_pretrain(tiny("whole"))
-    step = RunLog.step
-
-    def killed(self, number, **values):
-        if number == stop_at:
-            raise KeyboardInterrupt
-        step(self, number, **values)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunLog, "step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train_pretrain(tiny("killed"))
-    resumed = train_pretrain(tiny("killed"), resume=True)
-    assert losses_of(tmp_path / "killed") == losses_of(tmp_path / "whole")
-    assert sorted(losses_of(tmp_path / "whole")) == list(range(6))
-    (a, card_a), (b, card_b) = load_student(whole), load_student(resumed)
-    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
-    assert card_a.train_steps == card_b.train_steps == 6
-    assert not list(tmp_path.rglob("*.part"))
-
-
 def test_every_named_configuration_loads():
     for stage, names in CONFIGS.items():
         for name in names:
@@ -242,8 +198,16 @@ def test_every_named_configuration_loads():
 
 
 def test_overrides():
-    config = load_config("pretrain", "demo", ["steps=7", "lr=1e-3", "clip=2", "memory.slow=0", "out=some/where"])
-    assert (config.steps, config.lr, config.clip, config.memory.slow, config.out) == (7, 1e-3, 2.0, 0, "some/where")
+    config = load_config(
+        "pretrain", "demo", ["steps=7", "optim.lr=1e-3", "optim.clip=2", "memory.slow=0", "out=some/where"]
+    )
+    assert (config.steps, config.optim.lr, config.optim.clip, config.memory.slow, config.out) == (
+        7,
+        1e-3,
+        2.0,
+        0,
+        "some/where",
+    )
     assert config.memory == MemoryConfig(slow=0)
     assert load_config("pretrain", "demo", ["memory.policy=clean"]).memory.policy == "clean"
     assert load_config("pretrain", "demo", ["steps=7", "steps=8"]).steps == 8
@@ -277,10 +241,10 @@ def test_bad_configurations(stage, name, overrides, words):
     "override, words",
     [
         ("steps=[", ["steps"]),  # yaml.ParserError
-        ("lr=abc", ["lr", "abc"]),  # could not convert string to float
+        ("optim.lr=abc", ["lr", "abc"]),  # could not convert string to float
         ("steps.x=1", ["steps"]),  # TypeError of dataclasses.fields
-        ("lr=true", ["lr", "true"]),  # taken for 1.0
-        ("lr=nan", ["lr", "nan"]),
+        ("optim.lr=true", ["lr", "true"]),  # taken for 1.0
+        ("optim.lr=nan", ["lr", "nan"]),
         ("preset=huge", ["preset", "huge"]),  # KeyError when the run starts
         ("steps=0", ["steps", "0"]),  # returns a file that does not exist
         ("batch=-1", ["batch", "-1"]),

@@ -22,6 +22,7 @@ from context_forcing.train.config import load_config
 from context_forcing.train.distill import DistillStage
 from context_forcing.train.loop import Checkpoints, Stage, rng_of
 from context_forcing.train.parallel import Parallel, entry, start_parallel
+from context_forcing.train.pretrain import PretrainStage
 from context_forcing.train.recycling import ErrorBank, RecyclingConfig
 from context_forcing.train.score import NOTHING, Score
 from context_forcing.train.student import Student
@@ -31,7 +32,7 @@ from context_forcing.train.trainee import HISTORY, OptimConfig, Trainee
 TINY = WanConfig(dim=32, ffn_dim=64, num_heads=1, num_layers=2)
 SIGMAS = (1.0, 0.8, 0.5)
 ALONE = Parallel(0, 1, torch.device("cpu"), None)
-STAGES = {"teacher": "teacher", "local": "student", "contextual": "student"}
+STAGES = {"pretrain": "student", "teacher": "teacher", "local": "student", "contextual": "student"}
 
 
 def random(*shape, seed=0):
@@ -251,7 +252,7 @@ def test_a_killed_stage_resumes_to_the_same_network(tiny, tmp_path, monkeypatch,
         name, "smoke", ["steps=5", "batch=1", "sample_every=9", f"out={tmp_path / folder}"], resume
     )
     whole = run("whole", False)
-    cls = TeacherStage if name == "teacher" else DistillStage
+    cls = {"pretrain": PretrainStage, "teacher": TeacherStage}.get(name, DistillStage)
     step = cls.step
 
     def killed(self, number):
@@ -308,7 +309,7 @@ def test_sigterm_checkpoints_and_ends_well(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["teacher", "contextual"])
+@pytest.mark.parametrize("name", ["pretrain", "teacher", "contextual"])
 def test_two_processes_equal_one(tmp_path, name):
     """The same global batch on one process and on two under torchrun (gloo, sharded)."""
     arguments = [name, "--config", "smoke", "steps=3", "batch=2", "sample_every=9"]
