@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3 || command -v pyth
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast train-demo clean
+.PHONY: demo test test-fast train-demo distill-demo clean
 
 $(VENV)/ready: pyproject.toml requirements.txt constraints-test.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,12 @@ test-fast: $(VENV)/ready
 train-demo: $(VENV)/ready
 	$(BIN)/context-forcing train vae --config demo
 	$(BIN)/context-forcing train pretrain --config demo codec=runs/vae/demo_codec.safetensors
+
+# The rest of the pipeline on the demo world, after train-demo's first student.
+distill-demo: $(VENV)/ready
+	$(BIN)/context-forcing train teacher --config demo
+	$(BIN)/context-forcing train local --config demo
+	$(BIN)/context-forcing train contextual --config demo
 
 clean:
 	rm -rf $(VENV) out runs build *.egg-info
