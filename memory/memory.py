@@ -97,11 +97,11 @@ class Memory:
             decisions=self.decisions + decisions,
         )
 
-    def view(self, rotate: Callable[[Tensor], Tensor]) -> MemoryView:
+    def view(self, rotate: Callable[[Tensor], Tensor], lazy: bool = False) -> MemoryView:
         """Keys and values for attention; `rotate` gives raw keys [B, M, P, N, E] their ranks."""
         frames = [self.remembered[frame] for frame in self.slots.all]
         return MemoryView.assemble(
-            [frame.keys.unbind(0) for frame in frames], [frame.values.unbind(0) for frame in frames], rotate
+            [frame.keys.unbind(0) for frame in frames], [frame.values.unbind(0) for frame in frames], rotate, lazy
         )
 
     def latents(self, frames: Sequence[int]) -> Tensor:

@@ -10,6 +10,21 @@ import torch
 from torch import Tensor
 
 
+class Layers(Sequence):
+    """A tensor per layer, made anew each time it is asked for: for passes that recompute, so that nothing is kept."""
+
+    def __init__(self, num_layers: int, make: Callable[[int], Tensor]):
+        self.num_layers, self.make = num_layers, make
+
+    def __len__(self) -> int:
+        return self.num_layers
+
+    def __getitem__(self, layer: int) -> Tensor:
+        if not 0 <= layer < self.num_layers:
+            raise IndexError(layer)
+        return self.make(layer)
+
+
 @dataclass(frozen=True)
 class MemoryView:
     """Per layer, values and keys rotated to their ranks 0 .. num_frames - 1, [B, M * P, N, E]; sink, slow, fast.
@@ -17,8 +32,8 @@ class MemoryView:
     `num_frames` is also the position of the next chunk's first frame (method.md 3.5).
     """
 
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
     num_frames: int
 
     @classmethod
@@ -27,21 +42,20 @@ class MemoryView:
         keys: Sequence[Sequence[Tensor]],
         values: Sequence[Sequence[Tensor]],
         rotate: Callable[[Tensor], Tensor],
+        lazy: bool = False,
     ) -> "MemoryView":
         """From per-frame, per-layer tensors [B, P, N, E]: `keys[frame][layer]`.
 
-        `rotate` gives raw keys [B, M, P, N, E] their ranks as temporal positions.
+        `rotate` gives raw keys [B, M, P, N, E] their ranks as temporal positions. A `lazy` view lays a layer out each
+        time it is asked for, and holds nothing but the frames.
         """
         num_frames = len(keys)
         num_layers = len(keys[0]) if num_frames else 0
-        return cls(
-            keys=tuple(
-                rotate(torch.stack([frame[layer] for frame in keys], dim=1)).flatten(1, 2)
-                for layer in range(num_layers)
-            ),
-            values=tuple(torch.cat([frame[layer] for frame in values], dim=1) for layer in range(num_layers)),
-            num_frames=num_frames,
+        layers = (
+            Layers(num_layers, lambda layer: rotate(torch.stack([frame[layer] for frame in keys], 1)).flatten(1, 2)),
+            Layers(num_layers, lambda layer: torch.cat([frame[layer] for frame in values], dim=1)),
         )
+        return cls(*(layers if lazy else map(tuple, layers)), num_frames)
 
     def without_first(self, num_frames: int) -> "MemoryView":
         """The same frames at the same positions, less the first `num_frames`."""

@@ -110,12 +110,12 @@ class CausalSampler:
         self._flow(x0_BCTHW, 0.0, attend_self)
         return memory.append(x0_BCTHW, attend_self.kept)
 
-    def view(self, memory: Memory) -> MemoryView:
+    def view(self, memory: Memory, lazy: bool = False) -> MemoryView:
         """The memory as this network's attention sees it: keys rotated to their ranks."""
         grid, head_dim = self._grid(memory), self._head_dim
         ranks = torch.arange(len(memory.slots.all), device=self.device)
         table = rotary_table(ranks, *grid, head_dim)
-        return memory.view(lambda keys: rotate(keys, table))
+        return memory.view(lambda keys: rotate(keys, table), lazy)
 
     def _attend(self, memory: Memory, view: MemoryView, num_frames: int, keep: bool = False) -> MemoryAttention:
         return MemoryAttention(view, self._grid(memory), num_frames, self._head_dim, self.device, self.attention, keep)

@@ -113,7 +113,7 @@ class DistillStage(Stage):
     def student_under(self, text: Tensor) -> Student:
         """The student under the texts of a rollout."""
         dtype = PRECISIONS[self.config.precision]
-        return Student(self.student, text, self.parallel.device, dtype, self.student_call)
+        return Student(self.student, text, self.parallel.device, dtype, self.student_call, self.config.recompute)
 
     def _empty(self) -> Memory:
         return Memory(config=self.config.memory, latent_size=self.latent_size)

@@ -83,7 +83,7 @@ def plan(config: LoopConfig, world_size: int) -> Plan:
     target = config.target_chunks * memory.chunk * frame
     kept = 2 * sizes.num_layers * sizes.dim * dtype * frame * (memory.capacity + memory.chunk)
     rows.append(("bytes", f"keys and values of {memory.capacity + memory.chunk} frames", kept))
-    if isinstance(config, DistillConfig):
+    if isinstance(config, DistillConfig) and not config.recompute:
         views = 2 * sizes.num_layers * sizes.dim * dtype * context * config.target_chunks
         rows.append(("bytes", "what each chunk of the target saw, until the backward pass", views))
     rows.append(("bytes", "for the backward pass", _activations(sizes, target + context, config.recompute, dtype)))

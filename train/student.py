@@ -37,6 +37,8 @@ class Student:
     device: torch.device
     dtype: torch.dtype
     call: Call
+    recompute: bool = False
+    """Whether `call` recomputes blocks for the backward pass; then what a chunk saw is laid out anew, too."""
 
     def sampler(self, chunk: int) -> CausalSampler:
         """The network under a chunk's text."""
@@ -74,7 +76,7 @@ class Student:
             with torch.set_grad_enabled(with_gradient):
                 sampler = self.sampler(len(memory.film))
             with torch.no_grad():
-                view = sampler.view(memory)
+                view = sampler.view(memory, lazy=self.recompute)
             denoising = sampler.denoise(memory, view, sigmas, noise)
             for step in range(len(sigmas)):
                 with torch.set_grad_enabled(with_gradient and step == exit_step):

@@ -55,7 +55,7 @@ def learner(net):
 
 def student_of(net, num_texts=1, recompute=False):
     text = random(num_texts, 5, net.config.text_dim, seed=9)
-    return Student(net, text, torch.device("cpu"), torch.float32, entry(net, recompute))
+    return Student(net, text, torch.device("cpu"), torch.float32, entry(net, recompute), recompute)
 
 
 def empty(**settings):
@@ -192,6 +192,17 @@ def test_recomputing_gives_the_same_gradients(learner):
 
 def test_recomputing_saves_memory(learner):
     assert bytes_saved(student_of(learner, recompute=True), 8) < 0.6 * bytes_saved(student_of(learner), 8)
+
+
+def test_a_view_laid_out_anew_is_the_same_view(net):
+    student = student_of(net)
+    memory = student.go_on(empty(), 5, SIGMAS, seeded_noise(3, (16, 4, 6)))
+    sampler = student.sampler(0)
+    eager, lazy = sampler.view(memory), sampler.view(memory, lazy=True)
+    assert eager.num_frames == lazy.num_frames and len(lazy.keys) == len(eager.keys) == 2
+    for kind in ("keys", "values"):
+        assert all(torch.equal(a, b) for a, b in zip(getattr(eager, kind), getattr(lazy, kind), strict=True))
+    assert lazy.keys[0] is not lazy.keys[0], "nothing is kept"
 
 
 # The loss
