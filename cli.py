@@ -183,7 +183,8 @@ def train(
     from .train import plan_stage, run_stage
 
     if dry_run:
-        Console().print(*plan_stage(stage, config, overrides or []), sep="\n", highlight=False)
+        for part in plan_stage(stage, config, overrides or []):
+            Console().print(part, highlight=False, markup=False)
         return
     console.print(f"written to {run_stage(stage, config, overrides or [], resume)}", highlight=False)
 
@@ -319,9 +320,9 @@ def main() -> None:
     """Run the command; what a user can cause is one line and exit code 2."""
     try:
         app()
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         console.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
 
 
 def train_main() -> None:

@@ -188,7 +188,7 @@ class MemoryAttention:
         self.kept: list[tuple[Tensor, Tensor]] | None = [] if keep else None
 
     def __call__(self, layer: int, q_BTPNE: Tensor, k_BTPNE: Tensor, v_BTPNE: Tensor) -> Tensor:
-        if self.kept is not None:
+        if self.kept is not None and len(self.kept) == layer:  # a pass that is recomputed comes here again
             self.kept.append((k_BTPNE, v_BTPNE))
         q = rotate(q_BTPNE, self.table).flatten(1, 2)
         k = rotate(k_BTPNE, self.table).flatten(1, 2)

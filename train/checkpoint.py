@@ -16,7 +16,7 @@ def save_checkpoint(folder: Path, state: dict) -> None:
     os.replace(part, folder / NAME)
 
 
-MAY_CHANGE = ("steps", "checkpoint_every", "validate_every", "out")
+MAY_CHANGE = ("steps", "checkpoint_every", "sample_every", "max_skipped", "device", "recompute", "out")
 """Settings that a resumed run may have otherwise than the one before."""
 
 

@@ -1,19 +1,15 @@
 """Named runs: one dataclass a stage, one function a run. Overrides are `key=value`; unknown keys are errors."""
 
-import dataclasses
-import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
-from ..memory.config import MEMORY_PRESETS, MemoryConfig
+from ..memory.config import MemoryConfig
 from ..model.config import PRESETS, VAE_STRIDE
 from .lora import LoraConfig
 from .parallel import PRECISIONS
 from .recycling import RecyclingConfig
+from .settings import parse_overrides, read_settings, with_settings
 from .trainee import OptimConfig
 
 
@@ -43,7 +39,7 @@ class ExportConfig:
     this is for one elsewhere, or after the file was lost."""
 
     run: str = ""
-    """The folder of a run of `teacher`, `local` or `contextual`."""
+    """The folder of a run of `pretrain`, `teacher`, `local` or `contextual`."""
     out: str = "export"
 
     def __post_init__(self):
@@ -89,6 +85,9 @@ class LoopConfig:
         _check_positive(self, "steps", "batch", "shift", "checkpoint_every", "sample_every")
         _check_choice(self, "preset", PRESETS)
         _check_choice(self, "precision", PRECISIONS)
+        for name in ("seed", "data_seed"):
+            if not 0 <= getattr(self, name) < 2**31:
+                raise ValueError(f"{name}: {getattr(self, name)} must be from 0 to {2**31 - 1}")
         if not self.data:
             raise ValueError("data: say demo, or the folder of a set made by `context-forcing encode`")
         if not 0 <= self.decay <= 1:
@@ -202,7 +201,7 @@ class DistillConfig(LoopConfig):
     critic_per_student: int = 5
     guidance: float = 3.0
     """w of teacher + w (teacher - teacher without text); 0: no guidance."""
-    student_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-6, ema=0.99, ema_from=40))
+    student_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-6, ema=0.99, ema_from=20))
     critic_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-7))
     sample_chunks: int = 28
     """Length of the sample pictures' rollout."""
@@ -336,75 +335,24 @@ def load_config(stage: str, name: str, overrides: Sequence[str] = ()):
     """
     if stage not in CONFIGS:
         raise ValueError(f"stage: {stage!r} is not one of {', '.join(CONFIGS)}")
+    settings = parse_overrides(overrides)
     if name.endswith((".yaml", ".yml")):
-        config = _from_file(stage, Path(name))
-    elif name not in CONFIGS[stage]:
-        raise ValueError(f"config: {name!r} is not one of {', '.join(CONFIGS[stage])} (stage {stage})")
+        path = Path(name)
+        name, raw = read_settings(path, list(CONFIGS[stage]))
+        try:
+            base = with_settings(load_config(stage, name), raw)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    elif name in CONFIGS[stage]:
+        base = CONFIGS[stage][name]()
     else:
-        config = CONFIGS[stage][name]()
-    for override in overrides:
-        config = _override(config, override)
-    return config
+        raise ValueError(f"config: {name!r} is not one of {', '.join(CONFIGS[stage])} (stage {stage})")
+    return with_settings(base, settings)
 
 
 def from_plain(stage: str, raw: dict):
     """The configuration that `dataclasses.asdict` and JSON made plain values of."""
-    config = next(iter(CONFIGS[stage].values()))()
-    for key, value in _flat(raw):
-        config = _override(config, f"{key}={json.dumps(value)}")
-    return config
-
-
-def _from_file(stage: str, path: Path):
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"config: {path} cannot be read ({str(error).splitlines()[0]})") from None
-    if not isinstance(raw, dict) or not isinstance(raw.get("config"), str):
-        raise ValueError(f"config: {path} must be a mapping with `config`: one of {', '.join(CONFIGS[stage])}")
-    config = load_config(stage, raw.pop("config"))
-    try:
-        for key, value in _flat(raw):
-            config = _override(config, f"{key}={json.dumps(value)}")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return config
-
-
-def _flat(raw: dict, before: str = "") -> list[tuple[str, object]]:
-    """Nested settings as dotted keys."""
-    found = []
-    for key, value in raw.items():
-        found += _flat(value, f"{before}{key}.") if isinstance(value, dict) else [(f"{before}{key}", value)]
-    return found
-
-
-def _override(config, override: str):
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise ValueError(f"{override!r}: an override is key=value, for example steps=100")
-    head, _, rest = key.partition(".")
-    known = {f.name for f in dataclasses.fields(config)}
-    if head not in known:
-        raise ValueError(f"{head}: unknown key; known are {', '.join(sorted(known))}")
-    current = getattr(config, head)
-    if key == "memory" and text in MEMORY_PRESETS:
-        return dataclasses.replace(config, memory=MEMORY_PRESETS[text])
-    if rest and not dataclasses.is_dataclass(current):
-        raise ValueError(f"{key}: {head} has no parts; give {head}=value")
-    if rest:
-        return dataclasses.replace(config, **{head: _override(current, f"{rest}={text}")})
-    try:
-        value = yaml.safe_load(text)
-        if isinstance(current, float) and type(value) in (int, str):
-            value = float(value)  # YAML reads 1e-3 as text
-    except (yaml.YAMLError, ValueError):
-        value = None
-    if isinstance(current, tuple) and isinstance(value, list):
-        value = tuple(value)
-    if type(value) is not type(current) or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"{key}: {text!r} is not a {type(current).__name__}")
-    return dataclasses.replace(config, **{head: value})
+    return with_settings(next(iter(CONFIGS[stage].values()))(), raw)
 
 
 def _check_choice(config, name: str, choices) -> None:

@@ -258,10 +258,15 @@ class EncodedSet:
     Raises ValueError for a set of another size, of shorter clips, or of prompts where clips are needed.
     """
 
-    def __init__(self, folder: str, seed: int, size: tuple[int, int], num_frames: int = 0):
+    def __init__(self, folder: str, seed: int, size: tuple[int, int], demo: bool, num_frames: int = 0):
         self.set = ShardedClips(folder, 1, seed)
         self.num_frames, self.size = num_frames, size
         header = self.set.header
+        if (header.model == "demo") != demo:
+            raise ValueError(
+                f"data: {folder} was encoded by {header.model}, which a network of another kind cannot read; encode"
+                f" {'without --model' if demo else 'with --model, a copy of Wan'}"
+            )
         if num_frames and not header.frames:
             raise ValueError(f"data: {folder} holds prompts only; this stage learns from videos")
         if num_frames and header.frames < num_frames:
@@ -300,11 +305,11 @@ def clips_of(config) -> DemoClips | EncodedSet:
     chunk = config.memory.chunk
     if config.data == "demo":
         return DemoClips.load(config.codec, config.data_seed, config.num_chunks, chunk)
-    return EncodedSet(config.data, config.data_seed, config.size, config.num_chunks * chunk)
+    return EncodedSet(config.data, config.data_seed, config.size, config.preset == "demo", config.num_chunks * chunk)
 
 
 def prompts_of(config) -> DemoPrompts | EncodedSet:
     """The prompts a stage rolls out."""
     if config.data == "demo":
         return DemoPrompts(config.data_seed)
-    return EncodedSet(config.data, config.data_seed, config.size)
+    return EncodedSet(config.data, config.data_seed, config.size, config.preset == "demo")

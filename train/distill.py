@@ -60,7 +60,6 @@ class DistillStage(Stage):
         if (step + 1) % self.config.critic_per_student == 0:
             student = self._update(step, "student")
             values |= {f"student_{name}": value for name, value in student.items() if name not in ("rollout",)}
-            values["skipped"] = max(values["skipped"], student["skipped"])
         return values
 
     def _update(self, step: int, name: str) -> dict[str, float]:
@@ -69,7 +68,7 @@ class DistillStage(Stage):
         context_chunks, target_chunks, exit_step = self.draw_lengths(step, learns_student)
         sums: dict[str, float] = {}
         for number in samples:
-            generator = rng_of(config.seed, step, number, learns_student)
+            generator = rng_of(config.seed, 0, step, number, learns_student)
             sample = (2 * step + learns_student) * config.batch + number
             text = self.prompts.text(sample, context_chunks + target_chunks).to(self.parallel.device)
             rolled = self.roll(text, context_chunks, target_chunks, exit_step, sample, learns_student)
@@ -89,7 +88,7 @@ class DistillStage(Stage):
         The context grows from `context_from` to `context_to` chunks over `context_ramp` iterations; every
         `local_every`-th round has none, to keep short videos good.
         """
-        config, generator = self.config, rng_of(self.config.seed, step, learns_student, 1)
+        config, generator = self.config, rng_of(self.config.seed, 1, step, learns_student)
         pick = lambda low, high: int(torch.randint(low, high + 1, (), generator=generator))
         exit_step = pick(0, len(self.sigmas) - 1)
         target = pick(config.target_from, config.target_chunks)

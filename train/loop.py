@@ -21,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from PIL import Image
 from torch import Tensor, nn
 
-from ..model.checkpoint import check_tensors, load_student, write_student
+from ..model.checkpoint import check_tensors, read_card, read_safetensors, write_student
 from ..model.config import CARD_KEY, PRESETS, StudentCard
 from ..model.wan import WanModel
 from .checkpoint import MAY_CHANGE
@@ -46,7 +46,7 @@ def rng_of(*numbers: int) -> torch.Generator:
 def load_network(
     path: str, config: Any, parallel: Parallel, lora: LoraConfig | None
 ) -> tuple[nn.Module, StudentCard | None]:
-    """A network from a student file, or fresh where `path` is empty; sharded, with its card.
+    """A network from a file in Wan's layout, or fresh where `path` is empty; sharded, with its card if it has one.
 
     With `lora` None it does not learn and rests in the precision it computes in; with rank 0 all of it learns.
     Raises ValueError for a file of another size.
@@ -55,9 +55,10 @@ def load_network(
     net = WanModel(PRESETS[preset])
     card = None
     if path:
-        found, card = load_student(path)
-        check_tensors(net, found.state_dict(), path)
-        net.load_state_dict(found.state_dict())
+        state, metadata = read_safetensors(path)
+        check_tensors(net, state, path)
+        net.load_state_dict(state)
+        card = read_card(path) if CARD_KEY in metadata else None
     else:
         net.reset_parameters(torch.Generator().manual_seed(config.seed))
     net = net.requires_grad_(False).to(dtype) if lora is None else add_lora(net, lora, config.seed)
@@ -68,6 +69,7 @@ class Stage:
     """What a stage brings to the loop. Subclasses set `trainees` and fill in `step` and `export`."""
 
     def __init__(self, config: Any, parallel: Parallel):
+        parallel.samples(config.batch)  # refuses a batch that does not divide
         self.config, self.parallel = config, parallel
         self.trainees: dict[str, Trainee] = {}
         self.begun_from: StudentCard | None = None
@@ -119,6 +121,11 @@ class Stage:
         return path
 
 
+def _fixed(value):
+    """A setting without the parts that a resumed run may have otherwise: how far and how carefully it learns."""
+    return {k: v for k, v in value.items() if k not in ("lr", "clip", "spike")} if isinstance(value, dict) else value
+
+
 class Checkpoints:
     """A run's state in its folder: torch.distributed.checkpoint, one folder a checkpoint, whole or not there at all."""
 
@@ -158,8 +165,8 @@ class Checkpoints:
                 shutil.rmtree(old)
         self._together()
 
-    def load(self) -> dict:
-        """Fill the stage from the newest checkpoint; returns its `run.json`.
+    def load(self, with_banks: bool = True) -> dict:
+        """Fill the stage from the newest checkpoint; returns its `run.json`. An export needs no error banks.
 
         Raises ValueError where there is none, or where the run was begun with other settings.
         """
@@ -169,12 +176,12 @@ class Checkpoints:
         run = json.loads((path / "run.json").read_text())
         begun = run["config"]
         for name, value in self.config.items():
-            if name not in MAY_CHANGE and begun.get(name) != value:
+            if name not in MAY_CHANGE and _fixed(begun.get(name)) != _fixed(value):
                 raise ValueError(
                     f"{name}: {value} now, {begun.get(name)} when {path} was begun; give the same to resume"
                 )
-        mine = path / f"rank{self.parallel.rank}.pt"
-        if run["world_size"] != self.parallel.world_size and any(torch.load(mine, weights_only=True).values()):
+        banks = {rank: torch.load(path / f"rank{rank}.pt", weights_only=True) for rank in range(run["world_size"])}
+        if run["world_size"] != self.parallel.world_size and any(map(bool, banks.values())) and with_banks:
             raise ValueError(
                 f"resume: {path} was written by {run['world_size']} processes, each with an error bank of its own;"
                 f" start as many, not {self.parallel.world_size}"
@@ -185,8 +192,8 @@ class Checkpoints:
         for name, trainee in self.stage.trainees.items():
             trainee.load_state(tensors[name])
             trainee.load_progress(run["progress"][name])
-        if mine.exists():
-            self.stage.load_extra_state(torch.load(mine, weights_only=True))
+        if with_banks:
+            self.stage.load_extra_state(banks.get(self.parallel.rank, {}))
         return run
 
     def _together(self) -> None:
@@ -224,17 +231,17 @@ def export_run(folder: Path, out: Path, build: Callable[[str, dict], Stage]) -> 
     """
     found = sorted((folder / "checkpoints").glob("step-????????"))
     if not found:
-        raise ValueError(f"run: {folder} holds no checkpoint of teacher, local or contextual")
+        raise ValueError(f"run: {folder} holds no checkpoint of pretrain, teacher, local or contextual")
     run = json.loads((found[-1] / "run.json").read_text())
     stage = build(run["stage"], run["config"])
-    Checkpoints(folder, stage, run["stage"]).load()
+    Checkpoints(folder, stage, run["stage"]).load(with_banks=False)
     return stage.export(out, run["step"], run["seconds"], run["revision"])
 
 
 def train(stage: Stage, name: str, resume: bool) -> Path:
     """Run a stage to its end, or to SIGTERM; returns what it exported.
 
-    Raises FloatingPointError when `max_skipped` iterations in a row had to be dropped.
+    Raises FloatingPointError when more than `max_skipped` updates of a network in a row had to be dropped.
     """
     config, parallel = stage.config, stage.parallel
     folder = Path(config.out)
@@ -247,21 +254,21 @@ def train(stage: Stage, name: str, resume: bool) -> Path:
             revision = f"{run['revision']}, from step {start} {revision}"
     elif checkpoints.latest():
         raise ValueError(f"out: {folder} holds a run already; add --resume to go on with it, or choose another out=")
-    began, skipped, path = time.monotonic() - seconds, 0, folder
+    began, path = time.monotonic() - seconds, folder
 
     with RunLog(folder, name, config.steps, start, quiet=not parallel.is_main) as run_log, StopSignal() as stop:
         for step in range(start, config.steps):
             values = stage.step(step)
             run_log.step(step, **values)
 
-            skipped = skipped + 1 if values.get("skipped") else 0
-            if skipped:
-                log.warning("step %d: loss %g, gradient %g: not applied", step, values["loss"], values["grad_norm"])
-            if skipped > config.max_skipped:
-                raise FloatingPointError(
-                    f"{skipped} iterations in a row had bad gradients; the last checkpoint is {checkpoints.latest()}."
-                    " Lower the learning rate, or look at the data"
-                )
+            for learner, trainee in stage.trainees.items():
+                if trainee.skipped_now and parallel.is_main:
+                    log.warning("step %d, %s: gradient %g: not applied", step, learner, trainee.norm)
+                if trainee.skipped > config.max_skipped:
+                    raise FloatingPointError(
+                        f"{learner}: {trainee.skipped} updates in a row had bad gradients; the last checkpoint is"
+                        f" {checkpoints.latest()}. Go on from it with a lower learning rate, or look at the data"
+                    )
             stopping = parallel.any(stop.caught)
             if (step + 1) % config.sample_every == 0:
                 if figures := stage.validate():
@@ -272,8 +279,9 @@ def train(stage: Stage, name: str, resume: bool) -> Path:
                 seconds = time.monotonic() - began
                 checkpoints.save(step + 1, seconds, revision)
                 path = stage.export(folder, step + 1, seconds, revision)
-            if stopping:
+            if stopping and parallel.is_main:
                 log.warning("SIGTERM: stopped after step %d; --resume goes on", step)
+            if stopping:
                 break
     if start >= config.steps:
         path = stage.export(folder, start, seconds, revision)

@@ -87,6 +87,8 @@ def shard(net: nn.Module, parallel: Parallel, dtype: torch.dtype) -> nn.Module:
     """
     net = net.to(parallel.device)
     if parallel.mesh is None:
+        if dtype != torch.float32:
+            raise ValueError("precision: one process on the CPU computes in fp32; give precision=fp32, or a GPU")
         return net
     # Blocks return views; nothing here changes them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

@@ -70,35 +70,40 @@ def plan(config: LoopConfig, world_size: int) -> Plan:
     for name, optim in config.learners.items():
         held = learning * (OPTIMISER + (FP32 if optim.ema else 0)) + (total - learning) * FP32
         rows.append(("bytes", f"{name}: weights, gradients, Adam, average", held / world_size))
+    networks = len(config.learners)
     if isinstance(config, DistillConfig):
+        networks += 1
         rows.append(("bytes", "teacher, frozen", total * dtype / world_size))
-    context = memory.capacity * frame
+    if world_size > 1 or dtype < FP32:
+        rows.append(("bytes", "weights gathered for passes", networks * total * dtype))
+    context, again = memory.capacity * frame, 4 if config.recompute else 3
     if isinstance(config, PretrainConfig):
         clip = 2 * config.num_chunks * memory.chunk * frame  # clean and noisy
         rows.append(("bytes", "for the backward pass", _activations(sizes, per_rank * clip, config.recompute, dtype)))
         passes = per_rank * block_flop(sizes, clip, context + memory.chunk * frame)
         passes += config.openings / world_size * block_flop(sizes, 2 * memory.chunk * frame, memory.chunk * frame)
-        rows.append(("flop", "forward and backward", 3 * passes))
+        rows.append(("flop", "forward and backward", again * passes))
         return Plan(tuple(rows))
     target = config.target_chunks * memory.chunk * frame
-    kept = 2 * sizes.num_layers * sizes.dim * dtype * frame * (memory.capacity + memory.chunk)
-    rows.append(("bytes", f"keys and values of {memory.capacity + memory.chunk} frames", kept))
+    frame_bytes = 2 * sizes.num_layers * sizes.dim * dtype * frame
+    # What a memory held when the target began stays until the backward pass, and all the target adds to it.
+    frames = memory.capacity + (config.target_chunks if isinstance(config, DistillConfig) else 1) * memory.chunk
+    rows.append(("bytes", f"keys and values of {frames} frames", frames * frame_bytes))
     if isinstance(config, DistillConfig) and not config.recompute:
-        views = 2 * sizes.num_layers * sizes.dim * dtype * context * config.target_chunks
-        rows.append(("bytes", "what each chunk of the target saw, until the backward pass", views))
+        views = config.target_chunks * memory.capacity * frame_bytes
+        rows.append(("bytes", "what each chunk of the target saw, laid out", views))
     rows.append(("bytes", "for the backward pass", _activations(sizes, target + context, config.recompute, dtype)))
 
     score = block_flop(sizes, context, context) + block_flop(sizes, target, context + target)
     chunk = block_flop(sizes, memory.chunk * frame, context + memory.chunk * frame)
     if isinstance(config, TeacherConfig):
         watched = (config.num_chunks - config.target_chunks) * chunk
-        rows.append(("flop", "a sample's context, remembered", per_rank * watched))
-        rows.append(("flop", "a sample's forward and backward pass", per_rank * 3 * score))
+        rows.append(("flop", "contexts, remembered", per_rank * watched))
+        rows.append(("flop", "forward and backward", per_rank * again * score))
         return Plan(tuple(rows))
     passes = len(config.denoising_steps) + 1
     rollout = (config.context_to + config.target_chunks) * passes * chunk
     share = 1 / config.critic_per_student
-    again = 4 if config.recompute else 3
     scores = score * (2 + bool(config.guidance))
     rows += [
         ("flop", "critic: rollouts", per_rank * rollout),

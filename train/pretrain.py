@@ -18,7 +18,7 @@ from .config import PretrainConfig
 from .data import FAST, MEMORY, UNSEEN, Batch, make_batch
 from .forcing import TeacherForcing, interleave, noisy_part
 from .loop import Stage, load_network
-from .parallel import Parallel, entry
+from .parallel import PRECISIONS, Parallel, entry
 from .trainee import Trainee
 from .world import VIEW_COLUMNS
 
@@ -27,7 +27,14 @@ VALIDATION_SIGMA = 0.95
 
 
 def teacher_forced_flow(
-    net: WanModel, batch: Batch, context: Tensor, noisy: Tensor, sigma_BT: Tensor, chunk: int, call: Call = direct
+    net: WanModel,
+    batch: Batch,
+    context: Tensor,
+    noisy: Tensor,
+    sigma_BT: Tensor,
+    chunk: int,
+    dtype: torch.dtype = torch.float32,
+    call: Call = direct,
 ) -> Tensor:
     """Predicted flow of the noisy clip [B, C, T, H, W], every chunk seeing its own memory of the clean one."""
     num_chunks = batch.slots.shape[1]
@@ -37,8 +44,9 @@ def teacher_forced_flow(
     frames = interleave(context, noisy, chunk)
     sigma_KSn = torch.stack([torch.zeros_like(sigma_BT), sigma_BT], dim=1).unflatten(-1, (num_chunks, chunk))
     timestep = TIMESTEPS * sigma_KSn.transpose(1, 2).flatten(1)
-    text = call(net, embed_text, batch.text, num_chunks, call)
-    return noisy_part(call(net, causal_forward, frames, timestep, text, attend, sdpa, call), chunk)
+    text = call(net, embed_text, batch.text.to(dtype), num_chunks, call)
+    flow = call(net, causal_forward, frames.to(dtype), timestep, text, attend, sdpa, call)
+    return noisy_part(flow.float(), chunk)
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,8 @@ def training_loss(net: WanModel, config: PretrainConfig, batch: Batch, draws: Dr
     """Squared error of the flow, weighted by column and summed; divide by the sum of `column_weights`."""
     chunk, latents = config.memory.chunk, batch.latents
     noisy = add_noise(latents, draws.noise, draws.sigma_BT[:, None, :, None, None])
-    flow = teacher_forced_flow(net, batch, draws.context, noisy, draws.sigma_BT, chunk, call)
+    dtype = PRECISIONS[config.precision]
+    flow = teacher_forced_flow(net, batch, draws.context, noisy, draws.sigma_BT, chunk, dtype, call)
     error_BTC = by_column((flow - (draws.noise - latents)).square().mean((1, 3)))
     return (error_BTC * column_weights(config, batch)).sum()
 
@@ -117,7 +126,7 @@ def recall_error(net: WanModel, config: PretrainConfig, batch: Batch, call: Call
     noisy = add_noise(latents, noise, VALIDATION_SIGMA)
 
     def errors(seen: Batch) -> Tensor:
-        flow = teacher_forced_flow(net, seen, latents, noisy, sigma, chunk, call)
+        flow = teacher_forced_flow(net, seen, latents, noisy, sigma, chunk, PRECISIONS[config.precision], call)
         return by_column((x0_from_flow(noisy, flow, VALIDATION_SIGMA) - latents).square().mean((1, 3)))
 
     columns, blind = errors(batch), errors(recent_only(batch, config.memory.fast - chunk, chunk))

@@ -49,8 +49,9 @@ class Student:
     @torch.no_grad()
     def watch(self, memory: Memory, latents_BCTHW: Tensor) -> Memory:
         """Remember given clean latents, chunk by chunk."""
-        for part in latents_BCTHW.split(memory.config.chunk, dim=2):
-            memory = self.sampler(len(memory.film)).commit(memory, part)
+        chunk = memory.config.chunk
+        for first in range(0, latents_BCTHW.shape[2], chunk):
+            memory = self.sampler(len(memory.film)).commit(memory, latents_BCTHW[:, :, first : first + chunk])
         return memory
 
     @torch.no_grad()

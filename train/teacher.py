@@ -44,7 +44,7 @@ class TeacherStage(Stage):
         context_chunks = self._context_chunks(step)
         total, held = 0.0, 0
         for number in samples:
-            generator = rng_of(config.seed, step, number)
+            generator = rng_of(config.seed, 0, step, number)
             latents, text = self.clips.sample(step * config.batch + number)
             latents, text = latents.to(self.parallel.device), text.to(self.parallel.device)
             if torch.rand((), generator=generator) < config.text_dropout:
@@ -52,14 +52,15 @@ class TeacherStage(Stage):
             memory = self.remember(latents, text, context_chunks, generator)
             loss, error, sigma, clean = self.loss(memory, latents, text, generator)
             (loss / len(samples)).backward()
-            if not clean or torch.rand((), generator=generator) < config.recycling.learn_clean_share:
+            kept = not clean or torch.rand((), generator=generator) < config.recycling.learn_clean_share
+            if kept and error.isfinite().all():
                 self.bank.add(sigma, error[0], config.memory.chunk, generator)
             total, held = total + loss.item() / len(samples), held + len(memory.slots.all) / len(samples)
         total = self.parallel.mean(total)
         return {"loss": total, **self.trainees["teacher"].update(total, self.rate(step)), "remembered": held}
 
     def _context_chunks(self, step: int) -> int:
-        generator = rng_of(self.config.seed, step)
+        generator = rng_of(self.config.seed, 1, step)
         if torch.rand((), generator=generator) < self.config.plain_share:
             return 0
         most = self.config.num_chunks - self.config.target_chunks

@@ -50,6 +50,8 @@ class Trainee:
         self.net, self.config, self.parallel = net, config, parallel
         self.optimizers = build_optimizers(net, config.kind, config.lr, config.betas, config.weight_decay)
         self.updates = 0
+        self.norm, self.skipped, self.skipped_now = 0.0, 0, False
+        """The last gradient's norm; updates dropped in a row; whether the last iteration dropped one."""
         self.norms: deque[float] = deque(maxlen=HISTORY)
         self.average = {name: p.detach().clone() for name, p in self.trained()} if config.ema else {}
 
@@ -63,8 +65,9 @@ class Trainee:
 
         Returns `grad_norm` and `skipped`. All ranks decide alike.
         """
-        norm = clip_grad_norm((p for _, p in self.trained()), self.config.clip)
-        skipped = self._is_bad(loss, norm)
+        self.norm = norm = clip_grad_norm((p for _, p in self.trained()), self.config.clip)
+        self.skipped_now = skipped = self._is_bad(loss, norm)
+        self.skipped = self.skipped + 1 if skipped else 0
         if not skipped:
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
@@ -94,6 +97,11 @@ class Trainee:
         """Sharded tensors, for torch.distributed.checkpoint."""
         gather_no_more(self.net)
         net, optim = get_state_dict(self.net, self.optimizers)
+        if not self.updates:  # it took an empty step to have a state to give
+            for optimizer in self.optimizers:
+                for state in optimizer.state.values():
+                    for value in state.values():
+                        value.zero_()
         return {"net": net, "optim": optim, "average": self.average}
 
     def load_state(self, state: dict) -> None:
@@ -103,17 +111,20 @@ class Trainee:
 
     def progress(self) -> dict:
         """Plain numbers to keep beside the tensors."""
-        return {"updates": self.updates, "norms": list(self.norms)}
+        return {"updates": self.updates, "norms": list(self.norms), "skipped": self.skipped}
 
     def load_progress(self, progress: dict) -> None:
         """Put plain numbers back."""
-        self.updates = progress["updates"]
+        self.updates, self.skipped = progress["updates"], progress["skipped"]
         self.norms.extend(progress["norms"])
 
     def weights(self) -> dict[str, Tensor]:
-        """All weights whole, on the CPU, averaged where an average is kept; every rank must call it."""
+        """All weights whole, on the CPU, averaged where an average is kept. Every rank must call it, the main one
+        has them."""
         gather_no_more(self.net)
-        return {
-            name: whole(self.average.get(name, value)).detach().cpu().clone()
-            for name, value in self.net.state_dict().items()
-        }
+        found = {}
+        for name, value in self.net.state_dict().items():
+            tensor = whole(self.average.get(name, value)).detach()
+            if self.parallel.is_main:
+                found[name] = tensor.cpu().clone()
+        return found

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from context_forcing.memory import Memory, MemoryConfig
 from context_forcing.model.causal import embed_text
@@ -17,10 +18,11 @@ from context_forcing.model.checkpoint import load_student, read_card, read_safet
 from context_forcing.model.config import PRESETS, WanConfig
 from context_forcing.model.pipeline import Pipeline
 from context_forcing.model.sampler import CausalSampler, seeded_noise
+from context_forcing.model.wan import WanModel
 from context_forcing.train import run_stage
 from context_forcing.train.config import load_config
 from context_forcing.train.distill import DistillStage
-from context_forcing.train.loop import Checkpoints, Stage, rng_of
+from context_forcing.train.loop import Checkpoints, rng_of
 from context_forcing.train.parallel import Parallel, entry, start_parallel
 from context_forcing.train.pretrain import PretrainStage
 from context_forcing.train.recycling import ErrorBank, RecyclingConfig
@@ -43,6 +45,18 @@ def random(*shape, seed=0):
 def tiny(monkeypatch):
     """The demo preset, much smaller."""
     monkeypatch.setitem(PRESETS, "demo", TINY)
+
+
+@pytest.fixture(scope="module")
+def files(make_net, tmp_path_factory):
+    """Two tiny networks in which nothing is zero, as plain files in Wan's layout: student and teacher."""
+    folder, text = tmp_path_factory.mktemp("networks"), dict(text_dim=4096, text_len=512)
+    paths = []
+    for seed, name in enumerate(("student", "teacher")):
+        net = make_net(seed, dim=32, ffn_dim=64, num_heads=1, num_layers=2, **text)
+        paths.append(folder / f"{name}.safetensors")
+        save_file({key: value.contiguous() for key, value in net.state_dict().items()}, paths[-1])
+    return [f"student={paths[0]}", f"teacher={paths[1]}"]
 
 
 @pytest.fixture
@@ -208,8 +222,9 @@ def test_a_view_laid_out_anew_is_the_same_view(net):
 # The loss
 
 
-def test_the_student_s_gradient_is_critic_minus_teacher(tiny):
-    stage = DistillStage(load_config("contextual", "smoke"), ALONE)
+@pytest.mark.parametrize("guidance", [0.0, 3.0])
+def test_the_student_s_gradient_is_critic_minus_guided_teacher(tiny, files, guidance):
+    stage = DistillStage(load_config("contextual", "smoke", [*files, f"guidance={guidance}"]), ALONE)
     torch.manual_seed(0)
     for p in stage.critic.net.parameters():
         p.data.add_(0.05 * torch.randn_like(p))
@@ -224,17 +239,27 @@ def test_the_student_s_gradient_is_critic_minus_teacher(tiny):
     with torch.no_grad():
         fake = stage._x0(stage.critic, context, frame_text, target_text, x, sigma)
         real = stage._x0(stage.teacher, context, frame_text, target_text, x, sigma)
+        blank = torch.zeros(1, 1, 4096)
+        plain = stage._x0(stage.teacher, context, blank, blank, x, sigma)
+        assert (real - plain).abs().mean() > 1e-3
+        real = real + guidance * (real - plain)
     expected = (fake - real) / (leaf.detach() - real).abs().mean() / leaf.numel()
     torch.testing.assert_close(leaf.grad, expected.float(), rtol=1e-4, atol=1e-9)
     assert values["dmd_gradient"] > 0
 
 
-def test_with_critic_and_teacher_equal_there_is_nothing_to_learn(tiny):
-    stage = DistillStage(load_config("contextual", "smoke", ["guidance=0.0"]), ALONE)
-    stage.critic.net.load_state_dict(stage.teacher.net.state_dict())
+def test_critic_and_teacher_are_asked_the_same(tiny, files, monkeypatch):
+    """The critic begins as the teacher: nothing to learn, unless one were given another context or text."""
+    stage = DistillStage(load_config("contextual", "smoke", [*files, "guidance=0.0"]), ALONE)
     text = stage.prompts.text(0, 4)
-    loss, _ = stage.student_loss(stage.roll(text, 2, 2, 0, 0, True), text, rng_of(7))
+    rolled = stage.roll(text, 2, 2, 0, 0, True)
+    loss, _ = stage.student_loss(rolled, text, rng_of(7))
     assert loss.item() < 1e-12
+    remember = Score.remember
+    monkeypatch.setattr(
+        Score, "remember", lambda self, *given: remember(self, *given) if self is stage.critic else NOTHING
+    )
+    assert stage.student_loss(rolled, text, rng_of(7))[0].item() > 1e-6
 
 
 def test_lengths_are_the_same_on_every_rank_and_grow(tiny):
@@ -259,9 +284,13 @@ def losses_of(folder):
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("stop_at", [2, 3])
 def test_a_killed_stage_resumes_to_the_same_network(tiny, tmp_path, monkeypatch, name, stop_at):
-    run = lambda folder, resume: run_stage(
-        name, "smoke", ["steps=5", "batch=1", "sample_every=9", f"out={tmp_path / folder}"], resume
-    )
+    monkeypatch.setattr("context_forcing.train.trainee.HISTORY", 2)
+    settings = ["steps=5", "batch=1", "sample_every=9"]
+    if name == "teacher":
+        settings += ["recycling.learn_clean_share=1.0", "recycling.share=1.0", "optim.ema_from=1", "plain_share=0.3"]
+    elif name != "pretrain":
+        settings += ["student_optim.ema_from=1", "critic_optim.spike=1.05"]
+    run = lambda folder, resume: run_stage(name, "smoke", [*settings, f"out={tmp_path / folder}"], resume)
     whole = run("whole", False)
     cls = {"pretrain": PretrainStage, "teacher": TeacherStage}.get(name, DistillStage)
     step = cls.step
@@ -324,8 +353,11 @@ def test_sigterm_checkpoints_and_ends_well(tmp_path):
 def test_two_processes_equal_one(tmp_path, name):
     """The same global batch on one process and on two under torchrun (gloo, sharded)."""
     arguments = [name, "--config", "smoke", "steps=3", "batch=2", "sample_every=9"]
-    if name == "teacher":
-        arguments.append("recycling.share=0.0")  # each process has an error bank of its own
+    arguments += {
+        "pretrain": [],
+        "teacher": ["optim.lr=0.01", "recycling.share=0.0"],  # each process has an error bank of its own
+        "contextual": ["student_optim.lr=0.01", "critic_optim.lr=0.01", "critic_per_student=1"],
+    }[name]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for processes in (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
@@ -334,6 +366,7 @@ def test_two_processes_equal_one(tmp_path, name):
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = losses_of(tmp_path / "1"), losses_of(tmp_path / "2")
     assert one.keys() == two.keys() == {0, 1, 2}
+    assert one[0]["loss"] != one[2]["loss"]
     for step in one:
         assert one[step]["loss"] == pytest.approx(two[step]["loss"], rel=1e-4)
         assert one[step]["grad_norm"] == pytest.approx(two[step]["grad_norm"], rel=1e-3)
@@ -372,7 +405,7 @@ def test_bad_gradients_are_not_applied():
 def test_a_run_of_bad_gradients_stops_the_run(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(TeacherStage, "loss", lambda self, memory, latents, *_: (
         self.score.net.head.head.bias.sum() * float("nan"), latents, 0.5, True))  # fmt: skip
-    with pytest.raises(FloatingPointError, match="3 iterations in a row"):
+    with pytest.raises(FloatingPointError, match="teacher: 3 updates in a row"):
         run_stage("teacher", "smoke", ["steps=9", "max_skipped=2", f"out={tmp_path}"], False)
 
 
@@ -450,29 +483,124 @@ def test_checkpoints_are_whole_or_not_there(tiny, tmp_path):
     checkpoints.save(3, 1.0, "r")
     (tmp_path / "checkpoints" / "step-00000009.part").mkdir()
     assert checkpoints.latest().name == "step-00000003" and checkpoints.load()["step"] == 3
-    assert isinstance(stage, Stage)
+
+
+def test_a_checkpoint_before_the_first_update_changes_nothing(tiny, files, tmp_path):
+    """Adam counts its steps: an empty one, taken to have a state to save, must not be among them."""
+    run = lambda folder, steps, resume: run_stage(
+        "contextual", "smoke", [*files, f"steps={steps}", "batch=1", "critic_per_student=3", "checkpoint_every=1",
+                                "sample_every=9", f"out={tmp_path / folder}"], resume,
+    )  # fmt: skip
+    whole = run("whole", 3, False)
+    seldom = run_stage("contextual", "smoke", [*files, "steps=3", "batch=1", "critic_per_student=3",
+                       "checkpoint_every=9", "sample_every=9", f"out={tmp_path / 'seldom'}"], False)  # fmt: skip
+    run("parts", 1, False)
+    parts = run("parts", 3, True)
+    a, *others = (load_student(path)[0].state_dict() for path in (whole, seldom, parts))
+    assert all(torch.equal(a[key], other[key]) for key in a for other in others)
+
+
+@pytest.mark.parametrize("was, now", [(1, 2), (2, 1)])
+def test_another_number_of_processes_is_refused_only_where_banks_are(tiny, tmp_path, was, now):
+    for number, bank in enumerate((False, True)):
+        stage = TeacherStage(load_config("teacher", "smoke"), ALONE)
+        if bank:
+            stage.bank.add(0.5, torch.ones(16, 3, 8, 16), 3, rng_of(0))
+        checkpoints = Checkpoints(tmp_path / str(number), stage, "teacher")
+        checkpoints.save(3, 1.0, "r")
+        path = checkpoints.latest()
+        for rank in range(was):
+            torch.save(stage.extra_state(), path / f"rank{rank}.pt")
+        run = json.loads((path / "run.json").read_text()) | {"world_size": was}
+        (path / "run.json").write_text(json.dumps(run))
+        checkpoints.parallel = dataclasses.replace(ALONE, world_size=now)
+        if bank:
+            with pytest.raises(ValueError, match=f"written by {was} processes"):
+                checkpoints.load()
+            assert checkpoints.load(with_banks=False)["step"] == 3
+        else:
+            assert checkpoints.load()["step"] == 3
+
+
+def test_a_teacher_learns_without_a_context_too(tiny, tmp_path):
+    run_stage("teacher", "smoke", ["steps=2", "plain_share=1.0", f"out={tmp_path}"], False)
+    assert [line["remembered"] for line in losses_of(tmp_path).values()] == [0, 0]
+
+
+def test_a_teacher_is_exported_from_its_checkpoint(tiny, tmp_path):
+    run = run_stage("teacher", "smoke", ["steps=2", f"out={tmp_path / 'run'}"], False)
+    again = run_stage("export", "demo", [f"run={tmp_path / 'run'}", f"out={tmp_path / 'other'}"], False)
+    (a, card), (b, card_again) = load_student(run), load_student(again)
+    assert card == card_again
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_an_error_that_is_not_a_number_stays_out_of_the_bank(tiny, monkeypatch):
+    stage = TeacherStage(load_config("teacher", "smoke", ["recycling.learn_clean_share=1.0"]), ALONE)
+    loss = TeacherStage.loss
+    broken = lambda self, *given: (
+        loss(self, *given)[0] * float("nan"),
+        torch.full((1, 16, 6, 8, 16), float("nan")),
+        0.5,
+        True,
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(TeacherStage, "loss", broken)
+        assert stage.step(0)["skipped"]
+    assert len(stage.bank) == 0
+    assert not stage.step(1)["skipped"] and len(stage.bank) > 0
+
+
+def test_a_resumed_run_may_learn_more_slowly(tiny, tmp_path):
+    run_stage("local", "smoke", ["steps=1", f"out={tmp_path}"], False)
+    run_stage("local", "smoke", ["steps=2", "student_optim.lr=1e-7", "max_skipped=3", f"out={tmp_path}"], True)
+    with pytest.raises(ValueError, match="student_optim"):
+        run_stage("local", "smoke", ["steps=3", "student_optim.ema=0.5", f"out={tmp_path}"], True)
+
+
+@pytest.mark.parametrize(
+    "stage, overrides, words",
+    [
+        ("contextual", ["precision=bf16"], "precision: one process on the CPU"),
+        ("teacher", ["seed=-1"], "seed: -1"),
+        ("teacher", ["memory=goldfish"], "memory: 'goldfish' is not one of slow-fast"),
+        ("teacher", ["memory.slow=24"], "do not fit in the window"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_in_a_line(tiny, stage, overrides, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        run_stage(stage, "smoke", [*overrides, f"out={tmp_path}"], False)
+
+
+def test_settings_that_only_fit_together_are_taken_together():
+    config = load_config(
+        "contextual", "smoke", ["memory.slow=24", "memory.window=33", "target_from=9", "target_chunks=9"]
+    )
+    assert (config.memory.slow, config.memory.window, config.target_from) == (24, 33, 9)
 
 
 # Adapters
 
 
 @pytest.mark.parametrize("alpha", [0.0, 8.0])
-def test_adapters_begin_with_nothing_and_export_merged_and_alone(tiny, tmp_path, alpha):
-    whole = run_stage("teacher", "smoke", ["steps=1", "optim.lr=1e-9", f"out={tmp_path / 'whole'}"], False)
+def test_adapters_begin_with_nothing_and_export_merged_and_alone(tiny, files, tmp_path, alpha):
+    whole = files[1].partition("=")[2]
     settings = ["steps=3", "lora.rank=4", f"lora.alpha={alpha}", f"init={whole}", f"out={tmp_path / 'lora'}"]
     stage = TeacherStage(load_config("teacher", "smoke", settings), ALONE)
     assert all(".lora_" in name for name, _ in stage.trainees["teacher"].trained())
     latents, text = stage.clips.sample(0)
-    begun, _ = load_student(whole)
+    begun = WanModel(TINY)
+    begun.load_state_dict(read_safetensors(whole)[0])
     flow = lambda net: Score(net, torch.float32, entry(net)).flow(NOTHING, latents[:, :, :6], 0.5, text[:2])
     with torch.no_grad():
+        assert flow(begun).abs().mean() > 0.1
         torch.testing.assert_close(flow(stage.score.net), flow(begun))
 
     path = run_stage("teacher", "smoke", settings, False)
     merged, _ = load_student(path)
     adapters, metadata = read_safetensors(path.with_name("teacher_lora.safetensors"))
     assert read_card(path.with_name("teacher_lora.safetensors")).stage == "teacher" and metadata
-    by_hand = begun.state_dict()
+    by_hand = {name: value.clone() for name, value in begun.state_dict().items()}
     for name in [name.removesuffix(".lora_A.weight") for name in adapters if name.endswith("lora_A.weight")]:
         down, up = adapters[f"{name}.lora_A.weight"], adapters[f"{name}.lora_B.weight"]
         scale = adapters[f"{name}.alpha"] / down.shape[0]

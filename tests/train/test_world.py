@@ -23,6 +23,7 @@ from context_forcing.train.world import (
     headings,
     landmarks_in_view,
     panorama,
+    pacing_script,
     parse_prompt,
     random_script,
     random_styles,
@@ -40,6 +41,11 @@ FILLER = {"a", "under", "sky", "by", "at", "the", "camera", "field"}
 
 def make_scene(seed=0):
     return Scene.sample(np.random.default_rng(seed))
+
+
+def test_scripts_of_a_single_chunk():
+    rng = np.random.default_rng(0)
+    assert all(len(make(rng, 1)) == 1 for make in (random_script, pacing_script) for _ in range(50))
 
 
 def test_headings_ignore_the_first_move_and_add_up_the_rest():

@@ -113,7 +113,7 @@ def pacing_script(rng: np.random.Generator, num_chunks: int) -> list[int]:
     lap = [out] * reach + [-out] * reach
     script = lap * (num_chunks // len(lap) + 1)
     for _ in range(int(rng.integers(0, 3))):
-        script.insert(int(rng.integers(1, num_chunks)), 0)
+        script.insert(int(rng.integers(1, max(num_chunks, 2))), 0)
     return script[:num_chunks]
 
 
