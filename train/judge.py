@@ -19,6 +19,8 @@ from .world import (
 )  # fmt: skip
 
 QUARTERS = 4
+TURNS = (0, 1, -1, 2, -2)
+"""Columns a camera can have turned between two frames; where two agree as well, the smaller."""
 _LEAD_FRAMES = 4 * CHUNK
 """The first frames of a long film; they say where on the ring it begins."""
 
@@ -36,7 +38,7 @@ class Trial:
     psnr: float
     """Of the targets on return against before, in latent units."""
     heading_accuracy: float
-    """Share of latent frames that look where the prompts say, counted from where the film begins."""
+    """Share of latent frames that look where the prompts say, counted in turns from the first frame on."""
     motion: float
     """Columns that the camera turns a frame, over those it was asked to turn."""
     change: float
@@ -112,11 +114,44 @@ class World:
             self._views[style] = bare_rows(self.encode(ring[:, columns].transpose(1, 0, 2, 3)))
         return self._views[style]
 
-    def headings(self, film_CTHW: Tensor, style: Style) -> np.ndarray:
-        """Where each frame looks, judged by sky and ground alone (token rows that no landmark covers)."""
-        frames = bare_rows(film_CTHW.movedim(1, 0))
-        distance = torch.cdist(frames.flatten(1), self.bare_views(style).flatten(1))
-        return distance.argmin(1).cpu().numpy()
+    def start(self, film_CTHW: Tensor, path: np.ndarray, style: Style) -> int:
+        """Where on the ring a film begins that turned along `path` [T]: it may be anywhere.
+
+        The heading at which sky and ground, and the landmarks standing there, are nearest to the true world's.
+        """
+        frames = film_CTHW.movedim(1, 0)
+        bare, views = bare_rows(frames), self.bare_views(style)
+        distances = []
+        for start in range(RING_COLUMNS):
+            looks = (path + start) % RING_COLUMNS
+            ground = (bare - views[looks]).square().mean()
+            landmarks = [self.sharpness(frame, heading, style) for frame, heading in zip(frames, looks)]
+            distances.append(float(ground) + float(np.mean(landmarks)))
+        return int(np.argmin(distances))
+
+    def sharpness(self, frame_CHW: Tensor, heading: int, style: Style) -> float:
+        """Mean distance of the landmarks in full view at a heading to their nearest templates."""
+        visible = stations_in_view(heading)
+        return float(np.mean([self.classify(frame_CHW, column, style, station)[1] for station, column in visible]))
+
+
+def turns(film_CTHW: Tensor) -> np.ndarray:
+    """Columns the camera turned from each frame to the next, [T - 1]: the shift under which two frames agree best."""
+    per_token = film_CTHW.shape[-1] // VIEW_COLUMNS
+    before, after = film_CTHW[:, :-1], film_CTHW[:, 1:]
+    width = film_CTHW.shape[-1]
+    errors = []
+    for turn in TURNS:
+        shift = turn * per_token
+        seen_before = before[..., max(0, shift) : width + min(0, shift)]
+        seen_after = after[..., max(0, -shift) : width + min(0, -shift)]
+        errors.append((seen_before - seen_after).square().mean((0, 2, 3)))
+    return np.array(TURNS)[torch.stack(errors).argmin(0).cpu().numpy()]
+
+
+def path_of(film_CTHW: Tensor) -> np.ndarray:
+    """Where each frame looks, in columns from where the first one does, [T]."""
+    return np.concatenate([[0], turns(film_CTHW).cumsum()])
 
 
 def bare_rows(frames_TCHW: Tensor) -> Tensor:
@@ -134,9 +169,9 @@ def stations_in_view(heading: int) -> list[tuple[int, int]]:
 
 def judge(world: World, film: Tensor, script: Script, style: Style) -> Trial:
     """A film held against what its benchmark script asked for."""
-    seen = world.headings(film, style)
-    asked = np.array(script.headings)
-    start = _start(seen, asked, script.target_frame + 1)
+    path, asked = path_of(film), np.array(script.headings)
+    lead = slice(0, script.target_frame + 1, CHUNK)
+    start = world.start(film[:, lead], asked[lead], style)
     before, after = film[:, script.target_frame], film[:, script.return_frame + 1]
     first, remembered, returned, errors, residuals = [], [], [], [], []
     for station, column in stations_in_view(script.target_heading + start):
@@ -152,8 +187,8 @@ def judge(world: World, film: Tensor, script: Script, style: Style) -> Trial:
         remembered=tuple(remembered),
         returned=tuple(returned),
         psnr=float(-10 * torch.log10(torch.stack(errors).mean() + 1e-12)),
-        heading_accuracy=float((seen == (asked + start) % RING_COLUMNS).mean()),
-        motion=float(_turns(seen).mean() / np.abs(np.diff(asked)).mean()),
+        heading_accuracy=float((path == asked - asked[0]).mean()),
+        motion=float(np.abs(np.diff(path)).mean() / np.abs(np.diff(asked)).mean()),
         change=_change(world, film, asked + start, style),
         residual=float(np.mean(residuals)),
     )
@@ -162,33 +197,28 @@ def judge(world: World, film: Tensor, script: Script, style: Style) -> Trial:
 def judge_long(world: World, film: Tensor, moves: Sequence[int], style: Style, reach: Sequence[int]) -> LongTrial:
     """A long film by quarters; `moves` and `reach` (latent frames) per chunk, every quarter with a move in it.
 
-    Landmarks and palette are judged where a frame looks, so that a camera that lost its way is counted once, under
-    heading accuracy.
+    Landmarks and palette are judged where a frame looks by the turns before it, so that a camera that lost its way is
+    counted once, under heading accuracy; there every quarter starts anew.
     """
     if len(moves) % QUARTERS or not all(any(quarter) for quarter in np.split(np.array(moves), QUARTERS)):
         raise ValueError(f"moves: {len(moves)} chunks are not {QUARTERS} equal quarters that all move")
-    seen = world.headings(film, style)
-    asked = headings(frame_moves(moves))
-    asked = asked + _start(seen, asked, _LEAD_FRAMES)
+    path, asked = path_of(film), headings(frame_moves(moves))
+    lead = slice(0, _LEAD_FRAMES, CHUNK)
+    start = world.start(film[:, lead], path[lead], style)
+    seen = (path + start) % RING_COLUMNS
     bare, views = bare_rows(film.movedim(1, 0)), world.bare_views(style)
     palette = (bare.mean((2, 3)) - views.mean((2, 3))[seen]).norm(dim=1).cpu().numpy()
-    residual = np.array([_sharpness(world, film[:, t], heading, style) for t, heading in enumerate(seen)])
-    right = seen == asked % RING_COLUMNS
+    residual = np.array([world.sharpness(film[:, t], heading, style) for t, heading in enumerate(seen)])
     quarters = np.array_split(np.arange(film.shape[1]), QUARTERS)
     mean = lambda values: tuple(float(values[quarter].mean()) for quarter in quarters)
     return LongTrial(
         palette=mean(palette),
         residual=mean(residual),
-        heading_accuracy=mean(right),
-        motion=tuple(float(_turns(seen[q]).sum() / np.abs(np.diff(asked[q])).sum()) for q in quarters),
-        change=tuple(_change(world, film[:, q], asked[q], style) for q in quarters),
+        heading_accuracy=tuple(float((path[q] - path[q[0]] == asked[q] - asked[q[0]]).mean()) for q in quarters),
+        motion=tuple(float(np.abs(np.diff(path[q])).sum() / np.abs(np.diff(asked[q])).sum()) for q in quarters),
+        change=tuple(_change(world, film[:, q], asked[q] + start, style) for q in quarters),
         reach=tuple(float(np.mean(part)) for part in np.split(np.array(reach), QUARTERS)),
     )
-
-
-def _start(seen: np.ndarray, asked: np.ndarray, num_frames: int) -> int:
-    """A film begins anywhere on the ring; what counts is that it goes and comes back as asked."""
-    return int(np.bincount((seen[:num_frames] - asked[:num_frames]) % RING_COLUMNS).argmax())
 
 
 def _first_view(station: int, path: np.ndarray) -> tuple[int, int]:
@@ -200,18 +230,8 @@ def _first_view(station: int, path: np.ndarray) -> tuple[int, int]:
     raise AssertionError(f"station {station} is never in full view")
 
 
-def _turns(seen: np.ndarray) -> np.ndarray:
-    """Columns turned from frame to frame, the short way round."""
-    return np.abs((np.diff(seen) + RING_COLUMNS // 2) % RING_COLUMNS - RING_COLUMNS // 2)
-
-
 def _change(world: World, film: Tensor, path: np.ndarray, style: Style) -> float:
     """Mean absolute difference of consecutive frames without landmarks, over the true world's along the path."""
     true = world.bare_views(style)[path % RING_COLUMNS]
     difference = lambda frames: (frames[1:] - frames[:-1]).abs().mean()
     return float(difference(bare_rows(film.movedim(1, 0))) / difference(true))
-
-
-def _sharpness(world: World, frame_CHW: Tensor, heading: int, style: Style) -> float:
-    visible = stations_in_view(heading)
-    return float(np.mean([world.classify(frame_CHW, column, style, station)[1] for station, column in visible]))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from context_forcing.model.pipeline import Pipeline
-from context_forcing.train.judge import QUARTERS, World, judge, judge_long, stations_in_view
+from context_forcing.train.judge import QUARTERS, World, judge, judge_long, stations_in_view, turns
 from context_forcing.train.world import ALL_STYLES, Scene, benchmark_script, frame_moves, render_latent_frames
 
 TRIP = [0, 1, 1, 1, 0, -1, -1, -1]
@@ -129,3 +129,24 @@ def test_quarters_without_a_move_are_refused(world, moves):
     film = torch.zeros(16, 3 * len(moves), 8, 16)
     with pytest.raises(ValueError, match="moves"):
         judge_long(world, film, moves, ALL_STYLES[0], [0] * len(moves))
+
+
+def test_a_film_with_a_poor_background_is_judged_by_its_landmarks(world):
+    """Where the film begins is told by what stands in it too: a grey sky must not move the places looked at."""
+    script, style = benchmark_script("dwell", 4, False), ALL_STYLES[0]
+    film, _ = true_film(world, script.moves, style, 3)
+    rows = film.shape[-2] // 4
+    film[:, :, [*range(rows), *range(film.shape[-2] - rows, film.shape[-2])]] = 0
+    trial = judge(world, film, script, style)
+    assert trial.recall == 1 and trial.residual < 0.15
+    assert trial.heading_accuracy == 1 and trial.motion == 1
+
+
+def test_turns_are_told_from_the_pictures_alone(world):
+    moves = [0, 0, 1, 1, 0, -1, -1, -1, 0, 1]
+    art = render_latent_frames(Scene.sample(np.random.default_rng(2)), [ALL_STYLES[4]] * 10, moves, 1, start=9)
+    film = world.encode(art).movedim(0, 1)
+    assert turns(film).tolist() == moves[1:]
+    noisy = film + 0.1 * torch.randn(film.shape, generator=torch.Generator().manual_seed(0))
+    assert turns(noisy).tolist() == moves[1:]
+    assert not turns(film[:, :1].expand(-1, 5, -1, -1)).any()
