@@ -184,7 +184,8 @@ def train(
 
     if dry_run:
         for part in plan_stage(stage, config, overrides or []):
-            Console().print(part, highlight=False, markup=False)
+            # Settings hold brackets of their own; the table's are rich's.
+            Console().print(part, highlight=False, markup=not isinstance(part, str))
         return
     console.print(f"written to {run_stage(stage, config, overrides or [], resume)}", highlight=False)
 

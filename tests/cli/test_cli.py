@@ -333,3 +333,10 @@ def test_train_smoke_then_generate(run, generate, tmp_path):
     code, err, out = generate({"segments": [SCENE]}, student=tmp_path / "student" / "student.safetensors")
     assert code == 0, err
     assert len(frames_of(out)[1]) == 9
+
+
+def test_a_dry_run_prints_settings_and_costs_as_they_are(run, tmp_path):
+    code, err = run("train", "contextual", "--config", "wan2.1-1.3b", "--dry-run", f"out={tmp_path / 'none'}")
+    assert code == 0, err
+    assert "self_attn.q" in run.out and "together" in run.out and "[bold]" not in run.out
+    assert not list(tmp_path.iterdir())
