@@ -1,6 +1,7 @@
 """Training state on disk: written whole or not at all, read back exactly."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import torch
@@ -37,3 +38,15 @@ def check_fresh(folder: Path) -> None:
     """Raises ValueError where a new run would overwrite an older one."""
     if (folder / NAME).exists():
         raise ValueError(f"out: {folder} holds a run already; add --resume to go on with it, or choose another out=")
+
+
+def git_revision() -> str:
+    """The revision of the code, with `+` where the working tree differs from it; `unknown` outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        run = lambda *args: subprocess.run(
+            ["git", *args], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        return run("rev-parse", "--short=12", "HEAD") + ("+" if run("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,10 +1,11 @@
 """Named runs: one dataclass a stage, one function a run. Overrides are `key=value`; unknown keys are errors."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..memory.config import MemoryConfig
+from ..memory.config import MEMORY_PRESETS, MemoryConfig
 from ..model.config import PRESETS, VAE_STRIDE
 from .lora import LoraConfig
 from .parallel import PRECISIONS
@@ -48,15 +49,16 @@ class ExportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopConfig:
+class LoopConfig(ABC):
     """What every stage of distillation has (train/loop.py)."""
 
     preset: str = "wan2.1-1.3b"
-    memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(policy="clean"))
+    memory: MemoryConfig = field(default_factory=lambda: MEMORY_PRESETS["context-forcing"])
     data: str = ""
     """`demo` for the demo world, or a folder made by `context-forcing encode`."""
     codec: str = "assets"
-    """What sample pictures are drawn with: `assets` for the shipped demo codec, or the path of a codec file."""
+    """What the demo world's clips are encoded and sample pictures drawn with: `assets` for the shipped demo codec, or
+    the path of a codec file."""
     size: tuple[int, int] = (832, 480)
     """Width and height of the videos in pixels."""
     steps: int = 600
@@ -96,9 +98,9 @@ class LoopConfig:
             raise ValueError(f"size: {self.size} must be a width and a height, multiples of 16")
 
     @property
+    @abstractmethod
     def learners(self) -> dict[str, OptimConfig]:
         """The networks that learn, and how."""
-        raise NotImplementedError
 
     @property
     def latent_size(self) -> tuple[int, int, int]:
@@ -176,7 +178,6 @@ TEACHER_SEES = ("memory", "nothing")
 class DistillConfig(LoopConfig):
     """Stages `local` and `contextual` (method.md 5.3, 5.4)."""
 
-    stage_name: str = "contextual"
     student: str = ""
     """The student to start from."""
     teacher: str = ""
@@ -210,8 +211,7 @@ class DistillConfig(LoopConfig):
     def __post_init__(self):
         super().__post_init__()
         _check_positive(self, "target_from", "critic_per_student", "sample_chunks")
-        if self.teacher_sees not in TEACHER_SEES:
-            raise ValueError(f"teacher_sees: {self.teacher_sees!r} is not one of {', '.join(TEACHER_SEES)}")
+        _check_choice(self, "teacher_sees", TEACHER_SEES)
         if self.target_from > self.target_chunks:
             raise ValueError(f"target_from: {self.target_from} is above target_chunks {self.target_chunks}")
         if not 0 <= self.context_from <= self.context_to:
@@ -220,6 +220,11 @@ class DistillConfig(LoopConfig):
     @property
     def learners(self) -> dict[str, OptimConfig]:
         return {"student": self.student_optim, "critic": self.critic_optim}
+
+    @property
+    def stage_name(self) -> str:
+        """What the card says: `local` without any context, else `contextual`."""
+        return "contextual" if self.context_to else "local"
 
 
 def vae_demo() -> VaeConfig:
@@ -259,7 +264,7 @@ def teacher_demo() -> TeacherConfig:
 
 def local_wan() -> DistillConfig:
     return DistillConfig(
-        data="data/prompts", stage_name="local", student="causal_init.safetensors",
+        data="data/prompts", student="causal_init.safetensors",
         teacher="wan2.1_t2v_1.3B.safetensors", target_from=1, context_from=0, context_to=0, local_every=0,
         out="runs/local",
     )  # fmt: skip
@@ -281,7 +286,7 @@ DEMO_DISTILL = dict(
 
 def local_demo() -> DistillConfig:
     return DistillConfig(
-        **DEMO, **DEMO_DISTILL, stage_name="local", student="runs/pretrain/student.safetensors", target_from=1,
+        **DEMO, **DEMO_DISTILL, student="runs/pretrain/student.safetensors", target_from=1,
         target_chunks=4, context_from=0, context_to=0, local_every=0, steps=300, out="runs/local",
     )  # fmt: skip
 
@@ -302,7 +307,7 @@ def teacher_smoke() -> TeacherConfig:
 
 def local_smoke() -> DistillConfig:
     return DistillConfig(
-        **SMOKE, stage_name="local", target_from=1, target_chunks=2, context_from=0, context_to=0, local_every=0,
+        **SMOKE, target_from=1, target_chunks=2, context_from=0, context_to=0, local_every=0,
         guidance=0.0, critic_per_student=2, sample_chunks=2, out="runs/smoke-local",
     )  # fmt: skip
 

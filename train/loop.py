@@ -10,6 +10,7 @@ import signal
 import struct
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,12 +25,11 @@ from torch import Tensor, nn
 from ..model.checkpoint import check_tensors, read_card, read_safetensors, write_student
 from ..model.config import CARD_KEY, PRESETS, StudentCard
 from ..model.wan import WanModel
-from .checkpoint import MAY_CHANGE
+from .checkpoint import MAY_CHANGE, git_revision
 from .log import RunLog
 from .lora import LoraConfig, add_lora, merge_lora, save_lora
 from .parallel import PRECISIONS, Parallel, shard
 from .trainee import Trainee
-from .vae import git_revision
 
 log = logging.getLogger("context_forcing")
 
@@ -65,7 +65,7 @@ def load_network(
     return shard(net, parallel, dtype), card
 
 
-class Stage:
+class Stage(ABC):
     """What a stage brings to the loop. Subclasses set `trainees` and fill in `step` and `export`."""
 
     def __init__(self, config: Any, parallel: Parallel):
@@ -74,13 +74,13 @@ class Stage:
         self.trainees: dict[str, Trainee] = {}
         self.begun_from: StudentCard | None = None
 
+    @abstractmethod
     def step(self, step: int) -> dict[str, float]:
         """One iteration; its figures, with `loss`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def export(self, folder: Path, step: int, seconds: float, revision: str) -> Path:
         """Write what the stage makes, as it stands. Called on every rank; the main one writes."""
-        raise NotImplementedError
 
     def sample(self) -> Image.Image | None:
         """A picture of what the stage makes, or None where there is nothing to look at. Called on every rank."""

@@ -106,11 +106,6 @@ def gather_no_more(net: nn.Module) -> None:
             module.reshard()
 
 
-def through_hooks(module: nn.Module, function: Callable, *args):
-    """Enter a module by its own forward."""
-    return module(function, *args)
-
-
 def entry(net: nn.Module, recompute: bool = False) -> Call:
     """How passes enter `net`: through its hooks, and with `recompute` keeping only block inputs for the backward pass.
 
@@ -119,7 +114,7 @@ def entry(net: nn.Module, recompute: bool = False) -> Call:
 
     def call(module: nn.Module, function: Callable, *args):
         if not recompute or module is net or not torch.is_grad_enabled():
-            return through_hooks(module, function, *args)
+            return module(function, *args)
         return checkpoint(module, function, *args, use_reentrant=False)
 
     return call

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import subprocess
 import time
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from ..model.codec import NUM_CHROMA, NUM_LUMA, DemoCodec
-from .checkpoint import check_fresh, load_checkpoint, save_checkpoint
+from .checkpoint import check_fresh, git_revision, load_checkpoint, save_checkpoint
 from .config import VaeConfig
 from .log import RunLog
 from .world import FRAMES_PER_LATENT, RING_COLUMNS, TOKEN, Scene, panorama, random_style, view
@@ -25,18 +24,6 @@ STYLE_CHANGES = 0.1
 """Share of samples in which weather, ground or time changes with the latent frame."""
 AC_SCALE = 2.0
 """Alternating coefficients at half the scale of the means: they matter less to the eye."""
-
-
-def git_revision() -> str:
-    """The revision of the code, with `+` where the working tree differs from it; `unknown` outside a checkout."""
-    folder = Path(__file__).parent
-    try:
-        run = lambda *args: subprocess.run(
-            ["git", *args], cwd=folder, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        return run("rev-parse", "--short=12", "HEAD") + ("+" if run("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def draw_steps(rng: np.random.Generator, size: int) -> tuple[torch.Tensor, torch.Tensor]:
