@@ -13,10 +13,6 @@ def run_stage(stage: str, config: str, overrides: Sequence[str], resume: bool) -
     from .config import from_plain, load_config
 
     settings = load_config(stage, config, overrides)
-    if stage == "vae":
-        from .vae import train_vae
-
-        return train_vae(settings, resume)
     from .loop import export_run, train
 
     if stage == "export":
@@ -29,8 +25,9 @@ def _stage(stage: str, settings):
     from .parallel import start_parallel
     from .pretrain import PretrainStage
     from .teacher import TeacherStage
+    from .vae import VaeStage
 
-    kind = {"pretrain": PretrainStage, "teacher": TeacherStage}.get(stage, DistillStage)
+    kind = {"vae": VaeStage, "pretrain": PretrainStage, "teacher": TeacherStage}.get(stage, DistillStage)
     return kind(settings, start_parallel(settings.device))
 
 
@@ -41,13 +38,13 @@ def plan_stage(stage: str, config: str, overrides: Sequence[str]) -> list:
 
     import yaml
 
-    from .config import LoopConfig, load_config
+    from .config import NetworkConfig, load_config
     from .plan import plan
 
     settings = load_config(stage, config, overrides)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     plain = json.loads(json.dumps(dataclasses.asdict(settings)))
     said = [f"{stage}, {config}", yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)]
-    if isinstance(settings, LoopConfig):
+    if isinstance(settings, NetworkConfig):
         said.append(plan(settings, world_size).table(f"one of {world_size} processes, an iteration"))
     return said

@@ -15,52 +15,9 @@ from .trainee import OptimConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class VaeConfig:
-    """Stage `vae`: the demo codec's statistics and its decoder."""
-
-    width: int = 96
-    num_blocks: int = 3
-    steps: int = 900
-    batch: int = 32
-    lr: float = 2e-3
-    data_seed: int = 1
-    """Seed of scenes and camera moves."""
-    latent_noise: float = 0.05
-    """Standard deviation of noise on the latents, so that a student's small errors are drawn over."""
-    checkpoint_every: int = 250
-    out: str = "runs/vae"
-
-    def __post_init__(self):
-        _check_positive(self, "width", "num_blocks", "steps", "batch", "lr", "checkpoint_every")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """Stage `export`: a file from a run's newest checkpoint. Every checkpoint writes one into the run's own folder;
-    this is for one elsewhere, or after the file was lost."""
-
-    run: str = ""
-    """The folder of a run of `pretrain`, `teacher`, `local` or `contextual`."""
-    out: str = "export"
-
-    def __post_init__(self):
-        if not self.run:
-            raise ValueError("run: give the folder of a run, for example run=runs/contextual")
-
-
-@dataclass(frozen=True, kw_only=True)
 class LoopConfig(ABC):
-    """What every stage of distillation has (train/loop.py)."""
+    """What the loop reads, whatever the stage (train/loop.py)."""
 
-    preset: str = "wan2.1-1.3b"
-    memory: MemoryConfig = field(default_factory=lambda: MEMORY_PRESETS["context-forcing"])
-    data: str = ""
-    """`demo` for the demo world, or a folder made by `context-forcing encode`."""
-    codec: str = "assets"
-    """What the demo world's clips are encoded and sample pictures drawn with: `assets` for the shipped demo codec, or
-    the path of a codec file."""
-    size: tuple[int, int] = (832, 480)
-    """Width and height of the videos in pixels."""
     steps: int = 600
     batch: int = 64
     """Samples of an iteration, over all processes; each makes its own one after the other."""
@@ -68,12 +25,6 @@ class LoopConfig(ABC):
     """Steps in which the learning rate rises."""
     decay: float = 0.0
     """The last part of the steps in which the learning rate falls to zero; 0: it stays."""
-    shift: float = 5.0
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    """Adapters for every network of the stage that learns."""
-    precision: str = "bf16"
-    recompute: bool = True
-    """Keep only block inputs for the backward pass, compute the rest again."""
     device: str = "auto"
     data_seed: int = 1
     seed: int = 0
@@ -84,32 +35,83 @@ class LoopConfig(ABC):
     out: str = ""
 
     def __post_init__(self):
-        _check_positive(self, "steps", "batch", "shift", "checkpoint_every", "sample_every")
-        _check_choice(self, "preset", PRESETS)
-        _check_choice(self, "precision", PRECISIONS)
+        _check_positive(self, "steps", "batch", "checkpoint_every", "sample_every")
         for name in ("seed", "data_seed"):
             if not 0 <= getattr(self, name) < 2**31:
                 raise ValueError(f"{name}: {getattr(self, name)} must be from 0 to {2**31 - 1}")
-        if not self.data:
-            raise ValueError("data: say demo, or the folder of a set made by `context-forcing encode`")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay: {self.decay} is a share of the steps, from 0 to 1")
-        if len(self.size) != 2 or any(side <= 0 or side % 16 for side in self.size):
-            raise ValueError(f"size: {self.size} must be a width and a height, multiples of 16")
 
     @property
     @abstractmethod
     def learners(self) -> dict[str, OptimConfig]:
         """The networks that learn, and how."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class VaeConfig(LoopConfig):
+    """Stage `vae`: the demo codec's statistics and its decoder."""
+
+    width: int = 96
+    num_blocks: int = 3
+    latent_noise: float = 0.05
+    """Standard deviation of noise on the latents, so that a student's small errors are drawn over."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-3, betas=(0.9, 0.999)))
+    out: str = "runs/vae"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_positive(self, "width", "num_blocks")
+
+    @property
+    def learners(self) -> dict[str, OptimConfig]:
+        return {"codec": self.optim}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig(LoopConfig):
+    """What every stage has that trains a network in Wan's layout."""
+
+    preset: str = "wan2.1-1.3b"
+    memory: MemoryConfig = field(default_factory=lambda: MEMORY_PRESETS["context-forcing"])
+    data: str = ""
+    """`demo` for the demo world, or a folder made by `context-forcing encode`."""
+    codec: str = "assets"
+    """What the demo world's clips are encoded and sample pictures drawn with: `assets` for the shipped demo codec, or
+    the path of a codec file."""
+    size: tuple[int, int] = (832, 480)
+    """Width and height of the videos in pixels."""
+    shift: float = 5.0
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters for every network of the stage that learns."""
+    precision: str = "bf16"
+    recompute: bool = True
+    """Keep only block inputs for the backward pass, compute the rest again."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_positive(self, "shift")
+        _check_choice(self, "preset", PRESETS)
+        _check_choice(self, "precision", PRECISIONS)
+        if not self.data:
+            raise ValueError("data: say demo, or the folder of a set made by `context-forcing encode`")
+        if len(self.size) != 2 or any(side <= 0 or side % 16 for side in self.size):
+            raise ValueError(f"size: {self.size} must be a width and a height, multiples of 16")
+
     @property
     def latent_size(self) -> tuple[int, int, int]:
         """C, H, W of a latent frame."""
         return PRESETS[self.preset].channels, self.size[1] // VAE_STRIDE[1], self.size[0] // VAE_STRIDE[2]
 
+    @property
+    def frame_tokens(self) -> int:
+        """Tokens of a latent frame."""
+        _, patch_rows, patch_columns = PRESETS[self.preset].patch_size
+        return self.latent_size[1] // patch_rows * (self.latent_size[2] // patch_columns)
+
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(LoopConfig):
+class PretrainConfig(NetworkConfig):
     """Stage `pretrain`: teacher-forced flow matching over the Slow-Fast layout, on the demo world (demo_world.md 3)."""
 
     init: str = ""
@@ -144,7 +146,7 @@ class PretrainConfig(LoopConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherConfig(LoopConfig):
+class TeacherConfig(NetworkConfig):
     """Stage `teacher`: a context teacher (method.md 5.2)."""
 
     init: str = ""
@@ -175,7 +177,7 @@ TEACHER_SEES = ("memory", "nothing")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig(LoopConfig):
+class DistillConfig(NetworkConfig):
     """Stages `local` and `contextual` (method.md 5.3, 5.4)."""
 
     student: str = ""
@@ -227,12 +229,26 @@ class DistillConfig(LoopConfig):
         return "contextual" if self.context_to else "local"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Stage `export`: a file from a run's newest checkpoint. Every checkpoint writes one into the run's own folder;
+    this is for one elsewhere, or after the file was lost."""
+
+    run: str = ""
+    """The folder of a run of `pretrain`, `teacher`, `local` or `contextual`."""
+    out: str = "export"
+
+    def __post_init__(self):
+        if not self.run:
+            raise ValueError("run: give the folder of a run, for example run=runs/contextual")
+
+
 def vae_demo() -> VaeConfig:
-    return VaeConfig()
+    return VaeConfig(steps=900, batch=32, decay=0.4, checkpoint_every=250, sample_every=250)
 
 
 def vae_smoke() -> VaeConfig:
-    return VaeConfig(width=16, num_blocks=1, steps=3, batch=2, checkpoint_every=2, out="runs/smoke-vae")
+    return VaeConfig(width=16, num_blocks=1, steps=4, batch=2, checkpoint_every=2, sample_every=4, out="runs/smoke-vae")
 
 
 def pretrain_demo() -> PretrainConfig:

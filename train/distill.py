@@ -59,7 +59,8 @@ class DistillStage(Stage):
         values = self._update(step, "critic")
         if (step + 1) % self.config.critic_per_student == 0:
             student = self._update(step, "student")
-            values |= {f"student_{name}": value for name, value in student.items() if name not in ("rollout",)}
+            values["tokens"] += student.pop("tokens")
+            values |= {f"student_{name}": value for name, value in student.items() if name != "rollout"}
         return values
 
     def _update(self, step: int, name: str) -> dict[str, float]:
@@ -80,7 +81,8 @@ class DistillStage(Stage):
                 sums[key] = sums.get(key, 0.0) + value / len(samples)
         sums = {key: self.parallel.mean(value) for key, value in sums.items()}
         updated = self.trainees[name].update(sums["loss"], self.rate(step))
-        return {**sums, **updated, "rollout": (context_chunks + target_chunks) * config.memory.chunk}
+        rollout = (context_chunks + target_chunks) * config.memory.chunk
+        return {**sums, **updated, "rollout": rollout, "tokens": config.batch * rollout * config.frame_tokens}
 
     def draw_lengths(self, step: int, learns_student: bool) -> tuple[int, int, int]:
         """Chunks of context, chunks of target, exit step: a function of the step, the same on every rank.

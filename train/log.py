@@ -1,17 +1,36 @@
 """What a run says of itself: a progress line for a person, a JSON line per step for a machine."""
 
 import json
+import sys
 import time
 from collections import deque
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+try:
+    import resource
+except ImportError:  # Windows does not say
+    resource = None
+
+OF_THE_MACHINE = ("seconds", "tokens_per_second", "peak_gb")
+"""Figures that tell of the machine, not of what was learnt."""
 WINDOW = 50
 """Steps over which the progress line averages."""
+
+
+def peak_bytes() -> int:
+    """Most memory this process has held: of the GPU if it uses one, else of the machine; 0 where that is not known."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    if resource is None:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class RunLog:
@@ -56,18 +75,23 @@ class RunLog:
         return kept
 
     def step(self, step: int, **values: float) -> None:
-        """Note one step's figures."""
+        """Note one step's figures; `tokens`, those of its samples over all processes, as a rate."""
         if self.quiet:
             return
         now = time.monotonic()
         values["seconds"], self.clock = now - self.clock, now
+        if tokens := values.pop("tokens", 0):
+            values["tokens_per_second"] = tokens / values["seconds"]
+        values["peak_gb"] = peak_bytes() / 1e9
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
         for name, value in values.items():
             self.recent.setdefault(name, deque(maxlen=WINDOW)).append(value)
-        self.bar.set_postfix({name: f"{self.mean(name):.4g}" for name in values if name != "seconds"}, refresh=False)
+        self.bar.set_postfix(
+            {name: f"{self.mean(name):.4g}" for name in values if name not in OF_THE_MACHINE}, refresh=False
+        )
         self.bar.update()
 
     def note(self, step: int, **values: float) -> None:

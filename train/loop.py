@@ -1,4 +1,4 @@
-"""The loop every stage of distillation runs in: resume, step, log, sample, checkpoint, stop; and what stages share."""
+"""The loop every stage runs in: resume, step, log, sample, checkpoint, stop; and what stages share."""
 
 import dataclasses
 import hashlib
@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import struct
+import subprocess
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -25,7 +26,6 @@ from torch import Tensor, nn
 from ..model.checkpoint import check_tensors, read_card, read_safetensors, write_student
 from ..model.config import CARD_KEY, PRESETS, StudentCard
 from ..model.wan import WanModel
-from .checkpoint import MAY_CHANGE, git_revision
 from .log import RunLog
 from .lora import LoraConfig, add_lora, merge_lora, save_lora
 from .parallel import PRECISIONS, Parallel, shard
@@ -33,8 +33,22 @@ from .trainee import Trainee
 
 log = logging.getLogger("context_forcing")
 
+MAY_CHANGE = ("steps", "checkpoint_every", "sample_every", "max_skipped", "device", "recompute", "out")
+"""Settings that a resumed run may have otherwise than the one before."""
 KEPT = 2
 """Checkpoints that stay on disk."""
+
+
+def git_revision() -> str:
+    """The revision of the code, with `+` where the working tree differs from it; `unknown` outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        run = lambda *args: subprocess.run(
+            ["git", *args], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        return run("rev-parse", "--short=12", "HEAD") + ("+" if run("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def rng_of(*numbers: int) -> torch.Generator:
@@ -231,7 +245,7 @@ def export_run(folder: Path, out: Path, build: Callable[[str, dict], Stage]) -> 
     """
     found = sorted((folder / "checkpoints").glob("step-????????"))
     if not found:
-        raise ValueError(f"run: {folder} holds no checkpoint of pretrain, teacher, local or contextual")
+        raise ValueError(f"run: {folder} holds no checkpoint of a run")
     run = json.loads((found[-1] / "run.json").read_text())
     stage = build(run["stage"], run["config"])
     Checkpoints(folder, stage, run["stage"]).load(with_banks=False)

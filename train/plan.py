@@ -9,7 +9,7 @@ from torch import nn
 
 from ..model.config import PRESETS, WanConfig
 from ..model.wan import WanModel
-from .config import DistillConfig, LoopConfig, PretrainConfig, TeacherConfig
+from .config import DistillConfig, NetworkConfig, PretrainConfig, TeacherConfig
 from .lora import add_lora
 from .parallel import PRECISIONS
 
@@ -54,11 +54,10 @@ def block_flop(sizes: WanConfig, queries: int, keys: int) -> float:
     return sizes.num_layers * (linear + attention)
 
 
-def plan(config: LoopConfig, world_size: int) -> Plan:
+def plan(config: NetworkConfig, world_size: int) -> Plan:
     """The figures of a stage of distillation, at the longest rollout it will come to."""
     sizes, dtype = PRESETS[config.preset], PRECISIONS[config.precision].itemsize
-    _, height, width = config.latent_size
-    frame = height // sizes.patch_size[1] * (width // sizes.patch_size[2])
+    frame = config.frame_tokens
     with torch.device("meta"):
         net = WanModel(sizes)
     total = sum(p.numel() for p in net.parameters())
@@ -115,7 +114,7 @@ def plan(config: LoopConfig, world_size: int) -> Plan:
     return Plan(tuple(rows))
 
 
-def _learning(net: nn.Module, config: LoopConfig) -> int:
+def _learning(net: nn.Module, config: NetworkConfig) -> int:
     return sum(p.numel() for p in add_lora(net, config.lora, 0).parameters() if p.requires_grad)
 
 

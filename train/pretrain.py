@@ -156,7 +156,9 @@ class PretrainStage(Stage):
         if config.openings:
             opening = self.make(seed=(config.data_seed, 2, step), size=config.openings, num_chunks=1, **draw)
             self._learn(opening, generator)
-        return {"loss": total, **self.trainees["student"].update(total, self.rate(step))}
+        frames = (config.batch * config.num_chunks + config.openings) * config.memory.chunk
+        figures = {"loss": total, **self.trainees["student"].update(total, self.rate(step))}
+        return {**figures, "tokens": frames * config.frame_tokens}
 
     def _learn(self, batch: Batch, generator: torch.Generator) -> float:
         """Gradients of this rank's clips of a batch; returns the loss over all of it."""

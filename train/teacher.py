@@ -57,7 +57,9 @@ class TeacherStage(Stage):
                 self.bank.add(sigma, error[0], config.memory.chunk, generator)
             total, held = total + loss.item() / len(samples), held + len(memory.slots.all) / len(samples)
         total = self.parallel.mean(total)
-        return {"loss": total, **self.trainees["teacher"].update(total, self.rate(step)), "remembered": held}
+        frames = config.batch * (context_chunks + config.target_chunks) * config.memory.chunk
+        figures = {"loss": total, **self.trainees["teacher"].update(total, self.rate(step)), "remembered": held}
+        return {**figures, "tokens": frames * config.frame_tokens}
 
     def _context_chunks(self, step: int) -> int:
         generator = rng_of(self.config.seed, 1, step)

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import logging
-import time
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +10,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from ..model.codec import NUM_CHROMA, NUM_LUMA, DemoCodec
-from .checkpoint import check_fresh, git_revision, load_checkpoint, save_checkpoint
 from .config import VaeConfig
-from .log import RunLog
+from .loop import Stage, rng_of
+from .parallel import Parallel
+from .trainee import Trainee
 from .world import FRAMES_PER_LATENT, RING_COLUMNS, TOKEN, Scene, panorama, random_style, view
-
-log = logging.getLogger("context_forcing")
 
 STATISTICS_CLIPS = 400
 STYLE_CHANGES = 0.1
@@ -55,64 +52,49 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     return (10 * torch.log10(4 / F.mse_loss(a, b))).item()
 
 
-@torch.no_grad()
-def validate(codec: DemoCodec, seed: int) -> float:
-    """PSNR in decibels of drawn frames that were not trained on."""
-    before, frames = draw_steps(np.random.default_rng((seed, 2)), 64)
-    latents = codec.encode_art(torch.stack([before, frames[:, -1]], dim=1))
-    return round(psnr(codec.draw_frames(latents[:, :, 0], latents[:, :, 1]), frames), 2)
+class VaeStage(Stage):
+    """The decoder; the encoder is fixed. It is small: one process."""
 
+    def __init__(self, config: VaeConfig, parallel: Parallel):
+        super().__init__(config, parallel)
+        if parallel.world_size > 1:
+            raise ValueError(f"vae: it learns in one process, not in {parallel.world_size}; start it without torchrun")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.codec = DemoCodec(config.width, config.num_blocks)
+        fit_statistics(self.codec, config.data_seed)
+        self.codec.to(parallel.device)
+        self.trainees = {"codec": Trainee(self.codec, config.optim, parallel)}
 
-def train_vae(config: VaeConfig, resume: bool = False) -> Path:
-    """Train the decoder; returns the codec file. The encoder is fixed."""
-    out = Path(config.out)
-    torch.manual_seed(config.data_seed)
-    codec = DemoCodec(config.width, config.num_blocks)
-    optimizer = torch.optim.AdamW(codec.parameters(), lr=config.lr, weight_decay=0.01)
-    start, seconds, revision = 0, 0.0, git_revision()
-    if resume:
-        state = load_checkpoint(out, dataclasses.asdict(config))
-        codec.load_state_dict(state["codec"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, seconds = state["step"], state["seconds"]
-        if state["revision"] != revision:
-            revision = f"{state['revision']}, from step {start} {revision}"
-    else:
-        check_fresh(out)
-        fit_statistics(codec, config.data_seed)
-    began = time.monotonic() - seconds
-    with RunLog(out, "vae", config.steps, start) as run:
-        for step in range(start, config.steps):
-            before, frames = draw_steps(np.random.default_rng((config.data_seed, 1, step)), config.batch)
-            latents = codec.encode_art(torch.stack([before, frames[:, -1]], dim=1))
-            noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step))
-            latents = latents + config.latent_noise * noise
-            drawn = codec.draw_frames(latents[:, :, 0], latents[:, :, 1])
-            loss = F.l1_loss(drawn, frames)
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * min(1.0, (config.steps - step) / (0.4 * config.steps))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            run.step(step, loss=loss.item(), psnr=psnr(drawn.detach(), frames))
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-                seconds = time.monotonic() - began
-                save_checkpoint(
-                    out,
-                    {
-                        "codec": codec.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "step": step + 1,
-                        "seconds": seconds,
-                        "revision": revision,
-                        "config": dataclasses.asdict(config),
-                    },
-                )
-    path = out / "demo_codec.safetensors"
-    card = {
-        "kind": "demo codec", "revision": revision, "config": dataclasses.asdict(config),
-        "train_seconds": round(seconds), "psnr": validate(codec, config.data_seed),
-    }  # fmt: skip
-    save_file({k: v.contiguous() for k, v in codec.state_dict().items()}, path, {"context_forcing": json.dumps(card)})
-    log.info("codec written to %s", path)
-    return path
+    def step(self, step: int) -> dict[str, float]:
+        """One update on random pairs of frames."""
+        config, device = self.config, self.parallel.device
+        before, frames = draw_steps(np.random.default_rng((config.data_seed, 1, step)), config.batch)
+        latents = self.codec.encode_art(torch.stack([before, frames[:, -1]], dim=1).to(device))
+        noise = torch.randn(latents.shape, generator=rng_of(config.seed, step)).to(device)
+        drawn = self._draw(latents + config.latent_noise * noise)
+        loss = F.l1_loss(drawn, frames.to(device))
+        loss.backward()
+        figures = {"loss": loss.item(), "psnr": psnr(drawn.detach(), frames.to(device))}
+        return {**figures, **self.trainees["codec"].update(loss.item(), self.rate(step))}
+
+    def _draw(self, latents_BCthw: torch.Tensor) -> torch.Tensor:
+        return self.codec.draw_frames(latents_BCthw[:, :, 0], latents_BCthw[:, :, 1])
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """PSNR in decibels of drawn frames that were not trained on."""
+        before, frames = draw_steps(np.random.default_rng((self.config.data_seed, 2)), 64)
+        latents = self.codec.encode_art(torch.stack([before, frames[:, -1]], dim=1).to(self.parallel.device))
+        return {"psnr": round(psnr(self._draw(latents).cpu(), frames), 2)}
+
+    def export(self, folder: Path, step: int, seconds: float, revision: str) -> Path:
+        """The codec with its card."""
+        path = folder / "demo_codec.safetensors"
+        card = {
+            "kind": "demo codec", "revision": revision, "config": dataclasses.asdict(self.config), "train_steps": step,
+            "train_seconds": round(seconds), **self.validate(),
+        }  # fmt: skip
+        weights = {name: value.contiguous() for name, value in self.trainees["codec"].weights().items()}
+        save_file(weights, path, {"context_forcing": json.dumps(card)})
+        return path

@@ -12,7 +12,7 @@ from context_forcing.model.config import PRESETS, WanConfig
 from context_forcing.model.sampler import seeded_noise
 from context_forcing.model.wan import WanModel
 from context_forcing.train import plan_stage
-from context_forcing.train.config import CONFIGS, LoopConfig, load_config
+from context_forcing.train.config import CONFIGS, NetworkConfig, load_config
 from context_forcing.train.parallel import entry
 from context_forcing.train.plan import block_flop, plan
 from context_forcing.train.student import Student
@@ -70,7 +70,7 @@ def test_every_configuration_can_be_looked_at_first(stage, monkeypatch):
     for name in CONFIGS[stage]:
         title, settings, *costs = plan_stage(stage, name, [])
         assert name in title and "out:" in settings
-        assert bool(costs) == isinstance(load_config(stage, name), LoopConfig)
+        assert bool(costs) == isinstance(load_config(stage, name), NetworkConfig)
 
 
 def test_a_file_of_settings(tmp_path):
