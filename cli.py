@@ -92,7 +92,7 @@ def generate(
     settings = {"policy": policy, "slow": slow, "slow_similarity_threshold": threshold}
     settings = named | {name: value for name, value in settings.items() if value is not None}
     if memory_in is not None:
-        final = load_memory(memory_in, pipeline.fingerprint())
+        final = load_memory(memory_in, pipeline.fingerprint)
         _check_continues(final, told, settings)
     else:
         final = pipeline.empty_memory(told.size, **settings)
@@ -104,7 +104,7 @@ def generate(
     with _progress() as progress, contextlib.ExitStack() as kept:
         if memory_out is not None:
             # Also after an interrupt or an error: what is finished is kept.
-            kept.callback(lambda: final.film and save_memory(memory_out, final, pipeline.fingerprint()))
+            kept.callback(lambda: final.film and save_memory(memory_out, final))
         total = told.num_chunks(fps, chunk)
         task = progress.add_task("generate", total=total, says="")
 

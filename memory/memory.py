@@ -5,7 +5,7 @@ P tokens per latent frame, N heads, E head dim.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +32,16 @@ class Remembered:
         return self.keys.nbytes + self.values.nbytes
 
 
+CHANGES = ("keep", "recache", "flush", "cut", "cut_new_sink")
+"""How a new prompt takes over from the one before.
+
+`keep`: through cross-attention alone. `recache`: what is remembered is written anew under the new prompt. `flush`:
+sink and last chunk stay, all else is forgotten. `cut`: a new scene; only the sink stays, and the first chunk stands as
+far from it as the window allows. `cut_new_sink`: nothing stays, the new scene's first frames become the sink.
+`recache` and `flush` act only where the prompt differs from the one before; so a segment may be split anywhere.
+"""
+
+
 @dataclass(frozen=True)
 class Segment:
     """A run of the film made under one prompt."""
@@ -39,6 +49,8 @@ class Segment:
     first_frame: int
     prompt: str
     seed: int
+    change: str = "keep"
+    """What was done to the memory when it began: one of CHANGES."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +67,14 @@ class Memory:
     """Clean latents of every chunk so far, [B, C, T, H, W], normalised, on the CPU."""
     decisions: tuple[Decision, ...] = ()
     segments: tuple[Segment, ...] = ()
+    student: str = ""
+    """Fingerprint of the network whose keys these are; empty while there are none."""
+    text: Tensor | None = None
+    """The prompt the film ends under, [1, L, 4096], without padding rows."""
+    given: Tensor | None = None
+    """Clean latents that the film must go on with, [1, C, T, H, W], on the CPU: a start image, a clip to continue."""
+    scene_begins: bool = False
+    """The next chunk is the first of a new scene."""
 
     @property
     def num_frames(self) -> int:
@@ -66,23 +86,72 @@ class Memory:
         """Bytes of keys and values; the film is not counted."""
         return sum(frame.num_bytes for frame in self.remembered.values())
 
-    def begin(self, prompt: str, seed: int) -> "Memory":
-        """Note that a segment starts here."""
-        segment = Segment(self.num_frames, prompt, seed)
-        return dataclasses.replace(self, segments=(*self.segments, segment))
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        keys = [tensor for held in self.remembered.values() for tensor in (held.keys, held.values)]
+        return [*self.film, *keys, *(tensor for tensor in (self.text, self.given) if tensor is not None)]
 
-    def append(self, latents_BCTHW: Tensor, kept: Sequence[tuple[Tensor, Tensor]]) -> "Memory":
-        """Commit a chunk: clean latents, and per layer the raw keys and values [B, T, P, N, E] of their pass."""
+    @property
+    def num_given(self) -> int:
+        """Frames of the next chunk that are given."""
+        return 0 if self.given is None else min(self.given.shape[2], self.config.chunk)
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether its keys and values are yet to be made from the film (CausalSampler.recache)."""
+        return bool(self.slots.all) and not self.remembered
+
+    def compact(self) -> "Memory":
+        """The same without keys and values: a fraction of the size, and close to it once they are made anew."""
+        return dataclasses.replace(self, remembered={})
+
+    def begin(self, prompt: str, seed: int, text: Tensor | None = None, change: str = "keep") -> "Memory":
+        """Note that a segment starts here, and forget what `change` forgets (CHANGES)."""
+        if change not in CHANGES:
+            raise ValueError(f"change: {change!r} is not one of {', '.join(CHANGES)}")
+        segment = Segment(self.num_frames, prompt, seed, change)
+        told = dataclasses.replace(self, segments=(*self.segments, segment), text=text)
+        slots = self.slots
+        if change == "flush":
+            return told.only(slots.sink + slots.fast[-self.config.chunk :])
+        if change in ("cut", "cut_new_sink") and self.film:
+            return dataclasses.replace(told.only(slots.sink if change == "cut" else ()), scene_begins=True)
+        return told
+
+    def only(self, frames: Collection[int]) -> "Memory":
+        """Remembering no other than these latent frames."""
+        sink, slow = (tuple(frame for frame in part if frame in frames) for part in (self.slots.sink, self.slots.slow))
+        fast = [pair for pair in zip(self.slots.fast, self.slots.likeness, strict=True) if pair[0] in frames]
+        slots = Slots(sink, slow, tuple(frame for frame, _ in fast), tuple(likeness for _, likeness in fast))
+        remembered = {frame: held for frame, held in self.remembered.items() if frame in frames}
+        return dataclasses.replace(self, slots=slots, remembered=remembered)
+
+    def give(self, latents_BCTHW: Tensor) -> "Memory":
+        """Have the film begin with clean latents: whole chunks are taken over, the rest is held in the chunk after.
+
+        Raises ValueError where the film has begun, or the latents do not fit.
+        """
+        if self.film:
+            raise ValueError(
+                f"memory: its film has {self.num_frames} latent frames already; a start image or clip goes into an"
+                " empty memory"
+            )
+        self._check_fits(latents_BCTHW)
+        return dataclasses.replace(self, given=latents_BCTHW.detach().to("cpu", torch.float32, copy=True))
+
+    def _check_fits(self, latents_BCTHW: Tensor) -> None:
         if tuple(latents_BCTHW.shape[i] for i in (1, 3, 4)) != self.latent_size or latents_BCTHW.shape[0] != 1:
             raise ValueError(
                 f"latents: shape {tuple(latents_BCTHW.shape)} does not fit a memory of one video with"
                 f" C, H, W = {self.latent_size}"
             )
-        first = self.num_frames
-        new_frames = range(first, first + latents_BCTHW.shape[2])
-        held = dict(self.remembered)
-        for t, frame in enumerate(new_frames):
-            held[frame] = Remembered(torch.stack([k[:, t] for k, _ in kept]), torch.stack([v[:, t] for _, v in kept]))
+
+    def append(self, latents_BCTHW: Tensor, kept: Sequence[tuple[Tensor, Tensor]]) -> "Memory":
+        """Commit a chunk: clean latents, and per layer the raw keys and values [B, T, P, N, E] of their pass."""
+        self._check_fits(latents_BCTHW)
+        first, num_new = self.num_frames, latents_BCTHW.shape[2]
+        new_frames = range(first, first + num_new)
+        held = self.remembered | _remember(new_frames, kept)
 
         def similarity(frame: int, others: Sequence[int]) -> list[float]:
             scores = [key_similarity(held[frame].keys, held[other].keys) for other in others]
@@ -95,7 +164,13 @@ class Memory:
             remembered={frame: held[frame] for frame in slots.all},
             film=(*self.film, latents_BCTHW.detach().to("cpu", copy=True)),
             decisions=self.decisions + decisions,
+            given=self.given[:, :, num_new:] if self.given is not None and self.given.shape[2] > num_new else None,
+            scene_begins=False,
         )
+
+    def write(self, frames: Sequence[int], kept: Sequence[tuple[Tensor, Tensor]]) -> "Memory":
+        """Keys and values of frames anew, per layer [B, T, P, N, E]."""
+        return dataclasses.replace(self, remembered=self.remembered | _remember(frames, kept))
 
     def view(self, rotate: Callable[[Tensor], Tensor], lazy: bool = False) -> MemoryView:
         """Keys and values for attention; `rotate` gives raw keys [B, M, P, N, E] their ranks."""
@@ -132,6 +207,13 @@ class Memory:
             else:
                 remembered[frame] = Remembered(held.keys.to(device, dtype), held.values.to(device, dtype))
         return dataclasses.replace(self, remembered=remembered)
+
+
+def _remember(frames: Sequence[int], kept: Sequence[tuple[Tensor, Tensor]]) -> dict[int, Remembered]:
+    return {
+        frame: Remembered(torch.stack([k[:, t] for k, _ in kept]), torch.stack([v[:, t] for _, v in kept]))
+        for t, frame in enumerate(frames)
+    }
 
 
 def key_similarity(a: Tensor, b: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""A memory on disk: one safetensors file, exact; continuing from it is bit-identical."""
+"""A memory on disk: one safetensors file.
+
+As it is saved: with its keys and values, then continuing from it is bit-identical; or compact, without them, then
+they are made anew from the film when it is continued.
+"""
 
 import dataclasses
 import hashlib
@@ -16,15 +20,17 @@ from .policy import Decision, Slots
 
 HEADER_KEY = "context_forcing_memory"
 DIGEST_KEY = "sha256"
-VERSION = 1
+VERSION = 2
 
 
-def save_memory(path: str | Path, memory: Memory, student: str) -> None:
-    """Write a memory; `student` is the fingerprint of the network whose keys it holds."""
+def save_memory(path: str | Path, memory: Memory) -> None:
+    """Write a memory, with its keys and values if it has them. The file is whole or not there."""
     path = Path(path)
     header = {
         "version": VERSION,
-        "student": student,
+        "form": "compact" if memory.is_compact else "exact",
+        "student": memory.student,
+        "scene_begins": memory.scene_begins,
         "config": dataclasses.asdict(memory.config),
         "latent_size": memory.latent_size,
         "slots": dataclasses.asdict(memory.slots),
@@ -38,6 +44,9 @@ def save_memory(path: str | Path, memory: Memory, student: str) -> None:
         tensors[f"values.{frame}"] = held.values.cpu().contiguous()
     if memory.film:
         tensors["film"] = torch.cat(memory.film, dim=2)
+    for name in ("text", "given"):
+        if getattr(memory, name) is not None:
+            tensors[name] = getattr(memory, name).contiguous()
     # Inside the header: safetensors writes several metadata keys in no fixed order.
     text = json.dumps({**header, DIGEST_KEY: digest(header, tensors)})
     part = path.with_name(path.name + ".part")
@@ -59,8 +68,8 @@ def digest(header: dict, tensors: dict[str, torch.Tensor]) -> str:
     return sha.hexdigest()
 
 
-def load_memory(path: str | Path, student: str) -> Memory:
-    """Read a memory for the student with this fingerprint.
+def load_memory(path: str | Path, student: str = "") -> Memory:
+    """Read a memory, for the student with this fingerprint if one is given; samplers check that again.
 
     Raises ValueError, one line, for another student, a damaged file or one that is no memory; nothing is half-loaded.
     """
@@ -80,14 +89,14 @@ def load_memory(path: str | Path, student: str) -> Memory:
         version = header["version"]
         if version != VERSION:
             raise ValueError(f"version {version} was written by another version of this software, {VERSION} is known")
-        if header["student"] != student:
+        if student and header["student"] not in ("", student):
             raise ValueError(
                 "made by another student; keys of one network mean nothing to another, load the student it came from"
             )
         if header.pop(DIGEST_KEY, None) != digest(header, tensors):
             raise ValueError("damaged: its contents do not have the digest it was saved with; use another copy")
         return _build(header, tensors)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: damaged header ({error!r})") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -98,26 +107,31 @@ def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
     config = MemoryConfig.from_dict(header["config"])
     channels, height, width = header["latent_size"]
     chunks = header["chunks"]
-    expected = {f"{part}.{frame}" for frame in slots.all for part in ("keys", "values")} | (
+    remembered = slots.all if header["form"] == "exact" else ()
+    expected = {f"{part}.{frame}" for frame in remembered for part in ("keys", "values")} | (
         {"film"} if chunks else set()
     )
-    if expected != tensors.keys():
+    if expected != tensors.keys() - {"text", "given"}:
         raise ValueError(f"damaged: tensors {sorted(expected ^ tensors.keys())[:3]} are missing or extra")
     film = tensors["film"] if chunks else torch.zeros(1, channels, 0, height, width)
     if film.shape != (1, channels, sum(chunks), height, width):
         raise ValueError(f"damaged: the film has shape {tuple(film.shape)}, its header says otherwise")
     if any(not 0 <= frame < film.shape[2] for frame in slots.all):
         raise ValueError("damaged: it remembers frames that the film does not have")
-    remembered = {frame: Remembered(tensors[f"keys.{frame}"], tensors[f"values.{frame}"]) for frame in slots.all}
-    shapes = {tuple(tensor.shape) for held in remembered.values() for tensor in (held.keys, held.values)}
+    held = {frame: Remembered(tensors[f"keys.{frame}"], tensors[f"values.{frame}"]) for frame in remembered}
+    shapes = {tuple(tensor.shape) for each in held.values() for tensor in (each.keys, each.values)}
     if len(shapes) > 1:
         raise ValueError("damaged: remembered frames differ in shape")
     return Memory(
         config=config,
         latent_size=(channels, height, width),
         slots=slots,
-        remembered=remembered,
+        remembered=held,
         film=tuple(chunk.contiguous() for chunk in film.split(chunks, dim=2)) if chunks else (),
         decisions=tuple(Decision(*decision) for decision in header["decisions"]),
         segments=tuple(Segment(*segment) for segment in header["segments"]),
+        student=header["student"],
+        text=tensors.get("text"),
+        given=tensors.get("given"),
+        scene_begins=header["scene_begins"],
     )

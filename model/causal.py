@@ -166,7 +166,7 @@ def sinusoid(timestep_BT: Tensor, width: int) -> Tensor:
 class MemoryAttention:
     """Self-attention of one chunk: over the memory, and over itself in both directions.
 
-    The chunk stands right after the memory: frames at positions M .. M + T - 1. With `keep=True` the raw keys
+    The chunk stands right after the memory, frames at positions M .. M + T - 1, or from position `first` on. With `keep=True` the raw keys
     and values of the pass stay in `kept` as one pair per layer, [B, T, P, N, E], to be remembered.
     """
 
@@ -179,8 +179,10 @@ class MemoryAttention:
         device: torch.device,
         attention: Attention = sdpa,
         keep: bool = False,
+        first: int | None = None,
     ):
-        first = view.num_frames if view else 0
+        if first is None:
+            first = view.num_frames if view else 0
         positions = torch.arange(first, first + num_frames, device=device)
         self.table = rotary_table(positions, *grid, head_dim)
         self.view = view

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -155,10 +157,14 @@ def load_demo_codec(path: str | Path | None = None) -> DemoCodec:
     return codec.eval().requires_grad_(False)
 
 
-def fingerprint(net: nn.Module) -> str:
-    """Short name of a network's weights: equal keys mean equal fingerprints. Works on any tree with Wan's names."""
+def fingerprint(net: nn.Module, instead: Mapping[str, Tensor] = MappingProxyType({})) -> str:
+    """Short name of a network's weights: equal keys mean equal fingerprints. Works on any tree with Wan's names.
+
+    `instead` are weights that count in place of those in the tree.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(net.named_parameters()):
+        parameter = instead.get(name, parameter)
         flat = parameter.detach().flatten()
         # Rounded to bf16, so that a student has one name in every precision it is run in.
         sample = flat[:: max(1, flat.numel() // 1024)].bfloat16().float().cpu()

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ from ..memory.config import MemoryConfig
 from ..memory.memory import Memory
 from .causal import embed_text
 from .checkpoint import fingerprint, load_demo_codec, load_student
-from .codec import DemoCodec, denormalise
+from .codec import DemoCodec, denormalise, normalise
 from .config import VAE_STRIDE, StudentCard
-from .sampler import CausalSampler, chunks_for, seeded_noise
+from .sampler import CausalSampler, chunks_for
+from .segment import segment
 from .story import Story, check_size
 from .text import encode_demo_text, unknown_words
 from .video import to_uint8
@@ -62,6 +64,7 @@ class Pipeline:
             )
         return cls(net=net.to(device, dtype), card=card, codec=load_demo_codec().to(device), device=device, dtype=dtype)
 
+    @cached_property
     def fingerprint(self) -> str:
         """Names the weights, so that a memory is never continued by another student."""
         return fingerprint(self.net)
@@ -73,31 +76,40 @@ class Pipeline:
         config = dataclasses.replace(self.card.memory, **settings)
         return new_memory(config, width, height)
 
-    def tell(self, story: Story, memory: Memory, on_pass: Callable[[], None] = lambda: None) -> Iterator[Memory]:
-        """Continue a memory by a story; yields the memory after every chunk."""
+    @torch.inference_mode()
+    def sampler(self, text_BLC: Tensor, on_pass: Callable[[], None] = lambda: None) -> CausalSampler:
+        """The student under a prompt's embeddings."""
+        return CausalSampler(
+            net=self.net,
+            text=embed_text(self.net, text_BLC.to(self.device, self.dtype)),
+            device=self.device,
+            dtype=self.dtype,
+            solver=self.card.solver,
+            on_pass=on_pass,
+            student=self.fingerprint,
+        )
+
+    def tell(
+        self, story: Story, memory: Memory, on_pass: Callable[[], None] = lambda: None, made: Iterable[Tensor] = ()
+    ) -> Iterator[Memory]:
+        """Continue a memory by a story; yields the memory after every chunk. `made` are chunks of an earlier run."""
+        made = iter(made)
+        sampler_of = lambda text: self.sampler(text, on_pass)
         for scene in story.segments:
             if unknown := unknown_words(scene.prompt):
                 log.warning("the demo student does not know these words, they have no effect: %s", ", ".join(unknown))
-            seed = story.seed if scene.seed is None else scene.seed
-            sampler = CausalSampler(
-                net=self.net,
-                text=self.embed(scene.prompt),
-                device=self.device,
-                dtype=self.dtype,
-                solver=self.card.solver,
-                on_pass=on_pass,
-            )
             chunks = chunks_for(scene.seconds, story.fps or self.card.fps, memory.config.chunk)
-            memory = memory.begin(scene.prompt, seed)
-            for memory in sampler.rollout(
-                memory, chunks, sigmas=self.card.sigmas, noise=seeded_noise(seed, memory.latent_size)
-            ):
+            for memory in segment(
+                sampler_of, memory, encode_demo_text(scene.prompt), prompt=scene.prompt,
+                seed=story.seed if scene.seed is None else scene.seed, num_chunks=chunks, sigmas=self.card.sigmas,
+                change=scene.change, blend=scene.blend, made=made,
+            ):  # fmt: skip
                 yield memory
 
     @torch.inference_mode()
-    def embed(self, prompt: str):
-        """Cross-attention keys and values of a prompt."""
-        return embed_text(self.net, encode_demo_text(prompt).to(self.device, self.dtype))
+    def encode(self, pixels_BCTHW: Tensor) -> Tensor:
+        """Pixels in [-1, 1] [1, 3, 1 + 4k, H, W] -> normalised latents [1, 16, 1 + k, H/8, W/8] on the CPU."""
+        return normalise(self.codec.encode(pixels_BCTHW.to(self.device))).cpu()
 
     @torch.inference_mode()
     def decode(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:

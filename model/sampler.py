@@ -1,5 +1,6 @@
 """The causal sampler: chunk loop, few-step denoising, commit to memory (method.md 3.2)."""
 
+import dataclasses
 import hashlib
 import math
 import struct
@@ -65,6 +66,8 @@ class CausalSampler:
     """What the pass over clean latents sees while it writes their keys: `all`, `no sink`, `fast only`."""
     on_pass: Callable[[], None] = lambda: None
     call: Call = direct
+    student: str = ""
+    """Fingerprint of the network; memories are marked with it, and those of others refused. Empty: no check."""
 
     def __post_init__(self):
         if self.solver not in SOLVERS:
@@ -74,11 +77,22 @@ class CausalSampler:
 
     def rollout(self, memory: Memory, num_chunks: int, *, sigmas: Sequence[float], noise: Noise) -> Iterator[Memory]:
         """Continue a memory by `num_chunks` chunks; yields the memory after each."""
-        self._check_fits(memory)
-        memory = memory.to(self.device, self.dtype)
+        memory = self.ready(memory)
         for _ in range(num_chunks):
             memory = self.make_chunk(memory, sigmas, noise)
             yield memory
+
+    def ready(self, memory: Memory) -> Memory:
+        """The memory on this sampler's device, whole chunks it was given taken over into the film.
+
+        Raises ValueError for one that another student made.
+        """
+        self._check_fits(memory)
+        memory = dataclasses.replace(memory.to(self.device, self.dtype), student=self.student or memory.student)
+        chunk = memory.config.chunk
+        while memory.given is not None and memory.given.shape[2] >= chunk:
+            memory = self.commit(memory, memory.given[:, :, :chunk].to(self.device))
+        return memory
 
     def make_chunk(self, memory: Memory, sigmas: Sequence[float], noise: Noise) -> Memory:
         """Denoise one chunk against the memory, then commit it."""
@@ -88,7 +102,7 @@ class CausalSampler:
 
     def denoise(self, memory: Memory, view: MemoryView, sigmas: Sequence[float], noise: Noise) -> Iterator[Tensor]:
         """The chunk after a memory, x0 [1, C, T, H, W] as it stands after every step."""
-        first = memory.num_frames
+        first, given = memory.num_frames, self._given(memory)
         attend_self = self._attend(memory, view, memory.config.chunk)
         x0 = flow = None
         for step, sigma in enumerate(sigmas):
@@ -96,19 +110,40 @@ class CausalSampler:
                 eps = x0 + flow
             else:
                 eps = torch.stack([noise(first + t, step) for t in range(memory.config.chunk)], dim=2).to(self.device)
-            x = eps if x0 is None else add_noise(x0, eps, sigma)
-            flow = self._flow(x, sigma, attend_self)
-            x0 = x0_from_flow(x, flow, sigma)
+            x = given(eps if x0 is None else add_noise(x0, eps, sigma))
+            flow = self._flow(x, sigma, attend_self, memory.num_given)
+            x0 = given(x0_from_flow(x, flow, sigma))
             yield x0
+
+    def _given(self, memory: Memory) -> Callable[[Tensor], Tensor]:
+        """Put the frames of the next chunk that are given in their place, clean (method.md 3.7)."""
+        if not memory.num_given:
+            return lambda x: x
+        clean = memory.given.to(self.device)
+        return lambda x: torch.cat([clean.to(x), x[:, :, memory.num_given :]], dim=2)
 
     def commit(self, memory: Memory, x0_BCTHW: Tensor, view: MemoryView | None = None) -> Memory:
         """One pass at sigma 0 over clean latents, whose only purpose is to write their keys and values."""
-        view = view or self.view(memory)
+        return memory.append(x0_BCTHW, self._keys(memory, x0_BCTHW, view or self.view(memory)))
+
+    def recache(self, memory: Memory) -> Memory:
+        """Write all that is remembered anew under this sampler's prompt (method.md 3.6).
+
+        Clean latents in passes of a chunk, oldest first; each sees those before it, as when the film was made, and
+        nothing that was forgotten since.
+        """
+        frames, done = memory.slots.all, memory.compact()
+        for first in range(0, len(frames), memory.config.chunk):
+            now, seen = frames[first : first + memory.config.chunk], done.only(frames[:first])
+            done = done.write(now, self._keys(seen, memory.latents(now).to(self.device), self.view(seen)))
+        return done
+
+    def _keys(self, memory: Memory, x0_BCTHW: Tensor, view: MemoryView) -> list[tuple[Tensor, Tensor]]:
         num_sink, num_slow = len(memory.slots.sink), len(memory.slots.slow)
         hidden = {"all": 0, "no sink": num_sink, "fast only": num_sink + num_slow}[self.commit_attends]
         attend_self = self._attend(memory, view.without_first(hidden), x0_BCTHW.shape[2], keep=True)
         self._flow(x0_BCTHW, 0.0, attend_self)
-        return memory.append(x0_BCTHW, attend_self.kept)
+        return attend_self.kept
 
     def view(self, memory: Memory, lazy: bool = False) -> MemoryView:
         """The memory as this network's attention sees it: keys rotated to their ranks."""
@@ -118,16 +153,27 @@ class CausalSampler:
         return memory.view(lambda keys: rotate(keys, table), lazy)
 
     def _attend(self, memory: Memory, view: MemoryView, num_frames: int, keep: bool = False) -> MemoryAttention:
-        return MemoryAttention(view, self._grid(memory), num_frames, self._head_dim, self.device, self.attention, keep)
+        # The first chunk of a scene stands as far from the sink as the window allows (method.md 3.6, scene cut).
+        first = memory.config.window - memory.config.chunk if memory.scene_begins else None
+        return MemoryAttention(
+            view, self._grid(memory), num_frames, self._head_dim, self.device, self.attention, keep, first
+        )
 
-    def _flow(self, x_BCTHW: Tensor, sigma: float, attend_self: MemoryAttention) -> Tensor:
+    def _flow(self, x_BCTHW: Tensor, sigma: float, attend_self: MemoryAttention, num_clean: int = 0) -> Tensor:
+        """Predicted flow; the first `num_clean` frames are clean whatever the noise level of the others."""
         self.on_pass()
         timestep = torch.full((1, x_BCTHW.shape[2]), TIMESTEPS * sigma, device=self.device)
+        timestep[:, :num_clean] = 0
         x = x_BCTHW.to(self.dtype)
         flow = self.call(self.net, causal_forward, x, timestep, self.text, attend_self, self.attention, self.call)
         return flow.float()
 
     def _check_fits(self, memory: Memory) -> None:
+        if memory.student and self.student and memory.student != self.student:
+            raise ValueError(
+                f"memory: made by another student ({memory.student}, this one is {self.student}); keys of one network"
+                " mean nothing to another, continue it with the student that made it"
+            )
         attn = self.net.blocks[0].self_attn
         rows, columns = self._grid(memory)
         fits = (len(self.net.blocks), 1, rows * columns, attn.num_heads, attn.head_dim)

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import yaml
 
+from ..memory.memory import CHANGES
 from .config import PIXEL_MULTIPLE
 from .sampler import chunks_for
 
 MAX_SEED = 2**63 - 1
+MAX_BLEND = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,10 @@ class Scene:
     seconds: float
     seed: int | None = None
     """None takes the story's."""
+    change: str = "keep"
+    """How the prompt takes over from the one before (memory.CHANGES)."""
+    blend: int = 0
+    """Chunks over which the text moves from the old prompt to this one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +100,11 @@ def _segment(where: str, raw: object) -> Scene:
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
         raise ValueError(f"{where}.seconds: {seconds!r} must be a number above 0")
     seed = _whole(f"{where}.seed", raw["seed"], 0, MAX_SEED) if "seed" in raw else None
-    return Scene(prompt=prompt, seconds=float(seconds), seed=seed)
+    change = raw.get("change", "keep")
+    if change not in CHANGES:
+        raise ValueError(f"{where}.change: {change!r} is not one of {', '.join(CHANGES)}")
+    blend = _whole(f"{where}.blend", raw.get("blend", 0), 0, MAX_BLEND)
+    return Scene(prompt=prompt, seconds=float(seconds), seed=seed, change=change, blend=blend)
 
 
 def _size(raw: object) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .load import ContextForcingLoadDemo, ContextForcingLoadStudent
 from .memory import ContextForcingMemory, ContextForcingMemoryReport
 from .sampler import ContextForcingSampler
+from .snapshot import ContextForcingLoadMemory, ContextForcingSaveMemory
 from .video import ContextForcingSaveVideo
 
 NODES: list[type[io.ComfyNode]] = [
@@ -14,6 +15,8 @@ NODES: list[type[io.ComfyNode]] = [
     ContextForcingSampler,
     ContextForcingSaveVideo,
     ContextForcingMemoryReport,
+    ContextForcingSaveMemory,
+    ContextForcingLoadMemory,
 ]
 
 

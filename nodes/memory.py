@@ -10,7 +10,7 @@ from ..memory.config import MEMORY_PRESETS, POLICIES, named_memory
 from ..memory.report import draw_report, summary
 from ..model.pipeline import new_memory
 from ..model.video import to_uint8
-from .types import CATEGORY, MemoryType, card_of
+from .types import CATEGORY, MemoryType, OnWire, card_of
 from .video import decode_stream
 
 AS_TRAINED = "as trained"
@@ -72,7 +72,7 @@ class ContextForcingMemory(io.ComfyNode):
         if policy != AS_TRAINED:
             settings["policy"] = policy
         config = dataclasses.replace(trained, **settings)
-        return io.NodeOutput(new_memory(config, width or card.size[0], height or card.size[1]))
+        return io.NodeOutput(OnWire.of(new_memory(config, width or card.size[0], height or card.size[1])))
 
 
 class ContextForcingMemoryReport(io.ComfyNode):
@@ -98,6 +98,7 @@ class ContextForcingMemoryReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, memory, vae, fps) -> io.NodeOutput:
+        memory = memory.memory
         picture = draw_report(memory, thumbnails(memory, vae), fps)
         image = torch.from_numpy(np.asarray(picture).copy()).float()[None] / 255
         return io.NodeOutput(image, summary(memory, fps), ui=ui.PreviewImage(image, cls=cls))

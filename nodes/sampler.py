@@ -15,10 +15,13 @@ from ..model.attention import sdpa
 from ..model.causal import embed_text
 from ..model.codec import denormalise
 from ..model.config import VAE_STRIDE
-from ..model.sampler import COMMIT_ATTENDS, CausalSampler, chunks_for, seeded_noise, working_bytes
+from ..memory.memory import CHANGES
+from ..model.sampler import COMMIT_ATTENDS, CausalSampler, chunks_for, working_bytes
+from ..model.segment import segment
 from ..model.video import to_uint8
 from .demo import preview_codec
-from .types import CATEGORY, MemoryType, card_of, log, wan_network
+from .snapshot import PLACES, at_rest, autosaved
+from .types import CATEGORY, MemoryType, OnWire, card_of, log, student_of, wan_network
 
 PREVIEW_SIDE = 512
 
@@ -91,6 +94,30 @@ class ContextForcingSampler(io.ComfyNode):
                     "commit_attends", options=list(COMMIT_ATTENDS), default="all", optional=True, advanced=True,
                     tooltip="What a finished chunk sees of the memory while it is written into it.",
                 ),
+                io.Combo.Input(
+                    "change", options=list(CHANGES), default="keep", optional=True,
+                    tooltip="How this prompt takes over from the one before. keep: only what it says is new; the"
+                    " remembered frames stay as they were written. recache: the remembered frames are read again under"
+                    " the new prompt. flush: all but the video's first frames and the last chunk is forgotten. cut: a"
+                    " new scene, only the video's first frames stay. cut_new_sink: a new scene that remembers nothing."
+                    " recache and flush do nothing where the prompt is the same.",
+                ),
+                io.Int.Input(
+                    "blend", default=0, min=0, max=1000, optional=True,
+                    tooltip="Chunks (0.75 s at 16 frames per second) over which the old prompt fades into this one; 0:"
+                    " at once.",
+                ),
+                io.Combo.Input(
+                    "keep_in", options=list(PLACES), default="RAM", optional=True, advanced=True,
+                    tooltip="Where the memory rests until the next node. RAM: anywhere, always right. GPU: spares"
+                    " copying, takes video memory. compact: without keys and values, the least; the next sampler makes"
+                    " them anew from the frames, which is close but not the same to the bit.",
+                ),
+                io.Boolean.Input(
+                    "autosave", default=False, optional=True, advanced=True,
+                    tooltip="Also write the memory to output/context_forcing when the segment is done, or was"
+                    " interrupted: Load Memory goes on from there, even after ComfyUI was closed.",
+                ),
             ],
             outputs=[
                 MemoryType.Output("memory", tooltip="The video so far and what it remembers."),
@@ -99,34 +126,44 @@ class ContextForcingSampler(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, positive, memory, seconds, seed, attention="sdpa", commit_attends="all") -> io.NodeOutput:
-        net, card, text = wan_network(model), card_of(model), text_of(positive)
-        chunk = memory.config.chunk
+    def execute(
+        cls, model, positive, memory, seconds, seed, attention="sdpa", commit_attends="all", change="keep", blend=0,
+        keep_in="RAM", autosave=False,
+    ) -> io.NodeOutput:  # fmt: skip
+        net, card, text, before = wan_network(model), card_of(model), text_of(positive), memory.memory
+        chunk = before.config.chunk
         num_chunks = chunks_for(seconds, card.fps, chunk)
         made = num_chunks * chunk * VAE_STRIDE[0] / card.fps
         if abs(made - seconds) > 1e-6:
             log.info("segment of %g s rounded up to %g s: whole chunks", seconds, made)
 
         dtype = model.model.manual_cast_dtype or model.model.get_dtype()
-        mm.load_models_gpu([model], memory_required=working_bytes(net, memory, dtype))
-        device = model.load_device
-        sampler = CausalSampler(
-            net=net,
-            text=embed_text(net, text.to(device, dtype)),
-            device=device,
-            dtype=dtype,
-            solver=card.solver,
-            attention=ATTENTION[attention],
-            commit_attends=commit_attends,
-            on_pass=mm.throw_exception_if_processing_interrupted,
-        )
-        progress = comfy.utils.ProgressBar(num_chunks)
-        first_chunk = len(memory.film)
-        preview = previewer_of(card.base == "demo")
-        before, memory = memory, memory.begin("", seed)
-        noise = seeded_noise(seed, memory.latent_size)
-        for done, memory in enumerate(sampler.rollout(memory, num_chunks, sigmas=card.sigmas, noise=noise), 1):
-            progress.update_absolute(done, num_chunks, preview(memory.film[-1]))
-        latents = torch.cat(memory.film[first_chunk:], dim=2)
+        mm.load_models_gpu([model], memory_required=working_bytes(net, before, dtype))
+        device, student = model.load_device, student_of(model)
+
+        def sampler_of(text: torch.Tensor) -> CausalSampler:
+            return CausalSampler(
+                net=net,
+                text=embed_text(net, text.to(device, dtype)),
+                device=device,
+                dtype=dtype,
+                solver=card.solver,
+                attention=ATTENTION[attention],
+                commit_attends=commit_attends,
+                on_pass=mm.throw_exception_if_processing_interrupted,
+                student=student,
+            )
+
+        progress, preview = comfy.utils.ProgressBar(num_chunks), previewer_of(card.base == "demo")
+        chunks = segment(
+            sampler_of, before, text, prompt="", seed=seed, num_chunks=num_chunks, sigmas=card.sigmas, change=change,
+            blend=blend,
+        )  # fmt: skip
+        with autosaved(autosave) as kept:
+            for done, after in enumerate(chunks, 1):
+                kept.memory = after
+                progress.update_absolute(done, num_chunks, preview(after.film[-1]))
+        latents = torch.cat(after.film[-num_chunks:], dim=2)
         samples = model.model.process_latent_out(latents).to(mm.intermediate_device())
-        return io.NodeOutput(memory.to(mm.intermediate_device(), before=before), {"samples": samples})
+        after = at_rest(after, keep_in, before)
+        return io.NodeOutput(OnWire.of(after, before), {"samples": samples})

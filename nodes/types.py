@@ -1,9 +1,13 @@
 """What travels on our wires, and the card on a MODEL."""
 
 import logging
+from typing import NamedTuple
 
+import torch
 from comfy_api.latest import io
 
+from ..memory.memory import Memory
+from ..model.checkpoint import fingerprint
 from ..model.config import StudentCard
 
 log = logging.getLogger("context_forcing")
@@ -12,7 +16,23 @@ CATEGORY = "Context Forcing"
 CARD = "context_forcing_card"
 
 MemoryType = io.Custom("CF_MEMORY")
-"""One `memory.Memory`: immutable, so ComfyUI may cache it, hand it to two nodes and run a node again on it."""
+"""An `OnWire`: immutable, so ComfyUI may cache it, hand it to two nodes and run a node again on it."""
+
+
+class OnWire(NamedTuple):
+    """A memory as it rests on a wire, between two nodes.
+
+    ComfyUI's cache weighs CPU tensors that it finds in tuples. `tensors` are those that this memory does not share with
+    the one it continues: all wires of a chain together weigh what they really hold.
+    """
+
+    memory: Memory
+    tensors: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def of(cls, memory: Memory, before: Memory | None = None) -> "OnWire":
+        shared = {id(tensor) for tensor in before.tensors()} if before else set()
+        return cls(memory, tuple(tensor for tensor in memory.tensors() if id(tensor) not in shared))
 
 
 def card_of(model) -> StudentCard:
@@ -37,3 +57,15 @@ def wan_network(model):
     if net.patch_embedding.weight.shape[1] != 16 or hasattr(net, "img_emb") and net.img_emb is not None:
         raise ValueError(f"model: {name} is not Wan 2.1 text-to-video (16 channels); this model cannot be rolled out")
     return net
+
+
+def student_of(model) -> str:
+    """Fingerprint of the weights on disk, whatever LoRAs are patched in: a memory may be continued with another LoRA."""
+    return fingerprint(
+        wan_network(model),
+        {
+            name.removeprefix("diffusion_model."): backup.weight
+            for name, backup in model.backup.items()
+            if name.startswith("diffusion_model.")
+        },
+    )

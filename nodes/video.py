@@ -69,6 +69,7 @@ class ContextForcingSaveVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, memory, vae, filename_prefix, fps, scale, crf=16) -> io.NodeOutput:
+        memory = memory.memory
         height, width = (side * 8 for side in memory.latent_size[1:])
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             filename_prefix, folder_paths.get_output_directory(), width, height

@@ -268,7 +268,7 @@ def _header(plan: Plan, pipelines: dict[str | None, Pipeline]) -> dict:
             )
         card = dataclasses.asdict(pipeline.card)
         students.append(
-            {"name": entrant.name, "weights": pipeline.fingerprint(), "policies": entrant.policies, "card": card}
+            {"name": entrant.name, "weights": pipeline.fingerprint, "policies": entrant.policies, "card": card}
         )
     return {
         "format": FORMAT,

@@ -8,6 +8,8 @@ import torch
 from ..memory.memory import Memory
 from ..model.pipeline import Pipeline
 from ..model.sampler import CausalSampler, seeded_noise
+from ..model.segment import used_rows
+from ..model.text import encode_demo_text
 from .world import Style, caption
 
 Key = TypeVar("Key", bound=Hashable)
@@ -24,21 +26,14 @@ class Camera:
         """One more chunk; `move` is -1 (left), 0 (stays) or +1 (right)."""
         prompt = caption(self.style, move)
         if not memory.segments or memory.segments[-1].prompt != prompt:
-            memory = memory.begin(prompt, self.seed)
+            memory = memory.begin(prompt, self.seed, used_rows(encode_demo_text(prompt)))
         noise = seeded_noise(self.seed, memory.latent_size)
         (memory,) = self._sampler(move).rollout(memory, 1, sigmas=self.pipeline.card.sigmas, noise=noise)
         return memory
 
     def _sampler(self, move: int) -> CausalSampler:
         if move not in self._samplers:
-            pipeline = self.pipeline
-            self._samplers[move] = CausalSampler(
-                net=pipeline.net,
-                text=pipeline.embed(caption(self.style, move)),
-                device=pipeline.device,
-                dtype=pipeline.dtype,
-                solver=pipeline.card.solver,
-            )
+            self._samplers[move] = self.pipeline.sampler(encode_demo_text(caption(self.style, move)))
         return self._samplers[move]
 
 

@@ -20,7 +20,7 @@ SIZES = dict(sink=1, slow=2, fast=4, chunk=2, window=7, slow_similarity_threshol
 def continue_by(net, make_sampler):
     def go(memory, num_chunks, seed=3):
         noise = seeded_noise(seed, memory.latent_size)
-        *_, memory = make_sampler(net).rollout(memory, num_chunks, sigmas=SIGMAS, noise=noise)
+        *_, memory = make_sampler(net, student=STUDENT).rollout(memory, num_chunks, sigmas=SIGMAS, noise=noise)
         return memory
 
     return go
@@ -35,7 +35,7 @@ def memory(continue_by, empty_memory):
 
 @pytest.fixture
 def path(memory, tmp_path):
-    save_memory(tmp_path / "memory.safetensors", memory, STUDENT)
+    save_memory(tmp_path / "memory.safetensors", memory)
     return tmp_path / "memory.safetensors"
 
 
@@ -64,14 +64,14 @@ def test_round_trip_is_exact(memory, path, same_memory):
 
 def test_half_precision_round_trip_is_exact(memory, tmp_path, same_memory):
     half = memory.to("cpu", torch.bfloat16)
-    save_memory(tmp_path / "half.safetensors", half, STUDENT)
-    assert same_memory(load_memory(tmp_path / "half.safetensors", STUDENT), half)
+    save_memory(tmp_path / "half.safetensors", half)
+    assert same_memory(load_memory(tmp_path / "half.safetensors"), half)
 
 
 def test_an_empty_memory_round_trips(empty_memory, tmp_path, same_memory):
     for memory in (empty_memory(), empty_memory(policy="clean").begin("soon", 1)):
-        save_memory(tmp_path / "empty.safetensors", memory, STUDENT)
-        assert same_memory(load_memory(tmp_path / "empty.safetensors", STUDENT), memory)
+        save_memory(tmp_path / "empty.safetensors", memory)
+        assert same_memory(load_memory(tmp_path / "empty.safetensors"), memory)
 
 
 def test_continuing_a_loaded_memory_is_bit_identical(memory, path, continue_by, same_memory):
@@ -79,13 +79,13 @@ def test_continuing_a_loaded_memory_is_bit_identical(memory, path, continue_by, 
 
 
 def test_saving_twice_gives_the_same_bytes(memory, path):
-    save_memory(path.with_name("again.safetensors"), memory, STUDENT)
+    save_memory(path.with_name("again.safetensors"), memory)
     assert path.read_bytes() == path.with_name("again.safetensors").read_bytes()
 
 
 def test_a_memory_replaces_an_older_one(memory, path, continue_by, same_memory):
     longer = continue_by(memory, 1)
-    save_memory(path, longer, STUDENT)
+    save_memory(path, longer)
     assert same_memory(load_memory(path, STUDENT), longer)
 
 
@@ -132,7 +132,7 @@ def test_missing_extra_and_reshaped_tensors(path):
 
 
 HEADER_EDITS = {
-    "version": lambda h: h.update(version=2),
+    "version": lambda h: h.update(version=1),
     "no version": lambda h: h.pop("version"),
     "no student": lambda h: h.pop("student"),
     "no slots": lambda h: h.pop("slots"),
@@ -244,6 +244,6 @@ def test_damage_is_refused_or_harmless(memory, path, same_memory, where):
 def test_unwritable_is_one_line(memory, tmp_path):
     for path in (tmp_path, tmp_path / "missing" / "memory.safetensors"):
         with pytest.raises(ValueError) as caught:
-            save_memory(path, memory, STUDENT)
+            save_memory(path, memory)
         assert "\n" not in str(caught.value)
     assert not list(tmp_path.parent.glob("*.part")) and not list(tmp_path.iterdir())

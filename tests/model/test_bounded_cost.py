@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from context_forcing.model.pipeline import Pipeline
-from context_forcing.model.sampler import CausalSampler, seeded_noise
+from context_forcing.model.sampler import seeded_noise
+from context_forcing.model.text import encode_demo_text
 
 EARLY, LATE = 12, 160
 
@@ -22,10 +23,7 @@ def resident_bytes():
 @torch.inference_mode()
 def test_chunk_160_costs_what_chunk_12_costs():
     pipeline = Pipeline.load(None, torch.device("cpu"), torch.float32)
-    sampler = CausalSampler(
-        net=pipeline.net, text=pipeline.embed("A meadow. The camera pans right."), device=pipeline.device,
-        dtype=pipeline.dtype,
-    )  # fmt: skip
+    sampler = pipeline.sampler(encode_demo_text("A meadow. The camera pans right."))
     memory = pipeline.empty_memory(policy="fifo")
     noise = seeded_noise(0, memory.latent_size)
     sigmas = pipeline.card.sigmas

@@ -45,8 +45,8 @@ def test_saving_between_changes_nothing(net, make_sampler, empty_memory, same_me
     memory = empty_memory(**SMALL)
     for part in (1, 3, 2):
         memory = roll(make_sampler(net), memory, part)
-        save_memory(tmp_path / "memory.safetensors", memory, "student")
-        memory = load_memory(tmp_path / "memory.safetensors", "student")
+        save_memory(tmp_path / "memory.safetensors", memory)
+        memory = load_memory(tmp_path / "memory.safetensors")
     assert same_memory(memory, six_chunks)
 
 

@@ -1,0 +1,71 @@
+"""One segment of a video: how its prompt takes over from the one before, then chunk by chunk.
+
+Both ways in - `generate` and the sampler node - come through here, so that a chain is the same in either.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..memory.memory import Memory
+from .sampler import CausalSampler, seeded_noise
+
+
+def segment(
+    sampler_of: Callable[[Tensor], CausalSampler],
+    memory: Memory,
+    text_BLC: Tensor,
+    *,
+    prompt: str,
+    seed: int,
+    num_chunks: int,
+    sigmas: Sequence[float],
+    change: str = "keep",
+    blend: int = 0,
+    made: Iterable[Tensor] = (),
+) -> Iterator[Memory]:
+    """Continue a memory under a prompt; yields the memory after every chunk.
+
+    `sampler_of` takes text embeddings [1, L, 4096]. `change` is one of memory.CHANGES; over the first `blend` chunks
+    the text moves from the old prompt to the new one. `made` are x0 of chunks that were finished in an earlier run:
+    they are committed, not made again, and the memory comes out the same.
+    """
+    if blend < 0:
+        raise ValueError(f"blend: {blend} chunks; it must be 0 or more")
+    before, text = memory.text, used_rows(text_BLC)
+    if memory.is_compact:
+        if before is None:
+            raise ValueError("memory: it is compact and does not say under which prompt it was made")
+        old = sampler_of(before)
+        memory = old.recache(old.ready(memory))
+    differs = before is not None and not torch.equal(before, text)
+    if not memory.film or (not differs and change in ("recache", "flush")):
+        change = "keep"
+    sampler = sampler_of(text)
+    memory = sampler.ready(memory.begin(prompt, seed, text, change))
+    if change == "recache":
+        memory = sampler.recache(memory)
+    noise, finished = seeded_noise(seed, memory.latent_size), iter(made)
+    for number in range(num_chunks):
+        now = sampler
+        if differs and number < blend:
+            now = sampler_of(between(before, text, (number + 1) / (blend + 1)))
+        x0 = next(finished, None)
+        memory = now.make_chunk(memory, sigmas, noise) if x0 is None else now.commit(memory, x0.to(now.device))
+        yield memory
+
+
+def used_rows(text_BLC: Tensor) -> Tensor:
+    """Text embeddings without the zero rows behind, float32 on the CPU: a prompt looks the same however it is padded."""
+    text = text_BLC.detach().float().cpu()
+    used = text.ne(0).any(dim=-1).any(dim=0).nonzero()
+    return text[:, : int(used[-1]) + 1 if len(used) else 0].clone()
+
+
+def between(old_BLC: Tensor, new_BLC: Tensor, share: float) -> Tensor:
+    """`share` of the way from one prompt's embeddings to another's, row by row."""
+    rows = max(old_BLC.shape[1], new_BLC.shape[1])
+    old, new = (F.pad(text, (0, 0, 0, rows - text.shape[1])) for text in (old_BLC, new_BLC))
+    return torch.lerp(old, new, share)
