@@ -62,6 +62,19 @@ def generate(
         Optional[Path], typer.Option(help="Continue this memory; the video starts at its start.")
     ] = None,
     memory_out: Annotated[Optional[Path], typer.Option(help="Save the memory at the end.")] = None,
+    compact: Annotated[
+        bool,
+        typer.Option("--compact", help="Save it without keys and values: small, and close to exact when continued."),
+    ] = False,
+    start: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="A picture or video that the video begins with; frames that do not fill 1 + 4k are left out."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the video that was stopped or killed, to the identical file.")
+    ] = False,
     report: Annotated[Optional[Path], typer.Option(help="Draw what is remembered at the end, .png.")] = None,
     scale: Annotated[
         Optional[int],
@@ -72,6 +85,7 @@ def generate(
     from .memory.config import named_memory
     from .memory.report import draw_report, summary
     from .memory.snapshot import load_memory, save_memory
+    from .model.journal import Journal, beside, fingerprint_memory
     from .model.pipeline import Pipeline, pick_device
     from .model.story import load_story
     from .model.video import check_writable, default_scale, write_video
@@ -97,23 +111,29 @@ def generate(
     else:
         final = pipeline.empty_memory(told.size, **settings)
     fps, chunk = told.fps or pipeline.card.fps, final.config.chunk
+    if start is not None:
+        final = final.give(_read_start(pipeline, start, final, fps))
     _announce_rounding(told, chunk, fps)
     height, width = (side * 8 for side in final.latent_size[1:])
+    where = {"student": pipeline.fingerprint, "device": pipeline.device.type, "dtype": str(pipeline.dtype)}
+    asked = {**where, "story": dataclasses.asdict(told), "memory": fingerprint_memory(final)}
+    journal = Journal(beside(output), asked, resume)
     began = time.monotonic()
 
     with _progress() as progress, contextlib.ExitStack() as kept:
+        # Also after an interrupt or an error: what is finished is kept.
+        kept.push(lambda kind, *_: kind and console.print(f"{output}: not finished; --resume goes on", highlight=False))
         if memory_out is not None:
-            # Also after an interrupt or an error: what is finished is kept.
-            kept.callback(lambda: final.film and save_memory(memory_out, final))
-        total = told.num_chunks(fps, chunk)
-        task = progress.add_task("generate", total=total, says="")
+            kept.callback(lambda: final.film and save_memory(memory_out, final.compact() if compact else final))
+        task = progress.add_task("generate", total=told.num_chunks(fps, chunk), says="")
 
         def latents():
             nonlocal final
             yield from final.film
-            for done, final in enumerate(pipeline.tell(told, final), 1):
-                frames = done * chunk * 4
-                rate = frames / max(1e-6, time.monotonic() - began)
+            for done, after in enumerate(pipeline.tell(told, final, made=journal.made), 1):
+                before, final = len(final.film), after
+                journal.keep(done - 1, final.film[-1])
+                rate = max(0, done - len(journal.made)) * chunk * 4 / max(1e-6, time.monotonic() - began)
                 slots = final.slots
                 progress.update(
                     task,
@@ -121,14 +141,33 @@ def generate(
                     says=f"{rate:.1f} frames/s  remembers {len(slots.sink)} sink {len(slots.slow)} slow"
                     f" {len(slots.fast)} fast",
                 )
-                yield final.film[-1]
+                yield from final.film[before:]
 
         count = write_video(output, pipeline.decode(latents()), fps=fps, scale=scale or default_scale(width, height))
+    journal.close()
     seconds = time.monotonic() - began
     if report is not None:
         draw_report(final, pipeline.thumbnails(final), fps).save(report)
     console.print(summary(final, fps), highlight=False)
     console.print(f"{output}: {count} frames, {count / fps:.2f} s, made in {seconds:.1f} s", highlight=False)
+
+
+def _read_start(pipeline, path: Path, memory, fps: float):
+    """A picture or video as latents of the memory's size: 1 + 4k frames, what is over is left out."""
+    import numpy as np
+
+    from .model.video import VideoError, check_video, read_runs, to_pixels
+
+    size = tuple(side * 8 for side in reversed(memory.latent_size[1:]))
+    try:
+        check_video(path)
+        frames = np.concatenate(list(read_runs(path, 64, size, fps)))
+    except VideoError as error:
+        raise ValueError(f"--start: {path}: {error}") from None
+    whole = len(frames) - (len(frames) - 1) % 4
+    if whole < len(frames):
+        console.print(f"--start: {len(frames) - whole} of {len(frames)} frames left out: 1 + 4k are taken")
+    return pipeline.encode(to_pixels(frames[:whole]))
 
 
 def _check_continues(memory, told, settings: dict) -> None:

@@ -1,11 +1,16 @@
-"""Pixel frames -> an mp4, as a stream: memory does not grow with length."""
+"""Pixel frames to an mp4 and from a video or picture, as streams: memory does not grow with length."""
 
+import itertools
 import math
 import os
-from collections.abc import Callable, Iterable
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 SHOWN_SIDE = 360
@@ -91,3 +96,78 @@ def write_video(
             writer.close()
         part.unlink(missing_ok=True)
     return count
+
+
+class VideoError(ValueError):
+    """A video that cannot be used; says why."""
+
+
+def check_video(path: str | Path, start: float = 0.0, end: float | None = None) -> None:
+    """Raises VideoError unless a video, or the part between two times in seconds, decodes to its end without an error."""
+    if not Path(path).is_file():
+        raise VideoError("there is no such file")
+    command = _ffmpeg(path, start, end, "-f", "null", "-", stop_at_errors=True)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise VideoError(f"does not decode: {_first_line(done.stderr)}")
+
+
+def read_runs(
+    path: str | Path,
+    num_frames: int,
+    size: tuple[int, int],
+    fps: float,
+    *,
+    start: float = 0.0,
+    end: float | None = None,
+    skip: int = 0,
+) -> Iterator[np.ndarray]:
+    """Consecutive runs of a video as uint8 [num_frames, H, W, 3]; the last may be shorter. `skip`: runs to leave out.
+
+    Resampled to `fps`; resized to cover `size` (width, height), in square pixels, and cropped to its centre. A picture
+    is a video of one frame. Raises VideoError for what does not decode.
+    """
+    width, height = size
+    zoom = f"max({width}/(iw*sar),{height}/ih)"
+    filters = (
+        f"fps={fps},scale=w='max({width},round(iw*sar*{zoom}))':h='max({height},round(ih*{zoom}))'"
+        f":flags=bicubic+accurate_rnd+full_chroma_int,crop={width}:{height}"
+    )
+    command = _ffmpeg(path, start, end, "-vf", filters, "-f", "rawvideo", "-pix_fmt", "rgb24", "-")
+    run_bytes = num_frames * height * width * 3
+    with tempfile.TemporaryFile() as stderr, subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=stderr, bufsize=2**20
+    ) as process:  # fmt: skip
+        try:
+            for run in itertools.count():
+                data = process.stdout.read(run_bytes)
+                if len(data) < run_bytes and process.wait():
+                    stderr.seek(0)
+                    raise VideoError(f"does not decode: {_first_line(stderr.read().decode(errors='replace'))}")
+                if not data:
+                    return
+                if run >= skip:
+                    yield np.frombuffer(data, np.uint8).reshape(-1, height, width, 3)
+        finally:
+            process.kill()
+
+
+def to_pixels(frames_THWC: np.ndarray) -> Tensor:
+    """uint8 frames [T, H, W, 3] -> pixels in [-1, 1], [1, 3, T, H, W]; the inverse of `to_uint8`."""
+    return torch.from_numpy(frames_THWC.copy()).movedim(-1, 0)[None].float() / 127.5 - 1
+
+
+def _ffmpeg(path: str | Path, start: float, end: float | None, *options: str, stop_at_errors: bool = False) -> list:
+    import imageio_ffmpeg
+
+    part = ["-ss", f"{start:.6f}"] if start else []
+    part += ["-t", f"{end - start:.6f}"] if end is not None else []
+    strict = ["-xerror"] if stop_at_errors else []
+    return [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", *strict, *part,
+            "-i", f"file:{path}", "-map", "0:v:0", *options]  # fmt: skip
+
+
+def _first_line(stderr: str) -> str:
+    """What ffmpeg says first, without the address it puts before."""
+    lines = [re.sub(r"^(\[[^]]*\]\s*)+", "", line).strip() for line in stderr.splitlines()]
+    return next(filter(None, lines), "ffmpeg gave no reason")

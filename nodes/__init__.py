@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .load import ContextForcingLoadDemo, ContextForcingLoadStudent
 from .memory import ContextForcingMemory, ContextForcingMemoryReport
+from .remember import ContextForcingRemember
 from .sampler import ContextForcingSampler
 from .snapshot import ContextForcingLoadMemory, ContextForcingSaveMemory
 from .video import ContextForcingSaveVideo
@@ -12,6 +13,7 @@ NODES: list[type[io.ComfyNode]] = [
     ContextForcingLoadDemo,
     ContextForcingLoadStudent,
     ContextForcingMemory,
+    ContextForcingRemember,
     ContextForcingSampler,
     ContextForcingSaveVideo,
     ContextForcingMemoryReport,

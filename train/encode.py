@@ -5,10 +5,7 @@ Shapes: C latent channels, T latent frames, F pixel frames, H W pixels, h w late
 
 import hashlib
 import html
-import itertools
 import re
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +21,7 @@ from ..model.codec import WAN_MEAN, WAN_STD, normalise, pixel_frames
 from ..model.pipeline import pick_device
 from ..model.story import check_size
 from ..model.text import TEXT_DIM, TEXT_LEN, canonical_words, encode_demo_text
+from ..model.video import VideoError, check_video, read_runs, to_pixels
 from .shards import Header, ShardWriter
 from .sources import Source, list_sources
 
@@ -83,69 +81,6 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-class VideoError(ValueError):
-    """A video that cannot be used; says why."""
-
-
-def _ffmpeg(source: Source, *options: str, stop_at_errors: bool = False) -> list[str]:
-    import imageio_ffmpeg
-
-    part = ["-ss", f"{source.start:.6f}"] if source.start else []
-    part += ["-t", f"{source.end - source.start:.6f}"] if source.end is not None else []
-    strict = ["-xerror"] if stop_at_errors else []
-    return [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", *strict, *part,
-            "-i", f"file:{source.video}", "-map", "0:v:0", *options]  # fmt: skip
-
-
-def check_video(source: Source) -> None:
-    """Raises VideoError unless the video, or the part of it, decodes to its end without an error.
-
-    Before anything is encoded: a video that breaks in its middle must not leave half its clips in a set.
-    """
-    if not source.video.is_file():
-        raise VideoError("there is no such file")
-    command = _ffmpeg(source, "-f", "null", "-", stop_at_errors=True)
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        raise VideoError(f"does not decode: {_first_line(done.stderr)}")
-
-
-def _first_line(stderr: str) -> str:
-    """What ffmpeg says first, without the address it puts before."""
-    lines = [re.sub(r"^(\[[^]]*\]\s*)+", "", line).strip() for line in stderr.splitlines()]
-    return next(filter(None, lines), "ffmpeg gave no reason")
-
-
-def read_runs(source: Source, num_frames: int, size: tuple[int, int], fps: int, start: int = 0) -> Iterator[np.ndarray]:
-    """Consecutive runs of a video as uint8 [num_frames, H, W, 3]; the last may be shorter. `start`: runs to leave out.
-
-    Resampled to `fps`; resized to cover `size` (width, height), in square pixels, and cropped to its centre.
-    """
-    width, height = size
-    zoom = f"max({width}/(iw*sar),{height}/ih)"
-    filters = (
-        f"fps={fps},scale=w='max({width},round(iw*sar*{zoom}))':h='max({height},round(ih*{zoom}))'"
-        f":flags=bicubic+accurate_rnd+full_chroma_int,crop={width}:{height}"
-    )
-    command = _ffmpeg(source, "-vf", filters, "-f", "rawvideo", "-pix_fmt", "rgb24", "-")
-    run_bytes = num_frames * height * width * 3
-    with tempfile.TemporaryFile() as stderr, subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=stderr, bufsize=2**20
-    ) as process:  # fmt: skip
-        try:
-            for run in itertools.count():
-                data = process.stdout.read(run_bytes)
-                if len(data) < run_bytes and process.wait():
-                    stderr.seek(0)
-                    raise VideoError(f"does not decode: {_first_line(stderr.read().decode(errors='replace'))}")
-                if not data:
-                    return
-                if run >= start:
-                    yield np.frombuffer(data, np.uint8).reshape(-1, height, width, 3)
-        finally:
-            process.kill()
-
-
 class Encoder(Protocol):
     """A VAE and a text encoder. `vae` and `text_encoder` are their fingerprints; `size` is the default."""
 
@@ -160,12 +95,6 @@ class Encoder(Protocol):
         """float32 rows [L, 4096], without padding."""
 
 
-def _to_pixels(pixels_FHWC: np.ndarray, device: torch.device) -> Tensor:
-    """[1, 3, F, H, W] float32 in [-1, 1]."""
-    pixels = torch.from_numpy(pixels_FHWC.copy()).to(device)
-    return pixels.permute(3, 0, 1, 2)[None].float().div_(127.5).sub_(1)
-
-
 class DemoEncoder:
     """The demo student's codec and text encoder."""
 
@@ -178,7 +107,7 @@ class DemoEncoder:
         self._codec = load_demo_codec().to(device)
 
     def latents(self, pixels_FHWC: np.ndarray) -> Tensor:
-        return normalise(self._codec.encode(_to_pixels(pixels_FHWC, self.device)))[0]
+        return normalise(self._codec.encode(to_pixels(pixels_FHWC).to(self.device)))[0]
 
     def text(self, prompt: str) -> Tensor:
         return encode_demo_text(prompt)[0, : len(set(canonical_words(prompt)))]
@@ -232,7 +161,7 @@ class WanEncoder:
             raise ValueError(f"model: {folder / 'tokenizer'} is no tokenizer ({_one_line(error)})") from None
 
     def latents(self, pixels_FHWC: np.ndarray) -> Tensor:
-        return normalise(self._vae.encode(_to_pixels(pixels_FHWC, self.device)).latent_dist.mode())[0]
+        return normalise(self._vae.encode(to_pixels(pixels_FHWC).to(self.device)).latent_dist.mode())[0]
 
     def text(self, prompt: str) -> Tensor:
         # The attention mask hides padding from the words: without padding the rows are the same, and fewer.
@@ -344,9 +273,11 @@ class SetEncoder:
             self.writer.add(source.name, None, source.caption, {"text": text})
             self.writer.finish(source.name, 1)
             return
-        check_video(source)
+        check_video(source.video, source.start, source.end)
         clip_frames, count, left = pixel_frames(self.settings.frames), self.writer.clips_of(source.name), 0
-        runs = read_runs(source, clip_frames, self.header.size, self.header.fps, start=count)
+        runs = read_runs(
+            source.video, clip_frames, self.header.size, self.header.fps, start=source.start, end=source.end, skip=count
+        )
         for pixels in runs:
             if len(pixels) < clip_frames:
                 left = len(pixels)

@@ -224,9 +224,9 @@ def load_or_refuse(path):
 
 def test_damage_never_raises_anything_but_valueerror(path):
     refusals = 0
-    for _ in mutations(path, 300, 0, header_end(path)):
+    for _ in mutations(path, 600, 0, header_end(path)):
         refusals += load_or_refuse(path) is None
-    assert refusals > 100
+    assert refusals > 200
 
 
 @pytest.mark.parametrize("where", ["header", "tensors"])

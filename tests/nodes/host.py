@@ -28,9 +28,12 @@ NODE_IDS = (
     "ContextForcingLoadDemo",
     "ContextForcingLoadStudent",
     "ContextForcingMemory",
+    "ContextForcingRemember",
     "ContextForcingSampler",
     "ContextForcingSaveVideo",
     "ContextForcingMemoryReport",
+    "ContextForcingSaveMemory",
+    "ContextForcingLoadMemory",
 )
 
 

@@ -13,18 +13,15 @@ import torch
 from context_forcing import cli
 from context_forcing.model.codec import WAN_MEAN, WAN_STD
 from context_forcing.model.text import encode_demo_text
-from context_forcing.model.video import write_video
+from context_forcing.model.video import VideoError, check_video, read_runs, write_video
 from context_forcing.train import encode as encode_module
 from context_forcing.train.data import random_clip
 from context_forcing.train.encode import (
     EncodeSettings,
     SetEncoder,
-    VideoError,
     WanEncoder,
-    check_video,
     clean_text,
     encode,
-    read_runs,
 )
 from context_forcing.train.shards import MANIFEST, ShardedClips, open_shard, read_manifest
 from context_forcing.train.sources import Source, list_sources
@@ -133,7 +130,7 @@ def test_the_loader_takes_the_set(videos, tmp_path):
 def test_a_second_run_does_nothing(videos, tmp_path, monkeypatch):
     run(videos, tmp_path / "set")
     before = contents(tmp_path / "set")
-    monkeypatch.setattr(encode_module, "check_video", lambda source: pytest.fail("looked at again"))
+    monkeypatch.setattr(encode_module, "check_video", lambda *part: pytest.fail("looked at again"))
     summary = run(videos, tmp_path / "set")
     assert summary.clips == 6 and summary.new_clips == 0
     assert contents(tmp_path / "set") == before
@@ -296,13 +293,13 @@ def test_pixels_are_resampled_resized_and_cropped_to_the_centre(tmp_path):
     brightness = np.repeat(np.arange(8, dtype=np.uint8) * 30, 4)
     frames = np.broadcast_to(brightness[:, None, None, None], (32, 48, 96, 3)).copy()
     film(tmp_path / "ramp.mp4", frames, fps=32)
-    (found,) = read_runs(Source(name="ramp", video=tmp_path / "ramp.mp4"), 16, (32, 16), fps=16)
+    (found,) = read_runs(tmp_path / "ramp.mp4", 16, (32, 16), fps=16)
     assert found.shape == (16, 16, 32, 3), "half the frames, half the second"
     assert np.abs(found.mean((1, 2, 3)) - brightness[::2]).max() < 20 and (np.diff(found.mean((1, 2, 3))) > -3).all()
 
     film(tmp_path / "bars.mp4", np.stack([bars(48, 144)] * 5))
     for size in ((48, 48), (32, 32), (96, 96)):
-        (found,) = read_runs(Source(name="bars", video=tmp_path / "bars.mp4"), 5, size, fps=16)
+        (found,) = read_runs(tmp_path / "bars.mp4", 5, size, fps=16)
         middle = found[:, :, size[0] // 8 : -size[0] // 8].reshape(-1, 3).mean(0)
         assert middle[1] > 180 and middle[0] < 30 and middle[2] < 30, "only the green middle is left"
 
@@ -316,28 +313,33 @@ def test_pixels_that_are_not_square_are_made_square(tmp_path):
     for _ in range(5):
         writer.send(bars(48, 48))
     writer.close()
-    (found,) = read_runs(Source(name="wide", video=tmp_path / "wide.mp4"), 5, (48, 48), fps=16)
+    (found,) = read_runs(tmp_path / "wide.mp4", 5, (48, 48), fps=16)
     middle = found[:, :, 8:-8].reshape(-1, 3).mean(0)
     assert middle[1] > 150 and middle[0] < 60 and middle[2] < 60, "shown at 144 x 48, the middle is green"
 
 
 def test_a_part_of_a_video(whole_videos):
-    whole = np.concatenate(list(read_runs(Source(name="b", video=whole_videos / "b.mp4"), 7, (128, 64), 16)))
+    whole = np.concatenate(list(read_runs(whole_videos / "b.mp4", 7, (128, 64), 16)))
     assert len(whole) == 41
     part = Source(name="b", video=whole_videos / "b.mp4", start=0.5, end=1.5)
-    check_video(part)
-    assert np.array_equal(np.concatenate(list(read_runs(part, 7, (128, 64), 16))), whole[8:24])
-    assert np.array_equal(np.concatenate(list(read_runs(part, 7, (128, 64), 16, start=1))), whole[15:24])
+    check_video(part.video, part.start, part.end)
+    assert np.array_equal(
+        np.concatenate(list(read_runs(part.video, 7, (128, 64), 16, start=part.start, end=part.end))), whole[8:24]
+    )
+    assert np.array_equal(
+        np.concatenate(list(read_runs(part.video, 7, (128, 64), 16, start=part.start, end=part.end, skip=1))),
+        whole[15:24],
+    )
 
 
 def test_a_file_without_pictures(tmp_path):
     (tmp_path / "none.mp4").write_text("x")
     with pytest.raises(VideoError, match="does not decode"):
-        check_video(Source(name="none", video=tmp_path / "none.mp4"))
+        check_video(tmp_path / "none.mp4")
     with pytest.raises(VideoError, match="does not decode"):
-        list(read_runs(Source(name="none", video=tmp_path / "none.mp4"), 5, (16, 16), 16))
+        list(read_runs(tmp_path / "none.mp4", 5, (16, 16), 16))
     with pytest.raises(VideoError, match="there is no such file"):
-        check_video(Source(name="gone", video=tmp_path / "gone.mp4"))
+        check_video(tmp_path / "gone.mp4")
 
 
 @pytest.mark.parametrize("suffix, delimiter", [(".csv", ","), (".tsv", "\t")])
@@ -518,7 +520,7 @@ def test_wan_latents_and_text_are_what_the_libraries_give(tiny_wan, whole_videos
     latents, text = tensors(tmp_path / "set", manifest.entries[1])
 
     vae = AutoencoderKLWan.from_pretrained(tiny_wan / "vae").eval()
-    runs = list(read_runs(Source(name="a", video=whole_videos / "a.mp4"), CLIP, (64, 48), 16))
+    runs = list(read_runs(whole_videos / "a.mp4", CLIP, (64, 48), 16))
     pixels = torch.from_numpy(runs[1].copy()).permute(3, 0, 1, 2)[None] / 127.5 - 1
     with torch.no_grad():
         raw = vae.encode(pixels).latent_dist.mean

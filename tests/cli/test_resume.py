@@ -1,0 +1,173 @@
+"""A video that was stopped, killed or begun from something: nothing is lost, and what comes out is the same."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from context_forcing.model.checkpoint import load_demo_codec
+from context_forcing.model.codec import normalise
+from context_forcing.model.journal import Journal
+from context_forcing.model.video import read_runs, to_pixels
+
+MEADOW = "A meadow under a clear sky by day. The camera pans right."
+DUSK = "A meadow under a clear sky at dusk. The camera stays."
+
+
+def command(folder, name, *options):
+    base = [sys.executable, "-c", "from context_forcing.cli import main; main()", "generate", "story.yaml"]
+    return [*base, "-o", f"{name}.mp4", "--scale", "1", "--memory-out", f"{name}.memory", *map(str, options)]
+
+
+def generate(folder, name, *options):
+    done = subprocess.run(command(folder, name, *options), cwd=folder, capture_output=True, text=True, timeout=600)
+    return done.returncode, " ".join(done.stderr.split())
+
+
+def tell(folder, *segments, seed=3):
+    (folder / "story.yaml").write_text(yaml.safe_dump({"seed": seed, "segments": list(segments)}))
+
+
+def scene(prompt, seconds, **settings):
+    return {"prompt": prompt, "seconds": seconds, **settings}
+
+
+def film(path):
+    return load_file(path)["film"]
+
+
+@pytest.mark.slow
+def test_kill_9_at_ten_moments_of_two_minutes(tmp_path):
+    """Every time as a user would: the same command with --resume. The same file at the end, to the byte."""
+    tell(
+        tmp_path, scene(MEADOW, 40), scene(DUSK, 20, change="recache", blend=2), scene(MEADOW, 20, change="flush"),
+        scene("A desert at night. The camera pans left.", 40, change="cut"),
+    )  # fmt: skip
+    code, said = generate(tmp_path, "whole")
+    assert code == 0, said
+    rng, chunks = random.Random(1), tmp_path / "killed.mp4.journal"
+    moments = sorted(rng.sample(range(1, 159), 10))
+    for moment in moments:
+        resume = ["--resume"] if chunks.exists() else []
+        process = subprocess.Popen(command(tmp_path, "killed", *resume), cwd=tmp_path, stderr=subprocess.DEVNULL)
+        while not (chunks / f"chunk-{moment:06d}.safetensors").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.2)
+        process.kill()
+        process.wait()
+        assert not (tmp_path / "killed.mp4").exists()
+    code, said = generate(tmp_path, "killed", "--resume")
+    assert code == 0, said
+    assert (tmp_path / "killed.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+    assert (tmp_path / "killed.memory").read_bytes() == (tmp_path / "whole.memory").read_bytes()
+    assert film(tmp_path / "whole.memory").shape[2] == 3 * (54 + 27 + 27 + 54) and not chunks.exists()
+
+
+@pytest.mark.slow
+def test_resume_wants_the_same_video(tmp_path):
+    tell(tmp_path, scene(MEADOW, 90))
+    code, said = generate(tmp_path, "film", "--resume")
+    assert code == 2 and "there is no journal film.mp4.journal; start without --resume" in said
+    process = subprocess.Popen(command(tmp_path, "film"), cwd=tmp_path, stderr=subprocess.DEVNULL)
+    journal = tmp_path / "film.mp4.journal"
+    while not (journal / "chunk-000001.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    code, said = generate(tmp_path, "film")
+    assert code == 2 and "holds an unfinished video; --resume goes on with it" in said
+    code, said = generate(tmp_path, "film", "--resume", "--slow", "3")
+    assert code == 2 and "another memory" in said
+    tell(tmp_path, scene(MEADOW, 3))
+    code, said = generate(tmp_path, "film", "--resume")
+    assert code == 2 and "another story" in said
+
+
+def test_a_journal_is_whole_up_to_where_it_ends(tmp_path):
+    journal = Journal(tmp_path / "j", {"student": "me"}, resume=False)
+    chunks = [torch.full((1, 16, 3, 2, 2), float(number)) for number in range(3)]
+    for number, chunk in enumerate(chunks):
+        journal.keep(number, chunk)
+    (tmp_path / "j" / "chunk-000003.part").write_bytes(b"half of it")
+    again = Journal(tmp_path / "j", {"student": "me"}, resume=True)
+    assert len(again.made) == 3 and all(torch.equal(a, b) for a, b in zip(again.made, chunks))
+    again.keep(0, chunks[2])
+    assert torch.equal(Journal(tmp_path / "j", {"student": "me"}, resume=True).made[0], chunks[0])
+    (tmp_path / "j" / "chunk-000001.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="chunk-000001.*damaged"):
+        Journal(tmp_path / "j", {"student": "me"}, resume=True)
+    (tmp_path / "j" / "journal.json").write_text("[]")
+    with pytest.raises(ValueError, match="journal.json: damaged"):
+        Journal(tmp_path / "j", {"student": "me"}, resume=True)
+    again.close()
+    assert not (tmp_path / "j").exists()
+
+
+@pytest.mark.slow
+def test_a_compact_memory_goes_on(tmp_path):
+    tell(tmp_path, scene(MEADOW, 12))
+    for name, form in (("exact", []), ("small", ["--compact"])):
+        code, said = generate(tmp_path, name, *form)
+        assert code == 0, said
+    small, exact = load_file(tmp_path / "small.memory"), load_file(tmp_path / "exact.memory")
+    assert set(small) == {"film", "text"} and torch.equal(small["film"], exact["film"])
+    for name in ("exact", "small"):
+        code, said = generate(tmp_path, f"{name}2", "--memory-in", tmp_path / f"{name}.memory")
+        assert code == 0, said
+    a, b = film(tmp_path / "exact2.memory")[:, :, 48:51], film(tmp_path / "small2.memory")[:, :, 48:51]
+    assert 0 < (a - b).abs().mean() < 0.35 * a.abs().mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["picture", "clip"])
+def test_a_video_begins_with_what_it_is_given(tmp_path, kind):
+    pixels = np.random.default_rng(0).integers(0, 255, (1 if kind == "picture" else 14, 4, 8, 3), np.uint8)
+    frames = pixels.repeat(16, 1).repeat(16, 2)
+    if kind == "picture":
+        path = tmp_path / "start.png"
+        Image.fromarray(frames[0]).save(path)
+    else:
+        path = tmp_path / "start.mp4"
+        writer = imageio_ffmpeg.write_frames(
+            str(path), (128, 64), fps=16, macro_block_size=1, output_params=["-crf", "0"]
+        )
+        writer.send(None)
+        for frame in frames:
+            writer.send(np.ascontiguousarray(frame))
+        writer.close()
+    tell(tmp_path, scene(MEADOW, 1.5))
+    code, said = generate(tmp_path, "film", "--start", path)
+    assert code == 0, said
+    assert ("1 of 14 frames left out" in said) == (kind == "clip")
+    (seen,) = read_runs(path, 64, (128, 64), 16)
+    with torch.inference_mode():
+        expected = normalise(load_demo_codec().encode(to_pixels(seen[: 1 if kind == "picture" else 13])))
+    made = film(tmp_path / "film.memory")
+    assert made.shape[2] == (6 if kind == "picture" else 9)
+    torch.testing.assert_close(made[:, :, : expected.shape[2]], expected, rtol=0, atol=0)
+    code, said = generate(tmp_path, "more", "--start", path, "--memory-in", tmp_path / "film.memory")
+    assert code == 2 and "a start image or clip goes into an empty memory" in said
+    code, said = generate(tmp_path, "more", "--start", Path(__file__))
+    assert code == 2 and "does not decode" in said
+
+
+def test_a_changing_story_is_checked(tmp_path):
+    for settings, words in (
+        ({"change": "melt"}, "segments[0].change: 'melt'"),
+        ({"blend": -1}, "segments[0].blend: -1"),
+    ):
+        tell(tmp_path, scene(MEADOW, 1, **settings))
+        code, said = generate(tmp_path, "film")
+        assert code == 2 and words in said and not json.dumps(said).count("Traceback")
