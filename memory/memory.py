@@ -26,6 +26,8 @@ class Remembered:
 
     keys: Tensor
     values: Tensor
+    written: object = field(default_factory=object, compare=False, repr=False)
+    """Which pass wrote them: copies on other devices share it, keys that were written anew do not."""
 
     @property
     def num_bytes(self) -> int:
@@ -202,10 +204,12 @@ class Memory:
         remembered = {}
         for frame, held in self.remembered.items():
             old = before.remembered.get(frame) if before else None
-            if old and old.keys.device == device and old.keys.dtype == (dtype or held.keys.dtype):
+            same = old and old.written is held.written
+            if same and old.keys.device == device and old.keys.dtype == (dtype or held.keys.dtype):
                 remembered[frame] = old
             else:
-                remembered[frame] = Remembered(held.keys.to(device, dtype), held.values.to(device, dtype))
+                keys, values = held.keys.to(device, dtype), held.values.to(device, dtype)
+                remembered[frame] = Remembered(keys, values, held.written)
         return dataclasses.replace(self, remembered=remembered)
 
 

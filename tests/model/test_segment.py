@@ -116,6 +116,15 @@ def test_recache_under_the_same_prompt_finds_what_was_never_out_of_sight(tell, n
         assert torch.equal(keys(again)[frame], keys(memory)[frame])
 
 
+def test_rewritten_keys_are_not_taken_for_the_old_ones(tell, begun):
+    """At rest a memory shares what it can with the one before it; what was written anew it cannot."""
+    after = tell(begun, text(1), 1, change="recache")
+    rest = after.to("cpu", before=begun)
+    assert all(torch.equal(keys(rest)[frame], keys(after)[frame]) for frame in after.slots.all)
+    kept = tell(begun, text(1), 1).to("cpu", torch.bfloat16).to("cpu", torch.float32, before=begun)
+    assert all(kept.remembered[frame] is begun.remembered[frame] for frame in kept.slots.all if frame < 10)
+
+
 def test_recache_is_causal(tell, begun, net):
     """A remembered frame's keys do not know of those after it."""
     sampler = CausalSampler(net=net, text=embed_text(net, text(1)), device=torch.device("cpu"), dtype=torch.float32)
