@@ -7,6 +7,7 @@ from .memory import ContextForcingMemory, ContextForcingMemoryReport
 from .remember import ContextForcingRemember
 from .sampler import ContextForcingSampler
 from .snapshot import ContextForcingLoadMemory, ContextForcingSaveMemory
+from .storyboard import ContextForcingStoryboard
 from .video import ContextForcingSaveVideo
 
 NODES: list[type[io.ComfyNode]] = [
@@ -15,6 +16,7 @@ NODES: list[type[io.ComfyNode]] = [
     ContextForcingMemory,
     ContextForcingRemember,
     ContextForcingSampler,
+    ContextForcingStoryboard,
     ContextForcingSaveVideo,
     ContextForcingMemoryReport,
     ContextForcingSaveMemory,

@@ -30,6 +30,7 @@ NODE_IDS = (
     "ContextForcingMemory",
     "ContextForcingRemember",
     "ContextForcingSampler",
+    "ContextForcingStoryboard",
     "ContextForcingSaveVideo",
     "ContextForcingMemoryReport",
     "ContextForcingSaveMemory",

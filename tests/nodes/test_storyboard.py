@@ -1,0 +1,204 @@
+"""A storyboard in a real ComfyUI: the chain that it stands for, line by line in the cache."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .graph import PROMPTS, Graph, failure, only, succeeded
+from .host import CHECKOUT, PACK, to_api
+
+pytestmark = [pytest.mark.host, pytest.mark.slow]
+
+EIGHT = [
+    "0:00 A meadow under a clear sky by day. The camera stays.",
+    "0:00.75 A meadow under a clear sky by day. The camera pans right.",
+    "0:01.5 [recache] A meadow under a clear sky at dusk. The camera pans right.",
+    "0:02.25 A meadow under a clear sky at dusk. The camera stays.",
+    "0:03 A meadow under a clear sky at dusk. The camera pans left.",
+    "0:03.75 [cut seed=9] A desert by day. The camera stays.",
+    "0:04.5 A desert by day. The camera pans left.",
+    "0:05.25 A desert at night. The camera pans left.",
+    "0:06",
+]
+
+
+@pytest.fixture
+def graph():
+    return Graph()
+
+
+@pytest.fixture
+def demo(graph):
+    return graph.add("ContextForcingLoadDemo")
+
+
+def add_storyboard(graph, demo, text, seed=7, **settings) -> str:
+    inputs = {"model": [demo, 0], "clip": [demo, 1], "memory": [graph.memory(demo), 0], "text": text, "seed": seed}
+    return graph.add("ContextForcingStoryboard", **inputs, **settings)
+
+
+def keep(graph, source) -> str:
+    return graph.add(
+        "ContextForcingSaveMemory", memory=[source, 0], filename_prefix="context_forcing/board", form="exact"
+    )
+
+
+def kept(host, run, node) -> dict:
+    """The tensors of what `keep` wrote."""
+    return load_file(host.base / "output" / run.outputs[node]["text"][0].split(",")[0])
+
+
+def lines_run(run, board) -> list[int]:
+    """Numbers, from 1, of the lines whose samplers ran. A line has two nodes, a prompt and a sampler."""
+    numbers = [int(node.rsplit(".", 1)[1]) for node in run.executed if node.startswith(f"{board}.")]
+    return sorted(number // 2 for number in numbers if number % 2 == 0)
+
+
+def test_it_is_the_chain_by_hand(host, graph, demo):
+    board = add_storyboard(
+        graph,
+        demo,
+        f"0 {PROMPTS[0]}\n2.1 [recache blend=2] {PROMPTS[1]}\n0:05.3 [cut seed=9] {PROMPTS[2]}\n0:07",
+    )
+    saved, text = keep(graph, board), graph.add("PreviewAny", source=[board, 1])
+    run = succeeded(host.run(graph.prompt))
+    found = kept(host, run, saved)
+    assert run.outputs[text]["text"][0].split("\n") == [
+        f"0:00 {PROMPTS[0]}",
+        f"0:02.25 [recache blend=2] {PROMPTS[1]}",
+        f"0:05.25 [cut seed=9] {PROMPTS[2]}",
+        "0:06.75",
+    ]
+
+    host.post("/free", {"unload_models": True, "free_memory": True})
+    hand = Graph()
+    demo = hand.add("ContextForcingLoadDemo")
+    memory = hand.memory(demo)
+    for prompt, seconds, seed, change, blend in (
+        (PROMPTS[0], 2.25, 7, "keep", 0),
+        (PROMPTS[1], 3.0, 7, "recache", 2),
+        (PROMPTS[2], 1.5, 9, "cut", 0),
+    ):
+        memory = hand.sampler(demo, hand.text(demo, prompt), memory, seconds, seed, change=change, blend=blend)
+    saved = keep(hand, memory)
+    expected = kept(host, succeeded(host.run(hand.prompt)), saved)
+    assert expected["film"].shape[2] == 27 and found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_an_edited_line_runs_with_the_later_ones_alone(host, graph, demo):
+    host.post("/free", {"unload_models": True, "free_memory": True})
+    lines = [*EIGHT]
+    board = add_storyboard(graph, demo, "\n".join(lines))
+    saved = keep(graph, board)
+    first = succeeded(host.run(graph.prompt))
+    assert lines_run(first, board) == [1, 2, 3, 4, 5, 6, 7, 8]
+    films = [kept(host, first, saved)["film"]]
+
+    for number, line, run_again in (
+        (5, "0:03 A meadow under a foggy sky at dusk. The camera stays.", [5, 6, 7, 8]),
+        (8, "0:05.25 Snow under a clear sky.", [8]),
+        (7, "0:04.5 [blend=1] A desert by day. The camera pans left.", [7, 8]),
+        (9, "0:06.75", [8]),
+    ):
+        lines[number - 1] = line
+        graph.prompt[board]["inputs"]["text"] = "\n".join(lines)
+        run = succeeded(host.run(graph.prompt))
+        assert lines_run(run, board) == run_again
+        made = {node for line in run_again for node in (f"{board}.0.0.{2 * line - 1}", f"{board}.0.0.{2 * line}")}
+        # A line that is only longer, or whose change is another, has its prompt's embedding already.
+        assert {board, saved} < run.executed <= {board, saved} | made
+        assert run.cached == set(graph.prompt) - {board, saved}
+        films.append(kept(host, run, saved)["film"])
+        frames = 3 * (run_again[0] - 1)
+        assert torch.equal(films[-1][:, :, :frames], films[-2][:, :, :frames])
+        assert not torch.equal(films[-1][:, :, frames:], films[-2][:, :, frames:])
+
+    again = succeeded(host.run(graph.prompt))
+    assert again.cached == set(graph.prompt) and not again.executed
+
+
+def test_an_interrupt_keeps_the_finished_lines(host, graph, demo):
+    board = add_storyboard(graph, demo, "\n".join(EIGHT), seed=21)
+    keep(graph, board)
+    third = f"{board}.0.0.6"
+
+    def interrupt(kind, data):
+        if kind == "executing" and data["node"] == third:
+            host.post("/interrupt", {})
+
+    run = host.run(graph.prompt, interrupt)
+    assert run.end == "execution_interrupted" and run.all(run.end)[0]["node_id"] == board
+    assert lines_run(run, board) == [1, 2, 3]
+    assert lines_run(succeeded(host.run(graph.prompt)), board) == [3, 4, 5, 6, 7, 8]
+
+
+def test_storyboards_chain(host, graph, demo):
+    """The second goes on where the first ended; an edit of it leaves the first alone."""
+    first = add_storyboard(graph, demo, f"0 {PROMPTS[0]}\n1.5", seed=22)
+    inputs = {"model": [demo, 0], "clip": [demo, 1], "memory": [first, 0], "seed": 22}
+    second = graph.add("ContextForcingStoryboard", **inputs, text=f"0 {PROMPTS[1]}\n1.5")
+    whole = add_storyboard(graph, demo, f"0 {PROMPTS[0]}\n1.5 {PROMPTS[1]}\n3", seed=22)
+    parts, whole = keep(graph, second), keep(graph, whole)
+    run = succeeded(host.run(graph.prompt))
+    parts, whole = kept(host, run, parts), kept(host, run, whole)
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+    graph.prompt[second]["inputs"]["text"] = f"0 {PROMPTS[2]}\n1.5"
+    run = succeeded(host.run(graph.prompt))
+    assert first in run.cached and lines_run(run, second) == [1] and not lines_run(run, first)
+
+
+def test_progress_and_previews_show_on_the_storyboard(host, graph, demo):
+    text = f"0 {PROMPTS[0]}\n1.5 {PROMPTS[1]}\n2.25"
+    board = add_storyboard(graph, demo, text, seed=23)
+    keep(graph, board)
+    run = succeeded(host.run(graph.prompt))
+    for line, chunks in ((1, 2), (2, 1)):
+        sampler = f"{board}.0.0.{2 * line}"
+        states = [data["nodes"][sampler] for data in run.all("progress_state") if sampler in data["nodes"]]
+        assert {(state["value"], state["max"]) for state in states} >= {(i, chunks) for i in range(1, chunks + 1)}
+        assert {state["display_node_id"] for state in states} == {board}
+        assert sum(node == sampler for node, _ in run.previews) == chunks
+
+
+def test_a_bad_line_is_named_before_anything_runs(host, graph, demo):
+    board = add_storyboard(graph, demo, "0:00 A meadow.\n0:06 [wipe] A desert.\nsnow\n0:12")
+    keep(graph, board)
+    reply = host.post("/prompt", {"prompt": graph.prompt, "client_id": host.client_id})
+    assert "prompt_id" not in reply
+    (error,) = reply["node_errors"][board]["errors"]
+    assert error["extra_info"]["input_name"] == "text"
+    for words in ('line 2 ("0:06 [wipe] A desert.")', "[wipe] is not known", 'line 3 ("snow")', "begin with a time"):
+        assert words in error["details"]
+
+
+def test_a_bad_line_over_a_wire_is_named(host, graph, demo):
+    text = graph.add("PrimitiveStringMultiline", value="0:00 A meadow.\n0:06 [wipe] A desert.\n0:12")
+    board = add_storyboard(graph, demo, [text, 0])
+    keep(graph, board)
+    error = failure(host, graph)
+    assert error["node_id"] == board and error["exception_type"] == "ValueError"
+    assert 'line 2 ("0:06 [wipe] A desert."): [wipe] is not known' in error["exception_message"]
+
+
+def test_a_line_without_a_chunk_is_named(host, graph, demo):
+    board = add_storyboard(graph, demo, "0:00 A meadow.\n0:03 A desert.\n0:03.2 Snow.\n0:06")
+    keep(graph, board)
+    error = failure(host, graph)
+    assert error["node_id"] == board
+    assert 'line 2 ("0:03 A desert."): 0.2 s is too short' in error["exception_message"]
+
+
+def test_demo_storyboard_makes_the_video(host, object_info):
+    prompt = to_api(json.loads((CHECKOUT / "workflows" / "demo_storyboard.json").read_text()), object_info)
+    run = succeeded(host.run(prompt))
+    (shown,) = run.outputs[only(prompt, "ContextForcingSaveVideo")]["images"]
+    assert host.output_path(shown).stat().st_size > 10_000
+    made = run.outputs[only(prompt, "PreviewAny")]["text"][0].split("\n")
+    assert len(made) == 8 and made[-1] == "0:21"
+    assert host.get(f"/api/workflow_templates/{PACK}/demo_storyboard.json")["nodes"]
+    picture = host.get_bytes(f"/api/workflow_templates/{PACK}/demo_storyboard.jpg")
+    assert picture.startswith(b"\xff\xd8")
