@@ -112,7 +112,7 @@ def generate(
         final = pipeline.empty_memory(told.size, **settings)
     fps, chunk = told.fps or pipeline.card.fps, final.config.chunk
     if start is not None:
-        final = final.give(_read_start(pipeline, start, final, fps))
+        final = final.give(pipeline.encode_file(start, final, fps))
     _announce_rounding(told, chunk, fps)
     height, width = (side * 8 for side in final.latent_size[1:])
     where = {"student": pipeline.fingerprint, "device": pipeline.device.type, "dtype": str(pipeline.dtype)}
@@ -150,24 +150,6 @@ def generate(
         draw_report(final, pipeline.thumbnails(final), fps).save(report)
     console.print(summary(final, fps), highlight=False)
     console.print(f"{output}: {count} frames, {count / fps:.2f} s, made in {seconds:.1f} s", highlight=False)
-
-
-def _read_start(pipeline, path: Path, memory, fps: float):
-    """A picture or video as latents of the memory's size: 1 + 4k frames, what is over is left out."""
-    import numpy as np
-
-    from .model.video import VideoError, check_video, read_runs, to_pixels
-
-    size = tuple(side * 8 for side in reversed(memory.latent_size[1:]))
-    try:
-        check_video(path)
-        frames = np.concatenate(list(read_runs(path, 64, size, fps)))
-    except VideoError as error:
-        raise ValueError(f"--start: {path}: {error}") from None
-    whole = len(frames) - (len(frames) - 1) % 4
-    if whole < len(frames):
-        console.print(f"--start: {len(frames) - whole} of {len(frames)} frames left out: 1 + 4k are taken")
-    return pipeline.encode(to_pixels(frames[:whole]))
 
 
 def _check_continues(memory, told, settings: dict) -> None:

@@ -21,7 +21,7 @@ from .sampler import CausalSampler, chunks_for
 from .segment import segment
 from .story import Story, check_size
 from .text import encode_demo_text, unknown_words
-from .video import to_uint8
+from .video import VideoError, check_video, read_runs, to_pixels, to_uint8
 
 log = logging.getLogger("context_forcing")
 
@@ -107,9 +107,21 @@ class Pipeline:
                 yield memory
 
     @torch.inference_mode()
-    def encode(self, pixels_BCTHW: Tensor) -> Tensor:
-        """Pixels in [-1, 1] [1, 3, 1 + 4k, H, W] -> normalised latents [1, 16, 1 + k, H/8, W/8] on the CPU."""
-        return normalise(self.codec.encode(pixels_BCTHW.to(self.device))).cpu()
+    def encode_file(self, path: Path, memory: Memory, fps: float) -> Tensor:
+        """A picture or video as latents for a memory to begin with, [1, 16, 1 + k, H/8, W/8], on the CPU.
+
+        Of its frames 1 + 4k are taken. Raises ValueError for a file that is neither.
+        """
+        height, width = (side * VAE_STRIDE[1] for side in memory.latent_size[1:])
+        try:
+            check_video(path)
+            frames = np.concatenate(list(read_runs(path, 64, (width, height), fps)))
+        except VideoError as error:
+            raise ValueError(f"start: {path}: {error}") from None
+        whole = len(frames) - (len(frames) - 1) % VAE_STRIDE[0]
+        if whole < len(frames):
+            log.info("start: %d of %d frames left out: 1 + 4k are taken", len(frames) - whole, len(frames))
+        return normalise(self.codec.encode(to_pixels(frames[:whole]).to(self.device))).cpu()
 
     @torch.inference_mode()
     def decode(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:

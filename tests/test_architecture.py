@@ -99,6 +99,7 @@ def test_the_model_knows_of_the_memory_what_it_needs():
         "model/config.py": {"memory.config"},
         "model/sampler.py": {"memory.memory", "memory.view"},
         "model/segment.py": {"memory.memory"},
+        "model/journal.py": {"memory.memory"},
         "model/story.py": {"memory.memory"},
         "model/pipeline.py": {"memory.memory", "memory.config"},
     }
