@@ -29,7 +29,7 @@ function demoChain() {
     [2 * i + 3, 'CLIPTextEncode', { clip: ['1', 1], text }, column(i), 60, 340, 130, `Prompt ${i + 1}`],
     [2 * i + 4, 'ContextForcingSampler', { model: ['1', 0], positive: [`${2 * i + 3}`, 0],
       memory: [`${i ? 2 * i + 2 : 2}`, 0], seconds: 3, seed: 7, attention: 'sdpa', commit_attends: 'all' }, column(i),
-      260, 340, 410, title, 'cyan'],
+      260, 340, 510, title, 'cyan'],
   ])
   const words = [11, 'PreviewAny', { source: ['10', 1] }, column(3), 1080, 560, 170, 'Report in words']
   const note = `## One video, three prompts
@@ -41,7 +41,7 @@ Each sampler continues the **memory** of the one before it; the end of the chain
   return {
     nodes: [loadDemo, memory, ...nodes, saveVideo(9, ['8', 0], column(3), 60), report(10, ['8', 0], column(3), 580),
       words],
-    note: [note, 20, 740, 1120, 220],
+    note: [note, 20, 840, 1120, 190],
   }
 }
 
