@@ -29,7 +29,7 @@ class Stub(types.ModuleType):
 
 class StubFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("comfy", "comfy_api", "folder_paths", "latent_preview"):
+        if name.split(".")[0] in ("comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview"):
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
     def create_module(self, spec):
         return Stub(spec.name)
@@ -97,8 +97,9 @@ def test_comfyui_loads_it_from_any_folder(pack, tmp_path):
     assert says["web"]
     assert says["is_extension"]
     assert sorted(says["ids"]) == [
-        "ContextForcingLoadDemo", "ContextForcingLoadStudent", "ContextForcingMemory", "ContextForcingMemoryReport",
-        "ContextForcingSampler", "ContextForcingSaveVideo",
+        "ContextForcingLoadDemo", "ContextForcingLoadMemory", "ContextForcingLoadStudent", "ContextForcingMemory",
+        "ContextForcingMemoryReport", "ContextForcingRemember", "ContextForcingSampler", "ContextForcingSaveMemory",
+        "ContextForcingSaveVideo", "ContextForcingStoryboard",
     ]  # fmt: skip
     assert not says["installed_copy_used"]
     assert says["from"] and all(str(pack) in file for file in says["from"])
@@ -143,7 +144,7 @@ def test_the_wheel_holds_one_package_and_its_files(pack, tmp_path):
         for path in (ROOT / room).rglob("*.py")
     }
     assert expected <= set(names)
-    for pattern in ("model/assets/*", "workflows/stories/*.yaml", "workflows/*.json"):
+    for pattern in ("model/assets/*", "workflows/stories/*", "workflows/*.json"):
         for path in ROOT.glob(pattern):
             assert f"context_forcing/{path.relative_to(ROOT)}" in names
     assert "context_forcing/model/assets/demo_student.safetensors" in names
