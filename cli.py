@@ -38,7 +38,13 @@ def _root() -> None:
 
 @app.command()
 def generate(
-    story: Annotated[Path, typer.Argument(help="YAML file: segments with `prompt` and `seconds`; size, fps, seed.")],
+    story: Annotated[
+        Path,
+        typer.Argument(
+            help="YAML: segments with `prompt` and `seconds`; size, fps, seed. Or a storyboard, .txt: a time and a"
+            " prompt a line."
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The video to write, .mp4.")],
     student: Annotated[str, typer.Option(help="`demo`, or a student file of `context-forcing train`.")] = "demo",
     seed: Annotated[Optional[int], typer.Option(min=0, max=2**63 - 1, help="Replaces the story's seed.")] = None,
@@ -85,12 +91,15 @@ def generate(
     from .memory.config import named_memory
     from .memory.report import draw_report, summary
     from .memory.snapshot import load_memory, save_memory
+    from .model.checkpoint import read_card
     from .model.journal import Journal, beside, fingerprint_memory
     from .model.pipeline import Pipeline, pick_device
-    from .model.story import load_story
+    from .model.storyboard import read_story
     from .model.video import check_writable, default_scale, write_video
 
-    told = load_story(story)
+    weights = None if student == "demo" else student
+    card = read_card(weights)
+    told = read_story(story, card.fps, card.memory.chunk)
     if seed is not None:
         told = told.with_seed(seed)
     check_writable(output)
@@ -101,7 +110,7 @@ def generate(
             raise ValueError(f"{option}: {path} is a folder; give a file name")
     if report is not None and report.suffix.lower() != ".png":
         raise ValueError(f"--report: {report} must end in .png")
-    pipeline = Pipeline.load(None if student == "demo" else student, *pick_device(device, dtype))
+    pipeline = Pipeline.load(weights, *pick_device(device, dtype))
     named = {} if memory is None else dataclasses.asdict(named_memory(memory, pipeline.card.memory))
     settings = {"policy": policy, "slow": slow, "slow_similarity_threshold": threshold}
     settings = named | {name: value for name, value in settings.items() if value is not None}

@@ -90,8 +90,12 @@ def check_tensors(net: nn.Module, state: dict[str, Tensor], path: str | Path) ->
         )
 
 
-def read_card(path: str | Path) -> StudentCard:
-    """The card of a student file, without its weights. Raises ValueError for a file that has none."""
+def read_card(path: str | Path | None = None) -> StudentCard:
+    """The card of a student file, without its weights; None is the built-in one. Raises ValueError for a file that has
+    none."""
+    path = Path(path or DEMO_STUDENT)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
     try:
         with safe_open(path, "pt") as f:
             metadata = f.metadata() or {}

@@ -72,6 +72,24 @@ def told(*seconds):
     return {**STORY, "segments": [{**SCENE, "seconds": s} for s in seconds]}
 
 
+def test_a_storyboard_is_the_story_of_its_lines(generate, run, student, tmp_path):
+    """The same memory, to the bit, as the YAML that says the same; a line that does not parse is named."""
+    other = {"prompt": "a desert", "change": "cut", "seed": 7, "seconds": CHUNK}
+    code, err, _ = generate({"segments": [SCENE, other]}, "yaml.mp4", "--memory-out", tmp_path / "yaml.memory")
+    assert code == 0, err
+    board = tmp_path / "board.txt"
+    board.write_text(f"0:00 {SCENE['prompt']}\n0.75 [cut seed=7] a desert\n1.5\n")
+    arguments = ("generate", board, "-o", tmp_path / "txt.mp4", "--student", student)
+    code, err = run(*arguments, "--memory-out", tmp_path / "txt.memory")
+    assert code == 0, err
+    by_yaml, by_lines = load_file(tmp_path / "yaml.memory"), load_file(tmp_path / "txt.memory")
+    assert by_yaml.keys() == by_lines.keys() and all(torch.equal(by_yaml[key], by_lines[key]) for key in by_yaml)
+
+    board.write_text("0:00 a meadow\n0:0x a desert\n0:09\n")
+    code, err = run(*arguments)
+    assert code == 2 and 'line 2 ("0:0x a desert")' in " ".join(err.split())
+
+
 def test_a_chunk_is_nine_frames_at_scale(generate):
     code, err, out = generate(STORY, "film.mp4", "--scale", 3)
     assert code == 0, err
@@ -234,11 +252,11 @@ def test_a_missing_story(run, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_student_that_is_not_a_wan_model(generate, tmp_path):
+def test_a_student_that_is_without_a_card(generate, tmp_path):
     other = tmp_path / "other.safetensors"
     save_file({"weight": torch.zeros(3)}, other)
     code, err, out = generate(STORY, student=other)
-    refused(code, err, "other.safetensors", "not a Wan")
+    refused(code, err, "other.safetensors", "no student card")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other.safetensors", "story.yaml"]
 
 
