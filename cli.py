@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 import sys
 import time
 from pathlib import Path
@@ -159,6 +160,44 @@ def generate(
         draw_report(final, pipeline.thumbnails(final), fps).save(report)
     console.print(summary(final, fps), highlight=False)
     console.print(f"{output}: {count} frames, {count / fps:.2f} s, made in {seconds:.1f} s", highlight=False)
+
+
+@app.command()
+def report(
+    memory: Annotated[Path, typer.Argument(help="What `generate --memory-out` or the node Save Memory wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The picture to write, .png.")],
+    attention: Annotated[
+        bool,
+        typer.Option("--attention", help="Also how much the next chunk would look at sink, slow, fast and itself."),
+    ] = False,
+    student: Annotated[
+        str, typer.Option(help="`demo`, or the student file that made it; only of its own are frames drawn.")
+    ] = "demo",
+    fps: Annotated[Optional[float], typer.Option(help="Frames per second. Default: the student's.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
+) -> None:
+    """Draw what a saved memory remembers, since when, and what was let go and why."""
+    from .memory.report import draw_report, summary
+    from .memory.snapshot import load_memory
+    from .model.pipeline import Pipeline, pick_device
+    from .model.probe import attention_mass
+
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"--output: {output} must end in .png")
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise ValueError(f"--output: {output} is a folder or lies in none; give a file name in a folder that exists")
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"--fps: {fps:g} must be above 0")
+    held = load_memory(memory)
+    pipeline = Pipeline.load(None if student == "demo" else student, *pick_device(device, dtype))
+    own = held.student in ("", pipeline.fingerprint)
+    if not own:
+        console.print(f"{memory}: made by another student; without its --student no frames are drawn", highlight=False)
+    mass = attention_mass(pipeline.sampler, held, pipeline.card.sigmas) if attention else None
+    fps = fps or pipeline.card.fps
+    draw_report(held, pipeline.thumbnails(held) if own else None, fps, mass).save(output)
+    console.print(summary(held, fps, mass), highlight=False, soft_wrap=True)
 
 
 def _check_continues(memory, told, settings: dict) -> None:

@@ -1,35 +1,84 @@
-"""What is remembered, as a picture and as a table."""
+"""What is remembered, as a picture and in words."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from .memory import Memory
+from .memory import Memory, Segment
+from .sheet import FAINT, INK, LEFT, MARGIN, PAPER, RIGHT, WIDTH, Axes, Sheet, at_time, font, shortened
 
-WIDTH = 1280
-MARGIN = 28
-INK, PAPER, GRID = (28, 32, 40), (250, 250, 247), (214, 214, 208)
+PARTS = ("sink", "slow", "fast")
+CHUNK = "the chunk itself"
 COLOURS = {
     "sink": (196, 120, 20),
     "slow": (24, 132, 108),
     "fast": (36, 98, 196),
     "was slow": (160, 208, 196),
     "not kept": (226, 226, 222),
+    "forgotten": (220, 176, 216),
+    CHUNK: (120, 124, 132),
 }
-THRESHOLD = (200, 40, 40)
+MEANING = {
+    "sink": "sink",
+    "slow": "slow",
+    "fast": "fast",
+    "was slow": "was slow, made room",
+    "not kept": "not kept by the policy",
+    "forgotten": "forgotten at a flush or cut",
+}
+THRESHOLD, FORGETS, LET_GO = (200, 40, 40), (150, 40, 140), (150, 150, 146)
+FORGETTING = ("flush", "cut", "cut_new_sink")
+COLUMNS, CAPTION = 6, 26
+SAID = 4
+"""Flushes and cuts that the summary names one by one."""
+
+Mass = Mapping[float, Sequence[float]]
+"""Noise level -> share of the next chunk's attention on each frame that it sees: `slots.all`, then its own; sum 1."""
 
 
 def fates(memory: Memory) -> list[str]:
     """What became of every latent frame of the film so far."""
-    fate = ["not kept"] * memory.num_frames
+    fate = ["forgotten"] * memory.num_frames
     for decision in memory.decisions:
-        if decision.promoted:
-            fate[decision.frame] = "was slow"
-    for part in ("sink", "slow", "fast"):
+        if not decision.promoted:
+            fate[decision.frame] = "not kept"
+        if decision.evicted is not None:
+            fate[decision.evicted] = "was slow"
+    for part in PARTS:
         for frame in getattr(memory.slots, part):
             fate[frame] = part
     return fate
+
+
+def forgotten(memory: Memory) -> dict[int, Segment]:
+    """Frames that a flush or cut took from the memory, and the segment that began with it."""
+    sink = _once_sink(memory)
+    gone = [frame for frame, fate in enumerate(fates(memory)) if fate == "forgotten"]
+
+    def takes(segment: Segment, frame: int) -> bool:
+        if segment.change not in FORGETTING or frame >= segment.first_frame:
+            return False
+        if segment.change == "cut_new_sink" or frame in sink:
+            return segment.change == "cut_new_sink"
+        kept = min(memory.config.chunk, memory.config.fast - memory.config.chunk)
+        return segment.change == "cut" or frame < segment.first_frame - kept
+
+    taken_by = {frame: next((s for s in memory.segments if takes(s, frame)), None) for frame in gone}
+    return {frame: segment for frame, segment in taken_by.items() if segment}
+
+
+def _once_sink(memory: Memory) -> set[int]:
+    """Frames that are or were sink."""
+    anew = {segment.first_frame for segment in memory.segments if segment.change == "cut_new_sink"}
+    sink, held = set(), 0
+    for frame in range(memory.num_frames):
+        held = 0 if frame in anew else held
+        if held < memory.config.sink:
+            sink.add(frame)
+            held += 1
+    return sink
 
 
 def reach_seconds(memory: Memory, fps: float, frames_per_latent: int = 4) -> float:
@@ -38,113 +87,217 @@ def reach_seconds(memory: Memory, fps: float, frames_per_latent: int = 4) -> flo
     return (memory.num_frames - 1 - min(frames)) * frames_per_latent / fps if frames else 0.0
 
 
-def summary(memory: Memory, fps: float) -> str:
-    """The memory as a few lines of text."""
+def summary(memory: Memory, fps: float, mass: Mass | None = None) -> str:
+    """The memory as a few lines of text; with `mass`, also where the next chunk looks."""
     slots, config = memory.slots, memory.config
     seconds = memory.num_frames * 4 / fps
-    promoted = sum(decision.promoted for decision in memory.decisions)
-    share = (
-        f", {promoted / len(memory.decisions):.0%} of the frames that left fast were kept" if memory.decisions else ""
-    )
+    promoted = [decision.frame for decision in memory.decisions if decision.promoted]
+    kept = ""
+    if promoted:
+        latest = at_time(promoted[-1] * 4 / fps, seconds)
+        share = f"{len(promoted) / len(memory.decisions):.0%} of the frames that left fast"
+        kept = f", {share} were kept, the latest of them from {latest}"
+    elif memory.decisions:
+        kept = ", none of the frames that left fast was kept"
     tau = f", threshold {config.slow_similarity_threshold:g}" if config.policy in ("clean", "novel") else ""
-    return "\n".join(
-        [
-            f"{memory.num_frames} latent frames ({seconds:.1f} s),"
-            f" memory reaches back {reach_seconds(memory, fps):.1f} s",
-            f"sink {len(slots.sink)} of {config.sink}, slow {len(slots.slow)} of {config.slow},"
-            f" fast {len(slots.fast)} (+ {config.chunk} being made) of {config.fast}; {memory.num_bytes / 1e6:.1f} MB",
-            f"policy {config.policy}{tau}{share}",
+    lines = [
+        f"{memory.num_frames} latent frames ({seconds:.1f} s), memory reaches back {reach_seconds(memory, fps):.1f} s",
+        f"sink {len(slots.sink)} of {config.sink}, slow {len(slots.slow)} of {config.slow},"
+        f" fast {len(slots.fast)} (+ {config.chunk} being made) of {config.fast}; {memory.num_bytes / 1e6:.1f} MB",
+        f"policy {config.policy}{tau}{kept}",
+    ]
+    if taken := Counter(forgotten(memory).values()):
+        each = [
+            f"{count} frames by the {segment.change} at {at_time(segment.first_frame * 4 / fps, seconds)}"
+            for segment, count in sorted(taken.items(), key=lambda item: item[0].first_frame)
         ]
-    )
+        if len(each) > SAID:
+            each = [f"{taken.total()} frames by {len(each)} flushes and cuts"]
+        lines.append(f"forgotten: {', '.join(each)}")
+    if mass:
+        parts = ", ".join(f"{part} {share:.1%}" for part, share in per_part(memory, _over_levels(mass)).items())
+        lines.append(f"attention of the next chunk, mean over noise levels: {parts}")
+    return "\n".join(lines)
 
 
-def draw_report(memory: Memory, thumbnails: np.ndarray, fps: float) -> Image.Image:
-    """Fates over time with segment boundaries, similarity with its threshold, and the remembered frames.
+def _over_levels(mass: Mass) -> np.ndarray:
+    return np.mean(list(mass.values()), axis=0)
 
-    `thumbnails` are uint8 [M, H, W, 3], one per remembered frame in the order of `memory.slots.all`.
+
+def per_part(memory: Memory, frames: Sequence[float]) -> dict[str, float]:
+    """Shares of frames (`slots.all`, then the chunk's) summed over sink, slow, fast and the chunk."""
+    ends = np.cumsum([len(getattr(memory.slots, part)) for part in PARTS])
+    sums = [float(np.sum(part)) for part in np.split(np.asarray(frames, np.float64), ends)]
+    return dict(zip((*PARTS, CHUNK), sums))
+
+
+def draw_report(memory: Memory, thumbnails: np.ndarray | None, fps: float, mass: Mass | None = None) -> Image.Image:
+    """Fates over time with segment boundaries, similarity with its threshold, segments, and the remembered frames.
+
+    `thumbnails` are uint8 [M, H, W, 3], one per remembered frame in the order of `memory.slots.all`; None where
+    there is no codec to draw them. With `mass`, also where the next chunk looks.
     """
-    font, small = ImageFont.load_default(16), ImageFont.load_default(13)
-    rows, thumb_height = _layout_thumbnails(memory, thumbnails)
-    height = 400 + rows * (thumb_height + 26) + MARGIN
-    image = Image.new("RGB", (WIDTH, height), PAPER)
-    draw = ImageDraw.Draw(image)
-    draw.multiline_text((MARGIN, 14), summary(memory, fps), INK, font, spacing=5)
-
-    top = 92
-    for i, (name, colour) in enumerate(COLOURS.items()):
-        draw.rectangle((MARGIN + i * 120, top, MARGIN + 14 + i * 120, top + 14), colour)
-        draw.text((MARGIN + 20 + i * 120, top - 1), name, INK, small)
-
-    _draw_time(draw, memory, fps, 130, small)
-    _draw_similarity(draw, memory, 212, 372, small)
-    _draw_thumbnails(image, draw, memory, thumbnails, 400, thumb_height, fps, small)
-    return image
+    sheet = Sheet()
+    sheet.text(summary(memory, fps), size=16)
+    sheet.legend({MEANING[fate]: COLOURS[fate] for fate in MEANING})
+    scenes = _scenes(memory)
+    _draw_time(sheet, memory, scenes, fps)
+    _draw_similarity(sheet, memory, scenes, fps)
+    _draw_scenes(sheet, memory, scenes, fps)
+    if mass:
+        _draw_mass(sheet, memory, mass)
+    _draw_thumbnails(sheet, memory, thumbnails, fps, mass)
+    return sheet.finished()
 
 
-def _x(memory: Memory, frame: float) -> float:
-    return MARGIN + frame / max(1, memory.num_frames) * (WIDTH - 2 * MARGIN)
-
-
-def _draw_time(draw: ImageDraw.ImageDraw, memory: Memory, fps: float, top: int, font) -> None:
-    for frame, fate in enumerate(fates(memory)):
-        left, right = _x(memory, frame), _x(memory, frame + 1)
-        tall = 0 if fate in ("sink", "slow", "fast") else 10
-        draw.rectangle((left, top + tall, max(left, right - 1), top + 40), COLOURS[fate])
+def _scenes(memory: Memory) -> list[Segment]:
+    """Segments, without those that go on exactly as the one before."""
+    scenes: list[Segment] = []
     for segment in memory.segments:
-        left = _x(memory, segment.first_frame)
-        draw.line((left, top - 6, left, top + 46), INK)
-    seconds = memory.num_frames * 4 / fps
-    step = next(s for s in (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1e9) if seconds / s <= 16)
-    for k in range(int(seconds / step) + 1):
-        left = _x(memory, k * step * fps / 4)
-        draw.text((left, top + 44), f"{k * step:.0f} s", INK, font)
+        same = scenes and segment.prompt and (segment.prompt, segment.seed) == (scenes[-1].prompt, scenes[-1].seed)
+        if not same or segment.change != "keep":
+            scenes.append(segment)
+    return scenes
 
 
-def _draw_similarity(draw: ImageDraw.ImageDraw, memory: Memory, top: int, bottom: int, font) -> None:
+def _boundary(sheet: Sheet, segment: Segment, x: float, top: float, bottom: float) -> None:
+    sheet.draw.line((x, top, x, bottom), FORGETS if segment.change in FORGETTING else FAINT, 1)
+
+
+def _draw_time(sheet: Sheet, memory: Memory, scenes: Sequence[Segment], fps: float) -> None:
+    top, draw = sheet.room(118) + 24, sheet.draw
+    bar = Axes(top=top, bottom=top + 40, seconds=memory.num_frames * 4 / fps)
+    at = lambda frame: bar.x(frame * 4 / fps)
+    fate = fates(memory)
+    # The remembered last and never thinner than three pixels: they must be seen in an hour of video.
+    for frame in sorted(range(len(fate)), key=lambda frame: fate[frame] in PARTS):
+        left, right = at(frame), max(at(frame), at(frame + 1) - 1)
+        if fate[frame] in PARTS and right - left < 2:
+            left, right = (left + right) / 2 - 1, (left + right) / 2 + 1
+        draw.rectangle((left, bar.top + (0 if fate[frame] in PARTS else 10), right, bar.bottom), COLOURS[fate[frame]])
+    bar.clock(draw)
+    free = 0.0
+    for number, segment in enumerate(scenes, 1):
+        x, ends = at(segment.first_frame), [at(each.first_frame) for each in scenes[number:]] + [RIGHT]
+        _boundary(sheet, segment, x, bar.top - 4, bar.bottom)
+        names = (str(number), f"{number} {segment.change.replace('_', ' ')}")[: 1 if segment.change == "keep" else 2]
+        fitting = [name for name in names if free <= x <= ends[0] - font(13).getlength(name) - 4]
+        if fitting:
+            draw.text((x + 2, bar.top - 20), fitting[-1], INK, font(13))
+            free = x + font(13).getlength(fitting[-1]) + 4
+    if reach := reach_seconds(memory, fps):
+        _draw_reach(sheet, at(min(memory.slots.slow + memory.slots.fast)), bar.bottom + 34, reach)
+
+
+def _draw_reach(sheet: Sheet, left: float, y: float, seconds: float) -> None:
+    """A bracket over the time that is remembered, the words inside it or before it."""
+    words = f"the memory reaches back {seconds:.1f} s"
+    room = font(13).getlength(words) + 16
+    sheet.draw.line((left, y - 5, left, y + 5), INK, 2)
+    sheet.draw.line((left, y, RIGHT, y), INK, 2)
+    sheet.draw.line((RIGHT, y - 5, RIGHT, y + 5), INK, 2)
+    inside = RIGHT - left > room + 40
+    middle = (left + RIGHT) / 2 if inside else left - room / 2
+    sheet.draw.rectangle((middle - room / 2, y - 9, middle + room / 2 - (0 if inside else 4), y + 9), PAPER)
+    sheet.draw.text((middle, y), words, INK, font(13), "mm")
+
+
+def _draw_similarity(sheet: Sheet, memory: Memory, scenes: Sequence[Segment], fps: float) -> None:
     scores = [(d.frame, d.similarity, d.promoted) for d in memory.decisions if d.similarity is not None]
     if not scores:
-        draw.text((MARGIN, top), f"policy {memory.config.policy} compares nothing, or nothing left fast yet", INK, font)
+        sheet.text(f"Policy {memory.config.policy} compares nothing, or nothing left fast yet.", 13, FAINT)
         return
     tau = memory.config.slow_similarity_threshold
-    low = min(tau, *(score for _, score, _ in scores)) - 0.02
-    y = lambda score: bottom - (score - low) / (1.001 - low) * (bottom - top - 18)
     what = "the frame before it" if memory.config.policy == "clean" else "everything remembered"
-    draw.text((MARGIN, top), f"similarity of each frame with {what}, when it left fast", INK, font)
-    for level in np.arange(np.ceil(low * 20) / 20, 1.0001, 0.05):
-        draw.line((MARGIN, y(level), WIDTH - MARGIN, y(level)), GRID)
-        draw.text((2, y(level) - 7), f"{level:.2f}", INK, ImageFont.load_default(10))
-    draw.line((MARGIN, y(tau), WIDTH - MARGIN, y(tau)), THRESHOLD)
-    draw.text((WIDTH - MARGIN - 130, y(tau) - 16), f"threshold {tau:g}", THRESHOLD, font)
+    sheet.text(
+        f"Similarity of each frame with {what}, when it left fast. Below the red line, the threshold {tau:g}, it is kept"
+        " (green), else let go (grey).",
+        13,
+    )
+    top = sheet.room(196) + 6
+    low = min(tau, *(score for _, score, _ in scores))
+    axes = Axes(
+        top=top, bottom=top + 168, seconds=memory.num_frames * 4 / fps, low=low - 0.06 * (1 - low) - 1e-3, high=1.0
+    )
+    axes.levels(sheet.draw)
+    for segment in scenes:
+        _boundary(sheet, segment, axes.x(segment.first_frame * 4 / fps), axes.top, axes.bottom)
+    sheet.draw.line((LEFT, axes.y(tau), RIGHT, axes.y(tau)), THRESHOLD, 1)
     for frame, score, promoted in scores:
-        x = (_x(memory, frame) + _x(memory, frame + 1)) / 2
-        draw.ellipse((x - 2.5, y(score) - 2.5, x + 2.5, y(score) + 2.5), COLOURS["slow" if promoted else "fast"])
+        x, y = axes.x((frame + 0.5) * 4 / fps), axes.y(score)
+        sheet.draw.ellipse((x - 2.5, y - 2.5, x + 2.5, y + 2.5), COLOURS["slow"] if promoted else LET_GO)
 
 
-def _layout_thumbnails(memory: Memory, thumbnails: np.ndarray) -> tuple[int, int]:
-    if not len(thumbnails):
-        return 1, 20
-    _, height, width, _ = thumbnails.shape
-    per_row = 6
-    return -(-len(thumbnails) // per_row), int((WIDTH - 2 * MARGIN) / per_row * height / width)
+def _draw_scenes(sheet: Sheet, memory: Memory, scenes: Sequence[Segment], fps: float) -> None:
+    """A line a segment: when it begins, how its prompt took over, what that forgot, the prompt."""
+    taken, whole = Counter(forgotten(memory).values()), memory.num_frames * 4 / fps
+    for number, segment in enumerate(scenes, 1):
+        top = sheet.room(20)
+        gone = f", {taken[segment]} forgotten" if segment in taken else ""
+        change = "begins" if number == 1 else segment.change.replace("_", " ") + gone
+        columns = {
+            MARGIN: f"{number}",
+            MARGIN + 32: at_time(segment.first_frame * 4 / fps, whole),
+            MARGIN + 108: change,
+            MARGIN + 320: f"seed {segment.seed}",
+        }
+        for (left, words), end in zip(columns.items(), [*list(columns)[1:], MARGIN + 440]):
+            colour = FORGETS if left == MARGIN + 108 and segment.change in FORGETTING else INK
+            sheet.draw.text((left, top), shortened(words, end - left - 8, 13), colour, font(13))
+        prompt = segment.prompt or "(a prompt whose words the memory was not told)"
+        prompt = shortened(prompt, WIDTH - 2 * MARGIN - 440, 13)
+        sheet.draw.text((MARGIN + 440, top), prompt, INK if segment.prompt else FAINT, font(13))
+    sheet.room(12)
+
+
+def _draw_mass(sheet: Sheet, memory: Memory, mass: Mass) -> None:
+    """A bar a noise level, and one of what frames would draw if all were looked at alike."""
+    sheet.text(
+        "Where the next chunk looks, under the last prompt: softmax mass of its self-attention per part, averaged over"
+        " layers, heads and its tokens.",
+        13,
+    )
+    seen = len(next(iter(mass.values())))
+    rows = {f"noise {sigma:.2f}": frames for sigma, frames in mass.items()} | {"all alike": [1 / seen] * seen}
+    left, right = LEFT + 36, 700
+    for name, frames in rows.items():
+        top, x = sheet.room(22), float(left)
+        sheet.draw.text((MARGIN, top + 1), name, FAINT if name == "all alike" else INK, font(13))
+        for number, (part, share) in enumerate(per_part(memory, frames).items()):
+            end = x + share * (right - left)
+            sheet.draw.rectangle((x, top, end, top + 15), COLOURS[part])
+            swatch = right + 20 + 124 * number
+            sheet.draw.rectangle((swatch, top + 2, swatch + 11, top + 13), COLOURS[part])
+            sheet.draw.text((swatch + 17, top), f"{part.removesuffix(' itself')} {share:.1%}", INK, font(13))
+            x = end
+    sheet.room(12)
 
 
 def _draw_thumbnails(
-    image: Image.Image,
-    draw: ImageDraw.ImageDraw,
-    memory: Memory,
-    thumbnails: np.ndarray,
-    top: int,
-    height: int,
-    fps: float,
-    font,
+    sheet: Sheet, memory: Memory, thumbnails: np.ndarray | None, fps: float, mass: Mass | None
 ) -> None:
-    fate, column = fates(memory), (WIDTH - 2 * MARGIN) // 6
-    frames: Sequence[int] = memory.slots.all
-    if not frames:
-        draw.text((MARGIN, top), "nothing is remembered yet", INK, font)
+    frames = memory.slots.all
+    if not frames or thumbnails is None:
+        sheet.text("The remembered frames are not drawn." if frames else "Nothing is remembered yet.", 13, FAINT)
+        return
+    share = _over_levels(mass) if mass else None
+    sheet.text(
+        "The remembered frames, with their time in the video"
+        + (" and their share of the next chunk's attention, mean over noise levels." if mass else "."),
+        13,
+    )
+    fate, whole = fates(memory), memory.num_frames * 4 / fps
+    column = (WIDTH - 2 * MARGIN) // COLUMNS
+    height = int((column - 12) * thumbnails.shape[1] / thumbnails.shape[2])
     for i, (frame, pixels) in enumerate(zip(frames, thumbnails)):
-        left, upper = MARGIN + i % 6 * column, top + i // 6 * (height + 26)
-        picture = Image.fromarray(np.asarray(pixels)).resize((column - 8, height - 4), Image.NEAREST)
-        draw.rectangle((left - 3, upper - 3, left + column - 6, upper + height - 2), COLOURS[fate[frame]])
-        image.paste(picture, (left, upper))
-        draw.text((left, upper + height + 1), f"{fate[frame]}  {frame * 4 / fps:.1f} s", INK, font)
+        if i % COLUMNS == 0:
+            top = sheet.room(height + 6 + CAPTION) + 3
+        left = MARGIN + i % COLUMNS * column + 3
+        enlarged = pixels.shape[1] < column
+        picture = Image.fromarray(np.asarray(pixels)).resize(
+            (column - 12, height), Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
+        )
+        sheet.draw.rectangle((left - 3, top - 3, left + column - 10, top + height + 2), COLOURS[fate[frame]])
+        sheet.image.paste(picture, (left, top))
+        words = f"{fate[frame]}  {at_time(frame * 4 / fps, whole)}" + (f"  {share[i]:.1%}" if mass else "")
+        sheet.draw.text((left, top + height + 5), words, INK, font(13))

@@ -15,10 +15,12 @@ NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 PACKAGES = {
     "memory": {"torch"},
     "memory/report.py": {"numpy", "PIL"},
+    "memory/sheet.py": {"PIL"},
     "memory/snapshot.py": {"safetensors"},
     "model": {"torch", "einops", "safetensors", "numpy", "yaml"},
     "model/video.py": {"imageio_ffmpeg"},
     "model/doctor.py": {"imageio_ffmpeg"},
+    "model/consistency.py": {"PIL"},
     "train": {"torch", "einops", "safetensors", "numpy", "yaml", "tqdm", "rich", "PIL"},
     "train/plots.py": {"matplotlib"},
     "train/lora.py": {"peft"},
@@ -94,7 +96,7 @@ def test_nodes_and_train_are_imported_late(name, target):
 
 
 def test_the_model_knows_of_the_memory_what_it_needs():
-    """The forward pass needs the view's type alone; sampler and pipeline hold whole memories."""
+    """The forward pass needs the view's type alone; sampler and pipeline hold whole memories; charts look alike."""
     allowed = {
         "model/causal.py": {"memory.view"},
         "model/config.py": {"memory.config"},
@@ -103,6 +105,8 @@ def test_the_model_knows_of_the_memory_what_it_needs():
         "model/journal.py": {"memory.memory"},
         "model/story.py": {"memory.memory"},
         "model/pipeline.py": {"memory.memory", "memory.config"},
+        "model/probe.py": {"memory.memory"},
+        "model/consistency.py": {"memory.sheet"},
     }
     for path in (ROOT / "model").rglob("*.py"):
         used = {module for module, ours, _ in imports(path) if ours and module.startswith("memory")}

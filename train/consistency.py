@@ -17,13 +17,14 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
+from ..model.consistency import Watched
+from ..model.consistency import watch as watch_frames
 from ..model.pipeline import pick_device
 
 log = logging.getLogger("context_forcing")
 
 RESULTS = "consistency.json"
 QUARTERS = 4
-_BATCH = 16
 _FEATURES = {
     "clip": {"CLIPModel": "projected", "CLIPVisionModelWithProjection": "projected", "CLIPVisionModel": "pooled"},
     "dino": {"Dinov2Model": "class token"},
@@ -32,21 +33,11 @@ _FEATURES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Consistency:
-    """One video over time; `times`, `similarity` and `motion` are as long as each other."""
+class Consistency(Watched):
+    """One video over time."""
 
     name: str
     video: str
-    fps: float
-    num_frames: int
-    """Pixel frames."""
-    times: tuple[float, ...]
-    """Seconds of the frames looked at."""
-    similarity: dict[str, tuple[float, ...]]
-    """Model -> cosine of each frame's feature with the first frame's."""
-    motion: tuple[float, ...]
-    """Mean absolute difference of consecutive pixel frames since the frame looked at before, in % of the full range
-    (all pixels and colours; no optical flow). 0 for the first."""
 
 
 class Eye:
@@ -179,48 +170,12 @@ def read_frames(path: Path) -> tuple[float, Iterator[np.ndarray]]:
 
 
 def watch(path: Path, name: str, eyes: Mapping[str, Eye], every: float) -> Consistency:
-    """Look at a video every so many seconds, frame by frame as it streams; what is held does not grow with it.
+    """Look at a video every so many seconds, frame by frame as it streams.
 
     Raises ValueError for a video with fewer than two frames to look at.
     """
     fps, frames = read_frames(path)
-    step = every * fps
-    if step < 1:
-        raise ValueError(
-            f"every: {every:g} s is less than a frame of {path} ({fps:g} a second); {1 / fps:g} is the least"
-        )
-    times, motion, waiting, changes, before = [], [], [], [], None
-    features: dict[str, list[Tensor]] = {model: [] for model in eyes}
-
-    def look() -> None:
-        for model, eye in eyes.items():
-            features[model].append(eye(waiting))
-        waiting.clear()
-
-    count = 0
-    for count, frame in enumerate(frames, 1):
-        if before is not None:
-            changes.append(np.abs(frame.astype(np.int16) - before).mean() / 2.55)
-        before = frame.astype(np.int16)
-        if count - 1 == math.floor(len(times) * step + 0.5):
-            times.append((count - 1) / fps)
-            motion.append(float(np.mean(changes)) if changes else 0.0)
-            waiting.append(frame)
-            changes.clear()
-            if len(waiting) == _BATCH:
-                look()
-    if waiting:
-        look()
-    if len(times) < 2:
-        raise ValueError(f"every: {every:g} s; {path} has {count / fps:g} s, too short for two looks")
-    similarity = {}
-    for model, found in features.items():
-        whole = torch.cat(found)
-        similarity[model] = tuple((whole @ whole[0]).tolist())
-    return Consistency(
-        name=name, video=str(path), fps=fps, num_frames=count, times=tuple(times), similarity=similarity,
-        motion=tuple(motion),
-    )  # fmt: skip
+    return Consistency(name=name, video=str(path), **vars(watch_frames(frames, fps, eyes, every, str(path))))
 
 
 def evaluate_videos(
