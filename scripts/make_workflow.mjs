@@ -10,11 +10,17 @@ const [url, ...outputs] = process.argv.slice(2)
 if (!outputs.length) throw new Error('usage: make_workflow.mjs URL FOLDER/NAME.json ...')
 
 // A node: [id, type, inputs, x, y, width, height, title, colour]. A note: [text, x, y, width, height].
+// A group: [title, x, y, width, height, colour].
 const loadDemo = [1, 'ContextForcingLoadDemo', {}, 20, 60, 340, 80]
 const memory = [2, 'ContextForcingMemory', { model: ['1', 0], width: 0, height: 0, policy: 'as trained', sink: -1,
   slow: -1, fast: -1, threshold: -1 }, 20, 260, 340, 220]
-const saveVideo = (id, memory, x, y) => [id, 'ContextForcingSaveVideo', { memory, vae: ['1', 2],
-  filename_prefix: 'video/context_forcing', fps: 16, scale: 0, crf: 16 }, x, y, 560, 460]
+const saveVideo = (id, memory, x, y, filename_prefix = 'video/context_forcing', width = 560, height = 460) =>
+  [id, 'ContextForcingSaveVideo', { memory, vae: ['1', 2], filename_prefix, fps: 16, scale: 0, crf: 16 }, x, y, width,
+    height]
+const prompt = (id, title, text, x, y) => [id, 'CLIPTextEncode', { clip: ['1', 1], text }, x, y, 340, 130, title]
+const sampler = (id, title, positive, memory, x, y, inputs = {}) => [id, 'ContextForcingSampler', { model: ['1', 0],
+  positive: [`${positive}`, 0], memory: [`${memory}`, 0], seconds: 3, seed: 7, attention: 'sdpa', commit_attends: 'all',
+  ...inputs }, x, y, 340, 510, title, 'cyan']
 const report = (id, memory, x, y) => [id, 'ContextForcingMemoryReport', { memory, vae: ['1', 2], fps: 16 }, x, y, 560,
   440]
 
@@ -26,10 +32,8 @@ function demoChain() {
   ]
   const column = (i) => 410 + 390 * i
   const nodes = segments.flatMap(([title, text], i) => [
-    [2 * i + 3, 'CLIPTextEncode', { clip: ['1', 1], text }, column(i), 60, 340, 130, `Prompt ${i + 1}`],
-    [2 * i + 4, 'ContextForcingSampler', { model: ['1', 0], positive: [`${2 * i + 3}`, 0],
-      memory: [`${i ? 2 * i + 2 : 2}`, 0], seconds: 3, seed: 7, attention: 'sdpa', commit_attends: 'all' }, column(i),
-      260, 340, 510, title, 'cyan'],
+    prompt(2 * i + 3, `Prompt ${i + 1}`, text, column(i), 60),
+    sampler(2 * i + 4, title, 2 * i + 3, i ? 2 * i + 2 : 2, column(i), 260),
   ])
   const words = [11, 'PreviewAny', { source: ['10', 1] }, column(3), 1080, 560, 170, 'Report in words']
   const note = `## One video, three prompts
@@ -73,7 +77,110 @@ Each line is a segment: **when** it begins, its **prompt**, and in brackets, if 
   }
 }
 
-const WORKFLOWS = { demo_chain: demoChain, demo_storyboard: demoStoryboard }
+function demoBranch() {
+  const futures = [
+    ['turn back', 'A meadow under a clear sky by day. The camera pans left.', {}],
+    ['night falls', 'A meadow under a clear sky at night. The camera pans right.', { change: 'recache', blend: 2 }],
+    ['a new scene', 'A desert under a clear sky by day. The camera stays.', { change: 'cut_new_sink' }],
+  ]
+  const column = (i) => 800 + 390 * i
+  const nodes = futures.flatMap(([title, text, inputs], i) => [
+    prompt(3 * i + 6, `Prompt ${'ABC'[i]}`, text, column(i), 60),
+    sampler(3 * i + 7, `${'ABC'[i]}: ${title}`, 3 * i + 6, 4, column(i), 260, inputs),
+    saveVideo(3 * i + 8, [`${3 * i + 7}`, 0], column(i), 840, `video/future_${'ABC'[i]}`, 340, 380),
+  ])
+  const note = `## One past, three futures
+The **memory** of one sampler goes into three. Each future begins with the same three seconds, to the last bit, and goes on under its own prompt; none knows of the others.
+- **A** turns back: what stood there stands there still.
+- **B** lets night fall: *recache* reads what is remembered under the new prompt, *blend* fades it in over two chunks.
+- **C** begins a new scene: *cut_new_sink* remembers nothing.
+- **Try another future**: edit its prompt and run. The past and the other futures come from the cache. Or change its *seed*: the same prompt, another course.`
+  return {
+    nodes: [loadDemo, memory,
+      prompt(3, 'Prompt', 'A meadow under a clear sky by day. The camera pans right.', 410, 60),
+      sampler(4, 'The past', 3, 2, 410, 260), ...nodes],
+    note: [note, 20, 840, 730, 380],
+  }
+}
+
+function demoStartImage() {
+  const note = `## A picture, and on from it
+**Start Image or Clip** gives an empty memory the picture that the video begins with. It is the first frame, and being first it stays in memory (*sink*): the camera turns away from it and comes back.
+- **Your picture**: put *Load Image* in the place of the yellow group; it is cropped to the size of the memory. The demo student has seen its own world only, so the group makes a picture of that: one frame of another video (*seed* 8), as pixels.
+- **The prompt** says what happens from the picture on. It should fit what the picture shows.
+- **Other student**: replace Load Demo Student by Load Student, CLIPLoader (wan) and VAELoader.`
+  return {
+    nodes: [loadDemo, memory,
+      prompt(3, 'What the picture shows', 'A meadow under a clear sky at dusk. The camera pans right.', 410, 60),
+      sampler(4, 'Another video', 3, 2, 410, 260, { seconds: 1.5, seed: 8 }),
+      [5, 'VAEDecode', { samples: ['4', 1], vae: ['1', 2] }, 410, 840, 340, 50],
+      [6, 'ImageFromBatch', { image: ['5', 0], batch_index: 20, length: 1 }, 410, 960, 340, 90, 'Its last frame'],
+      [7, 'PreviewImage', { images: ['6', 0] }, 800, 260, 340, 250, 'The picture'],
+      [8, 'ContextForcingRemember', { memory: ['2', 0], vae: ['1', 2], images: ['6', 0] }, 800, 60, 340, 90,
+        undefined, 'green'],
+      prompt(9, 'Prompt 1', 'A meadow under a clear sky at dusk. The camera pans right.', 1190, 60),
+      sampler(10, '1: away from it', 9, 8, 1190, 260),
+      prompt(11, 'Prompt 2', 'A meadow under a clear sky at dusk. The camera pans left.', 1580, 60),
+      sampler(12, '2: and back', 11, 10, 1580, 260),
+      saveVideo(13, ['12', 0], 1190, 840, 'video/from_a_picture', 730, 520)],
+    note: [note, 20, 540, 340, 560],
+    groups: [['A picture; or Load Image', 390, -20, 380, 1100, 'yellow']],
+  }
+}
+
+function demoContinueVideo() {
+  const note = `## A clip, and on from it
+**Start Image or Clip** gives an empty memory the frames of a clip. They stay as they are in the video; their scene is remembered, and the first sampler goes on from their last frame.
+- **Your clip**: put *Load Video* in the place of the yellow group, with the frame rate of the student (16); it is cropped to the size of the memory. 1 + 4k frames are taken. The demo student has seen its own world only, so the group makes a clip of that, writes it to a file and reads its frames.
+- **The prompt** says what happens after the clip: here the camera turns back to where the clip began.
+- **Clips of this pack** need not be read from pixels: wire the *memory* on, or use Save Memory and Load Memory.
+- **Other student**: replace Load Demo Student by Load Student, CLIPLoader (wan) and VAELoader.`
+  return {
+    nodes: [loadDemo, memory,
+      prompt(3, 'What the clip shows', 'A desert under a clear sky by day. The camera pans right.', 410, 60),
+      sampler(4, 'Another video', 3, 2, 410, 260, { seed: 3 }),
+      saveVideo(5, ['4', 0], 410, 840, 'video/clip', 340, 380),
+      [6, 'GetVideoComponents', { video: ['5', 0] }, 800, 60, 340, 90],
+      [7, 'ContextForcingRemember', { memory: ['2', 0], vae: ['1', 2], images: ['6', 0] }, 800, 260, 340, 90,
+        undefined, 'green'],
+      prompt(8, 'Prompt', 'A desert under a clear sky by day. The camera pans left.', 1190, 60),
+      sampler(9, 'What happens next', 8, 7, 1190, 260, { seed: 8 }),
+      saveVideo(10, ['9', 0], 800, 840, 'video/continued', 730, 520)],
+    note: [note, 20, 540, 340, 680],
+    groups: [['A clip; or Load Video', 390, -20, 380, 1260, 'yellow']],
+  }
+}
+
+function resumeTomorrow() {
+  const note = `## Begun today, continued tomorrow
+**Save Memory** writes the video so far and what it remembers to a file. **Load Memory** goes on from it: after ComfyUI was closed, or on another machine, with the same student. Continued from an *exact* file, the video is the same to the last bit as if it had never stopped.
+1. **Run**: *Today* is made and saved. *Tomorrow* waits, Load Memory is red: its file was not there yet.
+2. **Run again**, at once or after a restart of ComfyUI: *Tomorrow* goes on from the file. After a restart mute *Today* (right-click its group > *Set Group Nodes to Never*), or it is made again.
+- Other files: choose *file* in Load Memory; key R finds new ones.
+- *compact* files are small; keys and values are made anew, and the video goes on close to the same.
+- *autosave* in a sampler writes such a file after its segment, and what there is when it is interrupted.
+- *Memory Report* on the loaded memory shows what it holds.`
+  return {
+    nodes: [loadDemo, memory,
+      prompt(3, 'Prompt', 'A meadow under a clear sky by day. The camera pans right.', 410, 60),
+      sampler(4, 'The first half', 3, 2, 410, 260),
+      [5, 'ContextForcingSaveMemory', { memory: ['4', 0], filename_prefix: 'context_forcing/tomorrow', form: 'exact' },
+        410, 840, 340, 110, undefined, 'green'],
+      [6, 'ContextForcingLoadMemory', { file: 'context_forcing/tomorrow_00001_.safetensors [output]' }, 820, 60, 340,
+        90, undefined, 'green'],
+      [10, 'PreviewAny', { source: ['6', 1] }, 820, 260, 340, 190, 'What it holds'],
+      prompt(7, 'Prompt', 'A meadow under a clear sky by day. The camera pans left.', 1210, 60),
+      sampler(8, 'The second half', 7, 6, 1210, 260),
+      saveVideo(9, ['8', 0], 1600, 60, 'video/resumed', 560, 460)],
+    note: [note, 20, 540, 340, 560],
+    groups: [['Today', 390, -20, 380, 990, 'yellow'], ['Tomorrow', 800, -20, 1380, 990, 'blue']],
+  }
+}
+
+const WORKFLOWS = {
+  demo_chain: demoChain, demo_storyboard: demoStoryboard, demo_branch: demoBranch, demo_start_image: demoStartImage,
+  demo_continue_video: demoContinueVideo, resume_tomorrow: resumeTomorrow,
+}
 const plans = outputs.map((output) => [output, path.basename(output, '.json')])
 for (const [output, name] of plans)
   if (!WORKFLOWS[name]) throw new Error(`${output}: no workflow ${name}; there are ${Object.keys(WORKFLOWS).join(', ')}`)
@@ -89,11 +196,11 @@ await page.goto(url)
 // The page loads its default workflow late; wait for it, or it replaces ours.
 await page.waitForFunction(() => window.app?.graph?._nodes?.length && app.extensionManager.workflow.activeWorkflow)
 for (const [output, name] of plans) {
-  const { nodes, note } = WORKFLOWS[name]()
+  const { nodes, note, groups = [] } = WORKFLOWS[name]()
   const api = Object.fromEntries(nodes.map(([id, class_type, inputs]) => [id, { class_type, inputs }]))
   const layout = nodes.map(([id, , , x, y, width, height, title, colour]) =>
     ({ id, x, y, width, height, title, colour }))
-  const saved = await page.evaluate(async ({ name, api, layout, note }) => {
+  const saved = await page.evaluate(async ({ name, api, layout, note, groups }) => {
     await app.loadApiJson(api, name)
     const colours = LGraphCanvas.node_colors
     for (const { id, x, y, width, height, title, colour } of layout) {
@@ -104,6 +211,13 @@ for (const [output, name] of plans) {
       if (colour) Object.assign(node, { color: colours[colour].color, bgcolor: colours[colour].bgcolor })
       for (const widget of node.widgets ?? []) if (widget.name === 'control_after_generate') widget.value = 'fixed'
     }
+    for (const [title, x, y, width, height, colour] of groups) {
+      const group = new LiteGraph.LGraphGroup(title)
+      app.graph.add(group)
+      group.pos = [x, y]
+      group.size = [width, height]
+      group.color = colours[colour].groupcolor
+    }
     const [text, x, y, width, height] = note
     const explain = LiteGraph.createNode('MarkdownNote')
     app.graph.add(explain)
@@ -113,7 +227,7 @@ for (const [output, name] of plans) {
     explain.widgets[0].value = text
     const workflow = app.graph.serialize()
     return { workflow, prompt: (await app.graphToPrompt()).output }
-  }, { name, api, layout, note })
+  }, { name, api, layout, note, groups })
 
   const wrong = Object.keys(api).filter((id) => Object.entries(api[id].inputs).some(
     ([input, value]) => JSON.stringify(saved.prompt[id]?.inputs[input]) !== JSON.stringify(value)))
