@@ -193,7 +193,8 @@ def report(
     pipeline = Pipeline.load(None if student == "demo" else student, *pick_device(device, dtype))
     own = held.student in ("", pipeline.fingerprint)
     if not own:
-        console.print(f"{memory}: made by another student; without its --student no frames are drawn", highlight=False)
+        says = f"{_escape(str(memory))}: made by another student; without its --student no frames are drawn"
+        console.print(says, highlight=False, soft_wrap=True)
     mass = attention_mass(pipeline.sampler, held, pipeline.card.sigmas) if attention else None
     fps = fps or pipeline.card.fps
     draw_report(held, pipeline.thumbnails(held) if own else None, fps, mass).save(output)

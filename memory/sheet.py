@@ -102,8 +102,7 @@ class Axes:
         for k in range(math.floor(self.seconds / step + 1e-6) + 1):
             x = self.x(k * step)
             draw.line((x, self.bottom, x, self.bottom + 4), FAINT)
-            anchor = "mt" if x < RIGHT - 20 else "rt"
-            draw.text((x, self.bottom + 6), at_time(k * step, self.seconds), FAINT, font(12), anchor)
+            draw.text((x, self.bottom + 6), at_time(k * step, self.seconds), FAINT, font(12), "mt")
 
 
 def at_time(seconds: float, whole: float) -> str:

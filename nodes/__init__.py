@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .consistency import ContextForcingConsistency
 from .load import ContextForcingLoadDemo, ContextForcingLoadStudent
 from .memory import ContextForcingMemory, ContextForcingMemoryReport
 from .remember import ContextForcingRemember
@@ -19,6 +20,7 @@ NODES: list[type[io.ComfyNode]] = [
     ContextForcingStoryboard,
     ContextForcingSaveVideo,
     ContextForcingMemoryReport,
+    ContextForcingConsistency,
     ContextForcingSaveMemory,
     ContextForcingLoadMemory,
 ]

@@ -15,6 +15,9 @@ from ..model.text import encode_demo_text, unknown_words
 
 log = logging.getLogger("context_forcing")
 
+WORDS = "context_forcing_words"
+"""Key of a CONDITIONING's options under which the demo's keeps its prompt, for reports; other encoders do not."""
+
 
 class DemoCLIP:
     """What text encode nodes need of a CLIP; no weights."""
@@ -25,7 +28,7 @@ class DemoCLIP:
     def encode_from_tokens_scheduled(self, tokens, unprojected=False, add_dict={}, show_pbar=True):
         if unknown := unknown_words(tokens["text"]):
             log.warning("the demo student does not know these words, they have no effect: %s", ", ".join(unknown))
-        return [[encode_demo_text(tokens["text"]), {"pooled_output": None, **add_dict}]]
+        return [[encode_demo_text(tokens["text"]), {"pooled_output": None, WORDS: tokens["text"], **add_dict}]]
 
     def clone(self, disable_dynamic=False):
         return self

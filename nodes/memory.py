@@ -3,14 +3,15 @@
 import dataclasses
 
 import numpy as np
-import torch
 from comfy_api.latest import io, ui
 
 from ..memory.config import MEMORY_PRESETS, POLICIES, named_memory
 from ..memory.report import draw_report, summary
 from ..model.pipeline import new_memory
+from ..model.probe import attention_mass
 from ..model.video import to_uint8
-from .types import CATEGORY, MemoryType, OnWire, card_of
+from .sampler import sampler_for
+from .types import CATEGORY, MemoryType, OnWire, as_image, card_of
 from .video import decode_stream
 
 AS_TRAINED = "as trained"
@@ -82,26 +83,33 @@ class ContextForcingMemoryReport(io.ComfyNode):
             node_id="ContextForcingMemoryReport",
             display_name="Memory Report",
             category=CATEGORY,
-            description="What is remembered, since when, and what was let go: a picture and a few lines of text.",
-            search_aliases=["context forcing", "inspect memory"],
+            description="What is remembered, since when, what was let go and why: a picture and a few lines of text.",
+            search_aliases=["context forcing", "inspect memory", "attention map"],
             is_output_node=True,
             inputs=[
                 MemoryType.Input("memory", tooltip="The end of any sampler in the chain."),
                 io.Vae.Input("vae", tooltip="Draws the remembered frames."),
                 io.Float.Input("fps", default=16.0, min=1.0, max=240.0, tooltip="Frames per second of the video."),
+                io.Model.Input(
+                    "model", optional=True,
+                    tooltip="The student, to see also how much the next chunk would look at sink, slow, fast and itself:"
+                    " takes as long as making that chunk, or somewhat longer. Not connected: left out.",
+                ),
             ],
             outputs=[
                 io.Image.Output("image", tooltip="The report as a picture."),
                 io.String.Output("text", tooltip="The same in words: frames held, how far back, by which rule."),
             ],
-        )
+        )  # fmt: skip
 
     @classmethod
-    def execute(cls, memory, vae, fps) -> io.NodeOutput:
-        memory = memory.memory
-        picture = draw_report(memory, thumbnails(memory, vae), fps)
-        image = torch.from_numpy(np.asarray(picture).copy()).float()[None] / 255
-        return io.NodeOutput(image, summary(memory, fps), ui=ui.PreviewImage(image, cls=cls))
+    def execute(cls, memory, vae, fps, model=None) -> io.NodeOutput:
+        memory, mass = memory.memory, None
+        if model is not None:
+            card = card_of(model)
+            mass = attention_mass(sampler_for(model, card, memory), memory, card.sigmas)
+        image = as_image(draw_report(memory, thumbnails(memory, vae), fps, mass))
+        return io.NodeOutput(image, summary(memory, fps, mass), ui=ui.PreviewImage(image, cls=cls))
 
 
 def thumbnails(memory, vae) -> np.ndarray:

@@ -11,15 +11,15 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy_api.latest import io
 from PIL import Image
 
+from ..memory.memory import CHANGES, Memory
 from ..model.attention import sdpa
 from ..model.causal import embed_text
 from ..model.codec import denormalise
-from ..model.config import VAE_STRIDE
-from ..memory.memory import CHANGES
+from ..model.config import VAE_STRIDE, StudentCard
 from ..model.sampler import COMMIT_ATTENDS, CausalSampler, chunks_for, working_bytes
 from ..model.segment import segment
 from ..model.video import to_uint8
-from .demo import preview_codec
+from .demo import WORDS, preview_codec
 from .snapshot import PLACES, at_rest, autosaved
 from .types import CATEGORY, MemoryType, OnWire, card_of, log, student_of, wan_network
 
@@ -60,6 +60,28 @@ def previewer_of(demo: bool) -> Callable[[torch.Tensor], tuple | None]:
     if previewer is None:
         return lambda chunk: None
     return lambda chunk: previewer.decode_latent_to_preview_image("JPEG", chunk[:, :, -1:])
+
+
+def sampler_for(model, card: StudentCard, memory: Memory, **options) -> Callable[[torch.Tensor], CausalSampler]:
+    """Makes room for the student; then text embeddings -> a sampler under them. `options` are CausalSampler's."""
+    net = wan_network(model)
+    dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+    mm.load_models_gpu([model], memory_required=working_bytes(net, memory, dtype))
+    device, student = model.load_device, student_of(model)
+
+    def sampler_of(text: torch.Tensor) -> CausalSampler:
+        return CausalSampler(
+            net=net,
+            text=embed_text(net, text.to(device, dtype)),
+            device=device,
+            dtype=dtype,
+            solver=card.solver,
+            on_pass=mm.throw_exception_if_processing_interrupted,
+            student=student,
+            **options,
+        )
+
+    return sampler_of
 
 
 class ContextForcingSampler(io.ComfyNode):
@@ -130,33 +152,17 @@ class ContextForcingSampler(io.ComfyNode):
         cls, model, positive, memory, seconds, seed, attention="sdpa", commit_attends="all", change="keep", blend=0,
         keep_in="RAM", autosave=False,
     ) -> io.NodeOutput:  # fmt: skip
-        net, card, text, before = wan_network(model), card_of(model), text_of(positive), memory.memory
+        card, text, before = card_of(model), text_of(positive), memory.memory
         chunk = before.config.chunk
         num_chunks = chunks_for(seconds, card.fps, chunk)
         made = num_chunks * chunk * VAE_STRIDE[0] / card.fps
         if abs(made - seconds) > 1e-6:
             log.info("segment of %g s rounded up to %g s: whole chunks", seconds, made)
 
-        dtype = model.model.manual_cast_dtype or model.model.get_dtype()
-        mm.load_models_gpu([model], memory_required=working_bytes(net, before, dtype))
-        device, student = model.load_device, student_of(model)
-
-        def sampler_of(text: torch.Tensor) -> CausalSampler:
-            return CausalSampler(
-                net=net,
-                text=embed_text(net, text.to(device, dtype)),
-                device=device,
-                dtype=dtype,
-                solver=card.solver,
-                attention=ATTENTION[attention],
-                commit_attends=commit_attends,
-                on_pass=mm.throw_exception_if_processing_interrupted,
-                student=student,
-            )
-
+        sampler_of = sampler_for(model, card, before, attention=ATTENTION[attention], commit_attends=commit_attends)
         progress, preview = comfy.utils.ProgressBar(num_chunks), previewer_of(card.base == "demo")
         chunks = segment(
-            sampler_of, before, text, prompt="", seed=seed, num_chunks=num_chunks, sigmas=card.sigmas, change=change,
+            sampler_of, before, text, prompt=positive[0][1].get(WORDS, ""), seed=seed, num_chunks=num_chunks, sigmas=card.sigmas, change=change,
             blend=blend,
         )  # fmt: skip
         with autosaved(autosave) as kept:

@@ -3,8 +3,10 @@
 import logging
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from comfy_api.latest import io
+from PIL import Image
 
 from ..memory.memory import Memory
 from ..model.checkpoint import fingerprint
@@ -33,6 +35,11 @@ class OnWire(NamedTuple):
     def of(cls, memory: Memory, before: Memory | None = None) -> "OnWire":
         shared = {id(tensor) for tensor in before.tensors()} if before else set()
         return cls(memory, tuple(tensor for tensor in memory.tensors() if id(tensor) not in shared))
+
+
+def as_image(picture: Image.Image) -> torch.Tensor:
+    """A drawn picture as ComfyUI's IMAGE, [1, H, W, 3] in 0..1."""
+    return torch.from_numpy(np.asarray(picture).copy()).float()[None] / 255
 
 
 def card_of(model) -> StudentCard:

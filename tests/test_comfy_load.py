@@ -97,9 +97,9 @@ def test_comfyui_loads_it_from_any_folder(pack, tmp_path):
     assert says["web"]
     assert says["is_extension"]
     assert sorted(says["ids"]) == [
-        "ContextForcingLoadDemo", "ContextForcingLoadMemory", "ContextForcingLoadStudent", "ContextForcingMemory",
-        "ContextForcingMemoryReport", "ContextForcingRemember", "ContextForcingSampler", "ContextForcingSaveMemory",
-        "ContextForcingSaveVideo", "ContextForcingStoryboard",
+        "ContextForcingConsistency", "ContextForcingLoadDemo", "ContextForcingLoadMemory", "ContextForcingLoadStudent",
+        "ContextForcingMemory", "ContextForcingMemoryReport", "ContextForcingRemember", "ContextForcingSampler",
+        "ContextForcingSaveMemory", "ContextForcingSaveVideo", "ContextForcingStoryboard",
     ]  # fmt: skip
     assert not says["installed_copy_used"]
     assert says["from"] and all(str(pack) in file for file in says["from"])

@@ -7,10 +7,12 @@ import imageio_ffmpeg
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from context_forcing import cli
-from context_forcing.memory import MemoryConfig
+from context_forcing.memory import Memory, MemoryConfig
+from context_forcing.memory.snapshot import save_memory
 from context_forcing.model.checkpoint import save_student
 from context_forcing.model.config import StudentCard
 
@@ -185,6 +187,49 @@ def test_report_is_drawn(generate, tmp_path):
     assert code == 0, err
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert "12 latent frames (3.0 s)" in " ".join(err.split())
+
+
+def test_a_saved_memory_is_reported(generate, run, student, tmp_path):
+    """Like `generate --report`; with attention, also where the next chunk looks; without its student, no frames."""
+    kept = tmp_path / "kept.memory"
+    code, err, _ = generate(told(3), "film.mp4", "--memory-out", kept, "--report", tmp_path / "during.png")
+    assert code == 0, err
+    heights = {}
+    for name, options in {
+        "after": ["--student", student], "looking": ["--student", student, "--attention"], "stranger": [],
+    }.items():  # fmt: skip
+        out = tmp_path / f"{name}.png"
+        code, err = run("report", kept, "-o", out, *options)
+        assert code == 0, err
+        assert "12 latent frames (3.0 s), memory reaches back 1.5 s" in err
+        assert ("attention of the next chunk, mean over noise levels: sink " in err) == (name == "looking")
+        assert ("made by another student" in err) == (name == "stranger")
+        heights[name] = Image.open(out).height
+    assert (tmp_path / "after.png").read_bytes() == (tmp_path / "during.png").read_bytes()
+    assert heights["stranger"] < heights["after"] < heights["looking"]
+
+
+REPORT_MISTAKES = {
+    "no such memory": ("none.memory", ["-o", "r.png"], "none.memory: no such file"),
+    "no memory": ("text.memory", ["-o", "r.png"], "text.memory: not a whole safetensors file"),
+    "no png": ("kept.memory", ["-o", "r.jpg"], "--output: r.jpg must end in .png"),
+    "no folder": ("kept.memory", ["-o", "nowhere/r.png"], "--output: nowhere/r.png"),
+    "no fps": ("kept.memory", ["-o", "r.png", "--fps", "0"], "--fps: 0 must be above 0"),
+    "another's attention": ("kept.memory", ["-o", "r.png", "--attention"], "made by another student"),
+    "nothing to look at": ("empty.memory", ["-o", "r.png", "--attention"], "nothing was made on it yet"),
+}
+
+
+def test_what_cannot_be_reported_is_one_line(generate, run, tmp_path, monkeypatch):
+    code, err, _ = generate(told(0.75), "film.mp4", "--memory-out", tmp_path / "kept.memory")
+    assert code == 0, err
+    save_memory(tmp_path / "empty.memory", Memory(config=MemoryConfig(), latent_size=(16, 4, 6)))
+    (tmp_path / "text.memory").write_text("no memory")
+    monkeypatch.chdir(tmp_path)
+    for name, (memory, options, words) in REPORT_MISTAKES.items():
+        code, err = run("report", memory, *options)
+        assert code == 2 and words in err and "Traceback" not in err, (name, err)
+        assert not list(tmp_path.rglob("r.*")), name
 
 
 BAD_STORIES = {

@@ -5,7 +5,6 @@
 Prints JSON: {codec: {chunking: largest difference, ...}, ...} and for each codec the `range` of its pixels.
 """
 
-import importlib.util
 import json
 import sys
 
@@ -20,19 +19,9 @@ args.cpu = True
 import comfy.sd  # noqa: E402
 import torch  # noqa: E402
 from comfy.ldm.wan.vae import WanVAE  # noqa: E402
+from pack import load_pack  # noqa: E402
 
 CHUNKINGS = [[10], [1] * 10, [3, 3, 3, 1], [1, 2, 2, 2, 2, 1], [2, 1, 4, 3], [1, 3, 3, 3]]
-
-
-def load_pack():
-    """As ComfyUI's `load_custom_node` does: by path, under any folder name."""
-    spec = importlib.util.spec_from_file_location(
-        f"/somewhere/{pack}".replace(".", "_x_"), f"{checkout}/__init__.py", submodule_search_locations=[checkout]
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return lambda name: importlib.import_module(f"{spec.name}.{name}")
 
 
 def small_wan_vae() -> comfy.sd.VAE:
@@ -49,7 +38,7 @@ def small_wan_vae() -> comfy.sd.VAE:
 
 @torch.inference_mode()
 def main() -> None:
-    part = load_pack()
+    part = load_pack(checkout, pack)
     part("nodes")
     decode_stream = part("nodes.video").decode_stream
     codec = part("model.codec")

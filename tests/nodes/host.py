@@ -33,6 +33,7 @@ NODE_IDS = (
     "ContextForcingStoryboard",
     "ContextForcingSaveVideo",
     "ContextForcingMemoryReport",
+    "ContextForcingConsistency",
     "ContextForcingSaveMemory",
     "ContextForcingLoadMemory",
 )
