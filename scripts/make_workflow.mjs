@@ -172,7 +172,7 @@ function resumeTomorrow() {
       prompt(7, 'Prompt', 'A meadow under a clear sky by day. The camera pans left.', 1210, 60),
       sampler(8, 'The second half', 7, 6, 1210, 260),
       saveVideo(9, ['8', 0], 1600, 60, 'video/resumed', 560, 460)],
-    note: [note, 20, 540, 340, 560],
+    note: [note, 20, 540, 340, 430],
     groups: [['Today', 390, -20, 380, 990, 'yellow'], ['Tomorrow', 800, -20, 1380, 990, 'blue']],
   }
 }

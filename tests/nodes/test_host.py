@@ -40,12 +40,6 @@ def test_help_page_is_served(host, node_id):
     assert page.startswith("# ") and len(page) > 200
 
 
-def test_workflow_is_a_template(host):
-    assert "demo_chain" in host.get("/api/workflow_templates")[PACK]
-    assert host.get(f"/api/workflow_templates/{PACK}/demo_chain.json")["nodes"]
-    assert host.get_bytes(f"/api/workflow_templates/{PACK}/demo_chain.jpg").startswith(b"\xff\xd8")
-
-
 def test_student_list_follows_the_folder(host, object_info):
     def students():
         info = host.get("/object_info/ContextForcingLoadStudent")["ContextForcingLoadStudent"]

@@ -1,0 +1,126 @@
+"""Every workflow we ship, as the page would send it, in a real ComfyUI: it runs, and shows what it is there to show."""
+
+import json
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from context_forcing.model.checkpoint import DEMO_STUDENT, read_card
+from PIL import Image
+from safetensors.torch import load_file
+
+from .graph import nodes, only, succeeded
+from .host import CHECKOUT, PACK, to_api
+
+pytestmark = [pytest.mark.host, pytest.mark.slow]
+
+FILES = {path.stem: path for path in (CHECKOUT / "workflows").glob("*.json")}
+SECONDS = 1.5
+SHORT_FRAMES = 6
+
+
+@pytest.fixture
+def load(object_info):
+    """A workflow as a prompt; its segments are shortened, what they are wired to is not."""
+
+    def load(name: str) -> dict:
+        prompt = to_api(json.loads(FILES[name].read_text()), object_info)
+        for sampler in nodes(prompt, "ContextForcingSampler"):
+            prompt[sampler]["inputs"]["seconds"] = SECONDS
+        return prompt
+
+    return load
+
+
+def keep(prompt: dict, sampler: str) -> str:
+    """Have the memory at a sampler's end saved, too."""
+    inputs = {"memory": [sampler, 0], "filename_prefix": "context_forcing/workflows", "form": "compact"}
+    prompt[f"keep {sampler}"] = {"class_type": "ContextForcingSaveMemory", "inputs": inputs}
+    return f"keep {sampler}"
+
+
+def film(host, run, saved: str) -> torch.Tensor:
+    return load_file(host.base / "output" / run.outputs[saved]["text"][0].split(",")[0])["film"]
+
+
+def video(host, run, save: str) -> np.ndarray:
+    """Frames of a saved video [T, H, W, 3], at the student's size again."""
+    (shown,) = run.outputs[save]["images"]
+    reader = imageio_ffmpeg.read_frames(str(host.output_path(shown)))
+    width, height = next(reader)["size"]
+    scale = width // read_card(DEMO_STUDENT).size[0]
+    frames = np.stack([np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader])
+    return frames[:, scale // 2 :: scale, scale // 2 :: scale]
+
+
+def psnr(a, b) -> float:
+    return 10 * np.log10(255**2 / max(np.square(a.astype(float) - b).mean(), 1e-9))
+
+
+def test_they_are_templates_with_a_picture_and_a_note(host):
+    assert sorted(host.get("/api/workflow_templates")[PACK]) == sorted(FILES)
+    for name in FILES:
+        workflow = host.get(f"/api/workflow_templates/{PACK}/{name}.json")
+        (note,) = [node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
+        assert note.startswith("## ") and len(note) < 1200
+        picture = host.get_bytes(f"/api/workflow_templates/{PACK}/{name}.jpg")
+        assert picture.startswith(b"\xff\xd8") and len(picture) < 100_000
+
+
+def test_the_futures_of_demo_branch_share_their_past(host, load):
+    prompt = load("demo_branch")
+    past, *futures = nodes(prompt, "ContextForcingSampler")
+    assert [prompt[future]["inputs"]["memory"] for future in futures] == [[past, 0]] * 3
+    kept = [keep(prompt, future) for future in futures]
+    run = succeeded(host.run(prompt))
+    films = [film(host, run, saved) for saved in kept]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert films[a].shape[2] == 2 * SHORT_FRAMES
+        assert torch.equal(films[a][:, :, :SHORT_FRAMES], films[b][:, :, :SHORT_FRAMES])
+        assert (films[a] - films[b])[:, :, SHORT_FRAMES:].abs().mean() > 0.1
+    videos = [video(host, run, save) for save in nodes(prompt, "ContextForcingSaveVideo")]
+    assert [len(frames) for frames in videos] == [8 * SHORT_FRAMES - 3] * 3
+
+    text = prompt[futures[2]]["inputs"]["positive"][0]
+    prompt[text]["inputs"]["text"] = "Snow under a clear sky by day. The camera stays."
+    run = succeeded(host.run(prompt))
+    assert {past, *futures[:2]} <= run.cached and futures[2] in run.executed
+
+
+def test_demo_start_image_begins_with_the_picture(host, load):
+    prompt = load("demo_start_image")
+    run = succeeded(host.run(prompt))
+    (shown,) = run.outputs[only(prompt, "PreviewImage")]["images"]
+    picture = np.asarray(Image.open(host.output_path(shown)).convert("RGB"))
+    frames = video(host, run, only(prompt, "ContextForcingSaveVideo"))
+    assert len(frames) == 8 * SHORT_FRAMES - 3
+    assert psnr(frames[0], picture) > 30
+    assert psnr(frames[len(frames) // 2], picture) < 20, "the camera does not turn away"
+
+
+def test_demo_continue_video_goes_on_where_the_clip_ends(host, load):
+    prompt = load("demo_continue_video")
+    clip, whole = nodes(prompt, "ContextForcingSaveVideo")
+    run = succeeded(host.run(prompt))
+    clip, whole = video(host, run, clip), video(host, run, whole)
+    assert len(clip) == 4 * SHORT_FRAMES - 3 and len(whole) == 8 * SHORT_FRAMES - 3
+    assert min(psnr(given, made) for given, made in zip(clip, whole)) > 30
+    steps = [psnr(a, b) for a, b in zip(whole, whole[1:])]
+    assert steps[len(clip) - 1] > min(steps[: len(clip) - 1]) - 2, "the picture jumps where the clip ends"
+
+
+def test_resume_tomorrow_runs_twice_and_goes_on_to_the_bit(host, load):
+    prompt = load("resume_tomorrow")
+    first, second = nodes(prompt, "ContextForcingSampler")
+    save, loader = only(prompt, "ContextForcingSaveVideo"), only(prompt, "ContextForcingLoadMemory")
+    today = succeeded(host.run(prompt))
+    assert first in today.executed and not {loader, second, save} & today.executed
+    tomorrow = succeeded(host.run(prompt))
+    assert first in tomorrow.cached and {loader, second, save} <= tomorrow.executed
+    assert len(video(host, tomorrow, save)) == 8 * SHORT_FRAMES - 3
+
+    kept = keep(prompt, second)
+    resumed = film(host, succeeded(host.run(prompt)), kept)
+    prompt[second]["inputs"]["memory"] = [first, 0]
+    assert torch.equal(resumed, film(host, succeeded(host.run(prompt)), kept))
