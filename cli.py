@@ -111,6 +111,12 @@ def generate(
             raise ValueError(f"{option}: {path} is a folder; give a file name")
     if report is not None and report.suffix.lower() != ".png":
         raise ValueError(f"--report: {report} must end in .png")
+    if compact and memory_out is None:
+        raise ValueError("--compact: says how --memory-out is written, and there is none")
+    if memory_out is not None and memory_in is not None and memory_out.resolve() == memory_in.resolve():
+        raise ValueError(
+            f"--memory-out: {memory_out} is --memory-in; give another file, so that --resume still has both"
+        )
     pipeline = Pipeline.load(weights, *pick_device(device, dtype))
     named = {} if memory is None else dataclasses.asdict(named_memory(memory, pipeline.card.memory))
     settings = {"policy": policy, "slow": slow, "slow_similarity_threshold": threshold}
@@ -126,13 +132,14 @@ def generate(
     _announce_rounding(told, chunk, fps)
     height, width = (side * 8 for side in final.latent_size[1:])
     where = {"student": pipeline.fingerprint, "device": pipeline.device.type, "dtype": str(pipeline.dtype)}
-    asked = {**where, "story": dataclasses.asdict(told), "memory": fingerprint_memory(final)}
-    journal = Journal(beside(output), asked, resume)
+    told_by = {"story": dataclasses.asdict(told), "card": dataclasses.asdict(card)}
+    journal = Journal(beside(output), {**where, **told_by, "memory": fingerprint_memory(final)}, resume)
     began = time.monotonic()
 
     with _progress() as progress, contextlib.ExitStack() as kept:
         # Also after an interrupt or an error: what is finished is kept.
-        kept.push(lambda kind, *_: kind and console.print(f"{output}: not finished; --resume goes on", highlight=False))
+        says = f"{_escape(str(output))}: not finished; --resume goes on"
+        kept.push(lambda kind, *_: kind and journal.begun and console.print(says, highlight=False))
         if memory_out is not None:
             kept.callback(lambda: final.film and save_memory(memory_out, final.compact() if compact else final))
         task = progress.add_task("generate", total=told.num_chunks(fps, chunk), says="")
@@ -159,7 +166,9 @@ def generate(
     if report is not None:
         draw_report(final, pipeline.thumbnails(final), fps).save(report)
     console.print(summary(final, fps), highlight=False)
-    console.print(f"{output}: {count} frames, {count / fps:.2f} s, made in {seconds:.1f} s", highlight=False)
+    console.print(
+        f"{_escape(str(output))}: {count} frames, {count / fps:.2f} s, made in {seconds:.1f} s", highlight=False
+    )
 
 
 @app.command()

@@ -40,7 +40,8 @@ CHANGES = ("keep", "recache", "flush", "cut", "cut_new_sink")
 `keep`: through cross-attention alone. `recache`: what is remembered is written anew under the new prompt. `flush`:
 sink and last chunk stay, all else is forgotten. `cut`: a new scene; only the sink stays, and the first chunk stands as
 far from it as the window allows. `cut_new_sink`: nothing stays, the new scene's first frames become the sink.
-`recache` and `flush` act only where the prompt differs from the one before; so a segment may be split anywhere.
+`recache` and `flush` act only where the prompt differs from the one before. So a segment may be split anywhere, if a
+cut's second part says `keep`.
 """
 
 
@@ -138,14 +139,17 @@ class Memory:
                 f"memory: its film has {self.num_frames} latent frames already; a start image or clip goes into an"
                 " empty memory"
             )
+        if self.given is not None:
+            raise ValueError("memory: it was given what its video begins with already; give it one start image or clip")
         self._check_fits(latents_BCTHW)
         return dataclasses.replace(self, given=latents_BCTHW.detach().to("cpu", torch.float32, copy=True))
 
     def _check_fits(self, latents_BCTHW: Tensor) -> None:
-        if tuple(latents_BCTHW.shape[i] for i in (1, 3, 4)) != self.latent_size or latents_BCTHW.shape[0] != 1:
+        shape = tuple(latents_BCTHW.shape)
+        if len(shape) != 5 or not shape[2] or (shape[0], shape[1], *shape[3:]) != (1, *self.latent_size):
             raise ValueError(
-                f"latents: shape {tuple(latents_BCTHW.shape)} does not fit a memory of one video with"
-                f" C, H, W = {self.latent_size}"
+                f"latents: shape {shape} does not fit a memory of one video, [1, C, T, H, W] with C, H, W ="
+                f" {self.latent_size}"
             )
 
     def append(self, latents_BCTHW: Tensor, kept: Sequence[tuple[Tensor, Tensor]]) -> "Memory":

@@ -108,6 +108,17 @@ def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
     channels, height, width = header["latent_size"]
     chunks = header["chunks"]
     remembered = slots.all if header["form"] == "exact" else ()
+    text, given = tensors.get("text"), tensors.get("given")
+    for name, right in {
+        "form": header["form"] in ("exact", "compact"),
+        "chunks": all(type(length) is int and length > 0 for length in chunks),
+        "slots": len(set(slots.all)) == len(slots.all) and len(slots.likeness) == len(slots.fast),
+        "text": text is None or (text.ndim == 3 and text.shape[0] == 1),
+        "given": given is None
+        or (given.ndim == 5 and (*given.shape[:2], *given.shape[3:]) == (1, channels, height, width)),
+    }.items():
+        if not right:
+            raise ValueError(f"damaged: its {name} cannot be")
     expected = {f"{part}.{frame}" for frame in remembered for part in ("keys", "values")} | (
         {"film"} if chunks else set()
     )
@@ -131,7 +142,7 @@ def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
         decisions=tuple(Decision(*decision) for decision in header["decisions"]),
         segments=tuple(Segment(*segment) for segment in header["segments"]),
         student=header["student"],
-        text=tensors.get("text"),
-        given=tensors.get("given"),
+        text=text,
+        given=given,
         scene_begins=header["scene_begins"],
     )

@@ -7,18 +7,20 @@ pass each instead of five, and give the same memory to the bit.
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from ..memory.memory import Memory
 
 FORMAT = 1
 HEADER = "journal.json"
+OURS = re.compile(r"journal\.(json|part)|chunk-\d+\.(safetensors|part)")
 
 
 def beside(video: Path) -> Path:
@@ -41,12 +43,15 @@ class Journal:
         asked = json.loads(json.dumps({"format": FORMAT, **asked}))
         header = folder / HEADER
         if not resume:
-            if header.exists():
+            if header.exists() and self.begun:
                 raise ValueError(
                     f"{folder}: holds an unfinished video; --resume goes on with it, delete the folder to begin anew"
                 )
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            if folder.exists():
+                if not folder.is_dir() or any(not OURS.fullmatch(path.name) for path in folder.iterdir()):
+                    raise ValueError(f"{folder}: is in the way of this video's journal; move or delete it")
+                shutil.rmtree(folder)
+            folder.mkdir()
             _write(header, json.dumps(asked, indent=1).encode())
             return
         if not header.exists():
@@ -62,17 +67,26 @@ class Journal:
             )
         while (path := self._path(len(self.made))).exists():
             try:
-                self.made.append(load_file(path)["latents"])
+                # Not mapped: on Windows a mapped file cannot be deleted.
+                self.made.append(load(path.read_bytes())["latents"])
             except (SafetensorError, OSError, KeyError) as error:
                 raise ValueError(f"{path}: damaged ({error}); delete it and those after it to go on") from None
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a chunk to go on from."""
+        return self._path(0).exists()
 
     def keep(self, number: int, latents_BCTHW: Tensor) -> None:
         """Write the chunk that is `number`-th of those made, unless it is there from an earlier run."""
         if number >= len(self.made):
             path = self._path(number)
             part = path.with_suffix(".part")
-            save_file({"latents": latents_BCTHW.contiguous()}, part)
-            os.replace(part, path)
+            try:
+                save_file({"latents": latents_BCTHW.contiguous()}, part)
+                os.replace(part, path)
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path}: cannot be written ({error})") from None
 
     def close(self) -> None:
         """The video is whole: no journal is needed."""

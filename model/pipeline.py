@@ -115,7 +115,10 @@ class Pipeline:
         height, width = (side * VAE_STRIDE[1] for side in memory.latent_size[1:])
         try:
             check_video(path)
-            frames = np.concatenate(list(read_runs(path, 64, (width, height), fps)))
+            runs = list(read_runs(path, 64, (width, height), fps))
+            if not runs:
+                raise VideoError(f"has no frame at {fps:g} frames a second")
+            frames = np.concatenate(runs)
         except VideoError as error:
             raise ValueError(f"start: {path}: {error}") from None
         whole = len(frames) - (len(frames) - 1) % VAE_STRIDE[0]

@@ -13,6 +13,10 @@ from ..memory.memory import Memory
 from .sampler import CausalSampler, seeded_noise
 
 
+ALIKE = 0.02
+"""Share of its length by which a prompt's embedding may differ from the same prompt's."""
+
+
 def segment(
     sampler_of: Callable[[Tensor], CausalSampler],
     memory: Memory,
@@ -28,26 +32,27 @@ def segment(
 ) -> Iterator[Memory]:
     """Continue a memory under a prompt; yields the memory after every chunk.
 
-    `sampler_of` takes text embeddings [1, L, 4096]. `change` is one of memory.CHANGES; over the first `blend` chunks
-    the text moves from the old prompt to the new one. `made` are x0 of chunks that were finished in an earlier run:
+    `sampler_of` takes text embeddings [1, L, 4096]. `change` is one of memory.CHANGES; over the first `blend` chunks,
+    at most all but the last, the text moves from the old prompt to the new one. `made` are x0 of chunks that were finished in an earlier run:
     they are committed, not made again, and the memory comes out the same.
     """
     if blend < 0:
         raise ValueError(f"blend: {blend} chunks; it must be 0 or more")
     before, text = memory.text, used_rows(text_BLC)
-    if memory.is_compact:
+    differs = before is not None and not alike(before, text)
+    if not memory.film or (not differs and change in ("recache", "flush")):
+        change = "keep"
+    if memory.is_compact and change != "recache":
         if before is None:
             raise ValueError("memory: it is compact and does not say under which prompt it was made")
         old = sampler_of(before)
         memory = old.recache(old.ready(memory))
-    differs = before is not None and not torch.equal(before, text)
-    if not memory.film or (not differs and change in ("recache", "flush")):
-        change = "keep"
     sampler = sampler_of(text)
     memory = sampler.ready(memory.begin(prompt, seed, text, change))
     if change == "recache":
         memory = sampler.recache(memory)
     noise, finished = seeded_noise(seed, memory.latent_size), iter(made)
+    blend = min(blend, num_chunks - 1)  # so that it ends under the prompt that the memory says it does
     for number in range(num_chunks):
         now = sampler
         if differs and number < blend:
@@ -62,6 +67,11 @@ def used_rows(text_BLC: Tensor) -> Tensor:
     text = text_BLC.detach().float().cpu()
     used = text.ne(0).any(dim=-1).any(dim=0).nonzero()
     return text[:, : int(used[-1]) + 1 if len(used) else 0].clone()
+
+
+def alike(one_BLC: Tensor, other_BLC: Tensor) -> bool:
+    """Whether two embeddings are of the same prompt: encoders round differently from machine to machine."""
+    return one_BLC.shape == other_BLC.shape and bool((one_BLC - other_BLC).norm() <= ALIKE * one_BLC.norm())
 
 
 def between(old_BLC: Tensor, new_BLC: Tensor, share: float) -> Tensor:

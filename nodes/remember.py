@@ -42,6 +42,9 @@ class ContextForcingRemember(io.ComfyNode):
         if images is not None and vae is None:
             raise ValueError("vae: images must be encoded; connect a VAE")
         raw = encode(vae, images, memory.memory.latent_size) if latent is None else latent["samples"]
+        # Before anything is spread over missing axes: a picture's latent has four.
+        if raw.ndim != 5:
+            raise ValueError(f"latent: shape {list(raw.shape)}; it must be a video's, [1, 16, T, H/8, W/8]")
         clean = comfy.latent_formats.Wan21().process_in(raw.float().cpu())
         return io.NodeOutput(OnWire.of(memory.memory.give(clean), memory.memory))
 

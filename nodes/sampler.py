@@ -92,7 +92,8 @@ class ContextForcingSampler(io.ComfyNode):
             display_name="Context Forcing Sampler",
             category=CATEGORY,
             description="Continues the video by one segment under one prompt. Chain several: each takes the memory of"
-            " the one before. Splitting a segment in two changes nothing, as long as prompt and seed stay.",
+            " the one before. Splitting a segment in two changes nothing, as long as prompt and seed stay and the second"
+            " half keeps.",
             search_aliases=["rollout", "long video", "causal", "self forcing", "chain"],
             inputs=[
                 io.Model.Input("model", tooltip="The student."),
@@ -126,8 +127,8 @@ class ContextForcingSampler(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "blend", default=0, min=0, max=1000, optional=True,
-                    tooltip="Chunks (0.75 s at 16 frames per second) over which the old prompt fades into this one; 0:"
-                    " at once.",
+                    tooltip="Chunks (0.75 s at 16 frames per second) over which the old prompt fades into this one, at"
+                    " most all but the segment's last; 0: at once.",
                 ),
                 io.Combo.Input(
                     "keep_in", options=list(PLACES), default="RAM", optional=True, advanced=True,
@@ -162,8 +163,8 @@ class ContextForcingSampler(io.ComfyNode):
         sampler_of = sampler_for(model, card, before, attention=ATTENTION[attention], commit_attends=commit_attends)
         progress, preview = comfy.utils.ProgressBar(num_chunks), previewer_of(card.base == "demo")
         chunks = segment(
-            sampler_of, before, text, prompt=positive[0][1].get(WORDS, ""), seed=seed, num_chunks=num_chunks, sigmas=card.sigmas, change=change,
-            blend=blend,
+            sampler_of, before, text, prompt=positive[0][1].get(WORDS, ""), seed=seed, num_chunks=num_chunks,
+            sigmas=card.sigmas, change=change, blend=blend,
         )  # fmt: skip
         with autosaved(autosave) as kept:
             for done, after in enumerate(chunks, 1):

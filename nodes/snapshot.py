@@ -47,9 +47,13 @@ def autosaved(wanted: bool) -> Iterator[Kept]:
         yield kept
     finally:
         if wanted and kept.memory is not None:
-            path = new_file(f"{FOLDER}/autosave")
-            save_memory(path, kept.memory.compact())
-            log.info("memory saved to %s", path)
+            try:
+                path = new_file(f"{FOLDER}/autosave")
+                save_memory(path, kept.memory.compact())
+                log.info("memory saved to %s", path)
+            except (ValueError, OSError) as error:
+                # The segment itself is whole, or its own error is the one to be told.
+                log.warning("autosave: %s", error)
 
 
 class ContextForcingSaveMemory(io.ComfyNode):
@@ -94,7 +98,9 @@ def saved_memories() -> list[str]:
         for folder, _, names in os.walk(root):
             for name in names:
                 path = os.path.join(folder, name)
-                if name.endswith(".safetensors") and (kind == "input" or FOLDER in os.path.relpath(path, root)):
+                wanted = name.endswith(".safetensors") and (kind == "input" or FOLDER in os.path.relpath(path, root))
+                # A link may lead nowhere, a file be deleted meanwhile.
+                if wanted and os.path.isfile(path):
                     found.append((kind == "input", -os.path.getmtime(path), f"{os.path.relpath(path, root)} [{kind}]"))
     return [name for *_, name in sorted(found)]
 

@@ -269,6 +269,11 @@ BAD_OPTIONS = {
     "negative slow": (["--slow", "-1"], ["slow", "-1"]),
     "bad threshold": (["--threshold", "1.5"], ["slow_similarity_threshold", "1.5"]),
     "NaN threshold": (["--threshold", "nan"], ["slow_similarity_threshold", "nan"]),
+    "memory over itself": (
+        ["--memory-in", "m.safetensors", "--memory-out", "m.safetensors"],
+        ["--memory-out", "another"],
+    ),
+    "compact of nothing": (["--compact"], ["--compact", "--memory-out"]),
     "no such student": (["--student", "none.safetensors"], ["none.safetensors", "no such file"]),
     "no such memory": (["--memory-in", "none.safetensors"], ["none.safetensors", "no such file"]),
     "memory folder missing": (["--memory-out", "missing/memory"], ["--memory-out", "missing"]),

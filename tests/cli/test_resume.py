@@ -115,6 +115,27 @@ def test_a_journal_is_whole_up_to_where_it_ends(tmp_path):
     assert not (tmp_path / "j").exists()
 
 
+def test_a_journal_begins_anew_where_nothing_is_lost(tmp_path):
+    """A run that ended before its first chunk is in nobody's way; what is not a journal's is not touched."""
+    folder = tmp_path / "j"
+    Journal(folder, {"student": "me"}, resume=False)
+    journal = Journal(folder, {"student": "you"}, resume=False)
+    assert not journal.begun
+    journal.keep(0, torch.zeros(1, 16, 3, 2, 2))
+    assert journal.begun
+    with pytest.raises(ValueError, match="holds an unfinished video"):
+        Journal(folder, {"student": "you"}, resume=False)
+    journal.close()
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="in the way"):
+        Journal(folder, {"student": "you"}, resume=False)
+    assert (folder / "notes.txt").read_text() == "mine"
+    (tmp_path / "f").write_text("mine")
+    with pytest.raises(ValueError, match="in the way"):
+        Journal(tmp_path / "f", {"student": "you"}, resume=False)
+
+
 @pytest.mark.slow
 def test_a_compact_memory_goes_on(tmp_path):
     tell(tmp_path, scene(MEADOW, 12))

@@ -128,7 +128,9 @@ def test_frozen():
         make().film = ()
 
 
-@pytest.mark.parametrize("shape", [(1, 15, 3, 4, 6), (1, 16, 3, 6, 4), (2, 16, 3, 4, 6)])
+@pytest.mark.parametrize(
+    "shape", [(1, 15, 3, 4, 6), (1, 16, 3, 6, 4), (2, 16, 3, 4, 6), (1, 16, 4, 6), (1, 16, 0, 4, 6)]
+)
 def test_other_sizes_are_refused(shape):
     _, kept = chunk_of(views_of_a_walk(3, seed=1), range(3))
     with pytest.raises(ValueError, match="latents"):

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from context_forcing.memory.snapshot import HEADER_KEY, load_memory, save_memory
+from context_forcing.memory.snapshot import DIGEST_KEY, HEADER_KEY, digest, load_memory, save_memory
 from context_forcing.model.sampler import seeded_noise
 
 STUDENT = "0123456789abcdef"
@@ -48,12 +48,15 @@ def refused(path, student=STUDENT):
     return message
 
 
-def rewrite(path, edit_header=lambda header: None, edit_tensors=lambda tensors: None):
-    """Change a saved memory with the means of safetensors."""
+def rewrite(path, edit_header=lambda header: None, edit_tensors=lambda tensors: None, forge=False):
+    """Change a saved memory with the means of safetensors; `forge` gives it the digest of what it says then."""
     with safe_open(path, "pt") as f:
         header, tensors = json.loads(f.metadata()[HEADER_KEY]), {key: f.get_tensor(key) for key in f.keys()}
     edit_header(header)
     edit_tensors(tensors)
+    if forge:
+        header.pop(DIGEST_KEY)
+        header[DIGEST_KEY] = digest(header, tensors)
     save_file(tensors, path, {HEADER_KEY: json.dumps(header)})
 
 
@@ -187,6 +190,27 @@ SUBTLE_EDITS = {
 def test_subtly_edited_header(path, edit):
     rewrite(path, edit)
     refused(path)
+
+
+FORGERIES = {
+    "unknown form": (lambda h: h.update(form="loose"), "form"),
+    "negative chunk": (lambda h: h.update(chunks=[12, -2]), "chunks"),
+    "frame twice": (lambda h: h["slots"]["slow"].__setitem__(0, h["slots"]["sink"][0]), "slots"),
+    "no likeness": (lambda h: h["slots"].update(likeness=[]), "slots"),
+}
+
+
+@pytest.mark.parametrize("edit, name", FORGERIES.values(), ids=FORGERIES.keys())
+def test_a_forged_header_with_a_right_digest(path, edit, name):
+    """Anybody can compute a digest: what cannot be is refused all the same."""
+    rewrite(path, edit, forge=True)
+    assert f"its {name} cannot be" in refused(path)
+
+
+@pytest.mark.parametrize("name", ["text", "given"])
+def test_forged_tensors_with_a_right_digest(path, name):
+    rewrite(path, edit_tensors=lambda tensors: tensors.update({name: torch.zeros(3, 3)}), forge=True)
+    assert f"its {name} cannot be" in refused(path)
 
 
 def mutations(path, num, first, last):

@@ -176,6 +176,19 @@ def test_a_blend_goes_from_the_old_prompt_to_the_new(tell, begun):
     assert torch.equal(between(text(0), text(1), 1.0), text(1))
 
 
+def test_a_blend_longer_than_the_segment_ends_under_the_new_prompt(tell, begun, same_memory):
+    """What the memory says of its last prompt is so, and the next segment goes on from there without a jump."""
+    assert same_memory(tell(begun, text(1), 3, blend=9), tell(begun, text(1), 3, blend=2))
+    assert same_memory(tell(begun, text(1), 1, blend=9), tell(begun, text(1), 1))
+
+
+def test_an_encoder_that_rounds_otherwise_says_the_same_prompt(tell, begun, same_memory):
+    rounded = text(0).bfloat16().float()
+    assert not torch.equal(rounded, text(0))
+    flushed, kept = (tell(begun, rounded, 1, change=change) for change in ("flush", "keep"))
+    assert same_memory(dataclasses.replace(flushed, segments=()), dataclasses.replace(kept, segments=()))
+
+
 def test_unknown_changes_and_blends_are_refused(tell, begun):
     with pytest.raises(ValueError, match="change: 'melt' is not one of keep, recache"):
         tell(begun, text(1), 1, change="melt")
@@ -246,6 +259,8 @@ def test_frames_are_given_to_empty_memories_of_their_size(begun, empty_memory):
         begun.give(torch.zeros(1, 16, 1, 4, 6))
     with pytest.raises(ValueError, match="does not fit"):
         empty_memory(**SIZES).give(torch.zeros(1, 16, 1, 4, 4))
+    with pytest.raises(ValueError, match="given what its video begins with already"):
+        empty_memory(**SIZES).give(torch.zeros(1, 16, 1, 4, 6)).give(torch.zeros(1, 16, 1, 4, 6))
 
 
 # Compact memories

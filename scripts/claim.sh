@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The claim, in miniature: one student distilled four ways, three seeds each, from the same start with the same budget.
+#
+#   scripts/claim.sh STUDENT TEACHER [FOLDER [key=value ...]]      for example: scripts/claim.sh runs/local/student.safetensors \
+#                                                                  runs/teacher/teacher.safetensors runs/claim steps=120
+#
+# ours           Slow-Fast student, context teacher: teacher and critic see what the student remembers
+# memoryless     Slow-Fast student, memoryless teacher (as LongLive trains)
+# longlive       sliding window of LongLive (sink 3, window 12), memoryless teacher
+# infinity-rope  sliding window of Infinity-RoPE (sink 1, window 6), memoryless teacher
+#
+# Stop it at any time; the same command goes on. Then, in any number of processes, the measurement (scripts/claim.py).
+set -euo pipefail
+student=$1 teacher=$2 folder=${3:-runs/claim}
+shift $(($# < 3 ? $# : 3))
+for seed in ${SEEDS:-0 1 2}; do
+    for arm in ours memoryless longlive infinity-rope; do
+        case $arm in
+            ours) settings=() ;;
+            memoryless) settings=(teacher_sees=nothing) ;;
+            *) settings=(teacher_sees=nothing "memory=$arm") ;;
+        esac
+        out=$folder/$arm-$seed
+        [ -d "$out/checkpoints" ] && resume=(--resume) || resume=()
+        ${CONTEXT_FORCING:-context-forcing} train contextual --config demo student="$student" teacher="$teacher" \
+            seed="$seed" data_seed="$((seed + 1))" out="$out" "${settings[@]}" "$@" "${resume[@]}"
+    done
+done
