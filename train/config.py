@@ -295,7 +295,7 @@ def contextual_wan() -> DistillConfig:
 
 DEMO_DISTILL = dict(
     guidance=0.0, critic_per_student=2, sample_chunks=24, teacher="runs/teacher/teacher.safetensors",
-    student_optim=OptimConfig(lr=2e-4, betas=(0.0, 0.95), clip=1.0, ema=0.95),
+    student_optim=OptimConfig(lr=1e-4, betas=(0.0, 0.95), clip=1.0, ema=0.95),
     critic_optim=OptimConfig(lr=4e-4, betas=(0.0, 0.95), clip=1.0),
 )  # fmt: skip
 
@@ -303,14 +303,14 @@ DEMO_DISTILL = dict(
 def local_demo() -> DistillConfig:
     return DistillConfig(
         **DEMO, **DEMO_DISTILL, student="runs/pretrain/student.safetensors", target_from=1,
-        target_chunks=4, context_from=0, context_to=0, local_every=0, steps=300, out="runs/local",
+        target_chunks=4, context_from=0, context_to=0, local_every=0, steps=240, decay=0.5, out="runs/local",
     )  # fmt: skip
 
 
 def contextual_demo() -> DistillConfig:
     return DistillConfig(
         **DEMO, **DEMO_DISTILL, student="runs/local/student.safetensors", target_from=4, target_chunks=4,
-        context_from=3, context_to=20, context_ramp=200, steps=600,
+        context_from=3, context_to=20, context_ramp=80, steps=160, decay=0.5,
     )  # fmt: skip
 
 
