@@ -100,7 +100,7 @@ def test_an_edited_line_runs_with_the_later_ones_alone(host, graph, demo):
     for number, line, run_again in (
         (5, "0:03 A meadow under a foggy sky at dusk. The camera stays.", [5, 6, 7, 8]),
         (8, "0:05.25 Snow under a clear sky.", [8]),
-        (7, "0:04.5 [blend=1] A desert by day. The camera pans left.", [7, 8]),
+        (7, "0:04.5 [seed=3] A desert by day. The camera pans left.", [7, 8]),
         (9, "0:06.75", [8]),
     ):
         lines[number - 1] = line
@@ -108,7 +108,7 @@ def test_an_edited_line_runs_with_the_later_ones_alone(host, graph, demo):
         run = succeeded(host.run(graph.prompt))
         assert lines_run(run, board) == run_again
         made = {node for line in run_again for node in (f"{board}.0.0.{2 * line - 1}", f"{board}.0.0.{2 * line}")}
-        # A line that is only longer, or whose change is another, has its prompt's embedding already.
+        # A line that is only longer, or has another seed, has its prompt's embedding already.
         assert {board, saved} < run.executed <= {board, saved} | made
         assert run.cached == set(graph.prompt) - {board, saved}
         films.append(kept(host, run, saved)["film"])
