@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # The claim, in miniature: one student distilled four ways, three seeds each, from the same start with the same budget.
 #
-#   scripts/claim.sh STUDENT TEACHER [FOLDER [key=value ...]]      for example: scripts/claim.sh runs/local/student.safetensors \
-#                                                                  runs/teacher/teacher.safetensors runs/claim steps=120
+#   scripts/claim.sh STUDENT TEACHER [FOLDER [key=value ...]]
+#   scripts/claim.sh runs/local/student.safetensors runs/teacher/teacher.safetensors runs/claim steps=120
 #
 # ours           Slow-Fast student, context teacher: teacher and critic see what the student remembers
 # memoryless     Slow-Fast student, memoryless teacher (as LongLive trains)
 # longlive       sliding window of LongLive (sink 3, window 12), memoryless teacher
 # infinity-rope  sliding window of Infinity-RoPE (sink 1, window 6), memoryless teacher
 #
-# Stop it at any time; the same command goes on. Then, in any number of processes, the measurement (scripts/claim.py).
+# Stop it at any time; the same command goes on. SEEDS=1 does a part. Then measure, with the sliding windows as they are:
+#   context-forcing evaluate --student runs/claim/ours-0/student.safetensors --policies clean,novel \
+#       --compare runs/claim/memoryless-0/student.safetensors --compare runs/claim/longlive-0/student.safetensors=none ...
 set -euo pipefail
 student=$1 teacher=$2 folder=${3:-runs/claim}
 shift $(($# < 3 ? $# : 3))
