@@ -79,9 +79,9 @@ Each line is a segment: **when** it begins, its **prompt**, and in brackets, if 
 
 function demoBranch() {
   const futures = [
-    ['turn back', 'A meadow under a clear sky by day. The camera pans left.', {}],
-    ['night falls', 'A meadow under a clear sky at night. The camera pans right.', { change: 'recache', blend: 2 }],
-    ['a new scene', 'A desert under a clear sky by day. The camera stays.', { change: 'cut_new_sink' }],
+    ['turn back', 'A meadow under a clear sky by day. The camera pans left.', { seed: 11 }],
+    ['night falls', 'A meadow under a clear sky at night. The camera pans right.', { seed: 11, change: 'recache', blend: 2 }],
+    ['a new scene', 'A desert under a clear sky by day. The camera stays.', { seed: 10, change: 'cut_new_sink' }],
   ]
   const column = (i) => 800 + 390 * i
   const nodes = futures.flatMap(([title, text, inputs], i) => [
@@ -98,7 +98,7 @@ The **memory** of one sampler goes into three. Each future begins with the same 
   return {
     nodes: [loadDemo, memory,
       prompt(3, 'Prompt', 'A meadow under a clear sky by day. The camera pans right.', 410, 60),
-      sampler(4, 'The past', 3, 2, 410, 260), ...nodes],
+      sampler(4, 'The past', 3, 2, 410, 260, { seed: 11 }), ...nodes],
     note: [note, 20, 840, 730, 380],
   }
 }
@@ -106,22 +106,22 @@ The **memory** of one sampler goes into three. Each future begins with the same 
 function demoStartImage() {
   const note = `## A picture, and on from it
 **Start Image or Clip** gives an empty memory the picture that the video begins with. It is the first frame, and being first it stays in memory (*sink*): the camera turns away from it and comes back.
-- **Your picture**: put *Load Image* in the place of the yellow group; it is cropped to the size of the memory. The demo student has seen its own world only, so the group makes a picture of that: one frame of another video (*seed* 8), as pixels.
+- **Your picture**: put *Load Image* in the place of the yellow group; it is cropped to the size of the memory. The demo student has seen its own world only, so the group makes a picture of that: one frame of another video (*seed* 11), as pixels.
 - **The prompt** says what happens from the picture on. It should fit what the picture shows.
 - **Other student**: replace Load Demo Student by Load Student, CLIPLoader (wan) and VAELoader.`
   return {
     nodes: [loadDemo, memory,
-      prompt(3, 'What the picture shows', 'A meadow under a clear sky at dusk. The camera pans right.', 410, 60),
-      sampler(4, 'Another video', 3, 2, 410, 260, { seconds: 1.5, seed: 8 }),
+      prompt(3, 'What the picture shows', 'Snow under a clear sky by day. The camera pans right.', 410, 60),
+      sampler(4, 'Another video', 3, 2, 410, 260, { seconds: 1.5, seed: 11 }),
       [5, 'VAEDecode', { samples: ['4', 1], vae: ['1', 2] }, 410, 840, 340, 50],
       [6, 'ImageFromBatch', { image: ['5', 0], batch_index: 20, length: 1 }, 410, 960, 340, 90, 'Its last frame'],
       [7, 'PreviewImage', { images: ['6', 0] }, 800, 260, 340, 250, 'The picture'],
       [8, 'ContextForcingRemember', { memory: ['2', 0], vae: ['1', 2], images: ['6', 0] }, 800, 60, 340, 90,
         undefined, 'green'],
-      prompt(9, 'Prompt 1', 'A meadow under a clear sky at dusk. The camera pans right.', 1190, 60),
-      sampler(10, '1: away from it', 9, 8, 1190, 260),
-      prompt(11, 'Prompt 2', 'A meadow under a clear sky at dusk. The camera pans left.', 1580, 60),
-      sampler(12, '2: and back', 11, 10, 1580, 260),
+      prompt(9, 'Prompt 1', 'Snow under a clear sky by day. The camera pans right.', 1190, 60),
+      sampler(10, '1: away from it', 9, 8, 1190, 260, { seed: 2 }),
+      prompt(11, 'Prompt 2', 'Snow under a clear sky by day. The camera pans left.', 1580, 60),
+      sampler(12, '2: and back', 11, 10, 1580, 260, { seed: 2 }),
       saveVideo(13, ['12', 0], 1190, 840, 'video/from_a_picture', 730, 520)],
     note: [note, 20, 540, 340, 560],
     groups: [['A picture; or Load Image', 390, -20, 380, 1100, 'yellow']],
@@ -163,14 +163,14 @@ function resumeTomorrow() {
   return {
     nodes: [loadDemo, memory,
       prompt(3, 'Prompt', 'A meadow under a clear sky by day. The camera pans right.', 410, 60),
-      sampler(4, 'The first half', 3, 2, 410, 260),
+      sampler(4, 'The first half', 3, 2, 410, 260, { seed: 11 }),
       [5, 'ContextForcingSaveMemory', { memory: ['4', 0], filename_prefix: 'context_forcing/tomorrow', form: 'exact' },
         410, 840, 340, 110, undefined, 'green'],
       [6, 'ContextForcingLoadMemory', { file: 'context_forcing/tomorrow_00001_.safetensors [output]' }, 820, 60, 340,
         90, undefined, 'green'],
       [10, 'PreviewAny', { source: ['6', 1] }, 820, 260, 340, 190, 'What it holds'],
       prompt(7, 'Prompt', 'A meadow under a clear sky by day. The camera pans left.', 1210, 60),
-      sampler(8, 'The second half', 7, 6, 1210, 260),
+      sampler(8, 'The second half', 7, 6, 1210, 260, { seed: 11 }),
       saveVideo(9, ['8', 0], 1600, 60, 'video/resumed', 560, 460)],
     note: [note, 20, 540, 340, 430],
     groups: [['Today', 390, -20, 380, 990, 'yellow'], ['Tomorrow', 800, -20, 1380, 990, 'blue']],
