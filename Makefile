@@ -20,7 +20,7 @@ test: $(VENV)/ready
 test-fast: $(VENV)/ready
 	$(BIN)/python -m pytest -m "not slow and not host"
 
-# The recipe of model/assets in one run (about two hours on two cores); README says how the shipped file was made.
+# A codec and a student from nothing, in one run that was not tried to its end; README says how the shipped ones were made.
 train-demo: $(VENV)/ready
 	$(BIN)/context-forcing train vae --config demo
 	$(BIN)/context-forcing train pretrain --config demo codec=runs/vae/demo_codec.safetensors

@@ -33,8 +33,8 @@ def segment(
     """Continue a memory under a prompt; yields the memory after every chunk.
 
     `sampler_of` takes text embeddings [1, L, 4096]. `change` is one of memory.CHANGES; over the first `blend` chunks,
-    at most all but the last, the text moves from the old prompt to the new one. `made` are x0 of chunks that were finished in an earlier run:
-    they are committed, not made again, and the memory comes out the same.
+    at most all but the last, the text moves from the old prompt to the new one. `made` are x0 of chunks that were
+    finished in an earlier run: they are committed, not made again, and the memory comes out the same.
     """
     if blend < 0:
         raise ValueError(f"blend: {blend} chunks; it must be 0 or more")

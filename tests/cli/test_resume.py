@@ -1,5 +1,6 @@
 """A video that was stopped, killed or begun from something: nothing is lost, and what comes out is the same."""
 
+import dataclasses
 import json
 import random
 import subprocess
@@ -15,7 +16,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from context_forcing.model.checkpoint import load_demo_codec
+from context_forcing.model.checkpoint import load_demo_codec, load_student, save_student
 from context_forcing.model.codec import normalise
 from context_forcing.model.journal import Journal
 from context_forcing.model.video import read_runs, to_pixels
@@ -90,6 +91,10 @@ def test_resume_wants_the_same_video(tmp_path):
     assert code == 2 and "holds an unfinished video; --resume goes on with it" in said
     code, said = generate(tmp_path, "film", "--resume", "--slow", "3")
     assert code == 2 and "another memory" in said
+    net, card = load_student()
+    save_student(tmp_path / "slower.safetensors", net, dataclasses.replace(card, steps=(1000.0, 500.0)))
+    code, said = generate(tmp_path, "film", "--resume", "--student", "slower.safetensors")
+    assert code == 2 and "another card" in said
     tell(tmp_path, scene(MEADOW, 3))
     code, said = generate(tmp_path, "film", "--resume")
     assert code == 2 and "another story" in said

@@ -275,6 +275,12 @@ def test_a_compact_memory_is_small_and_goes_on(tell, begun):
     assert 0 < difference < 0.2
 
 
+def test_recache_needs_no_keys(tell, begun, same_memory):
+    """It writes them all anew: from a compact memory the same to the bit."""
+    parts = (tell(memory, text(1), 2, change="recache") for memory in (begun, begun.compact()))
+    assert same_memory(*parts)
+
+
 def test_a_compact_memory_is_rebuilt_under_the_prompt_it_ends_with(tell, begun):
     """`keep` must not read the past under the new prompt: that is what `recache` is for."""
     tell(begun.compact(), text(1), 1)

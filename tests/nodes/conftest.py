@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from .graph import Graph
 from .host import CHECKOUT, ComfyUI, Host, find_comfyui, to_api
 
 
@@ -25,6 +26,16 @@ def host(comfyui, tmp_path_factory):
 @pytest.fixture(scope="session")
 def object_info(host) -> dict:
     return host.get("/object_info")
+
+
+@pytest.fixture
+def graph():
+    return Graph()
+
+
+@pytest.fixture
+def demo(graph):
+    return graph.add("ContextForcingLoadDemo")
 
 
 @pytest.fixture

@@ -17,16 +17,6 @@ pytestmark = [pytest.mark.host, pytest.mark.slow]
 FOLDER = "context_forcing"
 
 
-@pytest.fixture
-def graph():
-    return Graph()
-
-
-@pytest.fixture
-def demo(graph):
-    return graph.add("ContextForcingLoadDemo")
-
-
 def saved_memory(host, run, node) -> str:
     """What Load Memory is told of a file that Save Memory wrote."""
     name = run.outputs[node]["text"][0].split(",")[0]
@@ -222,3 +212,21 @@ def test_what_cannot_be_remembered_is_named(host, graph, demo, inputs, words):
     graph.save(graph.sampler(demo, graph.text(demo), begun))
     assert nodes(graph.prompt, "ContextForcingRemember") == [begun]
     assert words in failure(host, graph)["exception_message"]
+
+
+def test_a_picture_s_latent_is_no_clip(host, graph, demo):
+    """It has an axis less, and would be spread over the missing one."""
+    picture = graph.add("EmptyLatentImage", width=128, height=64, batch_size=1)
+    begun = graph.add("ContextForcingRemember", memory=graph.memory(demo), latent=[picture, 0])
+    graph.save(graph.sampler(demo, graph.text(demo), begun, seconds=0.75))
+    assert "it must be a video's" in failure(host, graph)["exception_message"]
+
+
+def test_a_link_that_leads_nowhere_is_no_memory(host):
+    link = host.base / "input" / "gone.safetensors"
+    link.symlink_to(host.base / "nowhere.safetensors")
+    try:
+        info = host.get("/object_info/ContextForcingLoadMemory")["ContextForcingLoadMemory"]
+    finally:
+        link.unlink()
+    assert "gone.safetensors" not in str(info)

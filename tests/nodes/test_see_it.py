@@ -10,21 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from .graph import PROMPTS, Graph, failure, succeeded
+from .graph import PROMPTS, failure, succeeded
 from .host import CHECKOUT
 from .test_memory_in_hand import FOLDER, saved_memory
 
 pytestmark = [pytest.mark.host, pytest.mark.slow]
-
-
-@pytest.fixture
-def graph():
-    return Graph()
-
-
-@pytest.fixture
-def demo(graph):
-    return graph.add("ContextForcingLoadDemo")
 
 
 def report(graph, demo, memory, **settings):

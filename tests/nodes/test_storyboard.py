@@ -24,16 +24,6 @@ EIGHT = [
 ]
 
 
-@pytest.fixture
-def graph():
-    return Graph()
-
-
-@pytest.fixture
-def demo(graph):
-    return graph.add("ContextForcingLoadDemo")
-
-
 def add_storyboard(graph, demo, text, seed=7, **settings) -> str:
     inputs = {"model": [demo, 0], "clip": [demo, 1], "memory": [graph.memory(demo), 0], "text": text, "seed": seed}
     return graph.add("ContextForcingStoryboard", **inputs, **settings)
