@@ -173,7 +173,7 @@ class TeacherConfig(NetworkConfig):
         return {"teacher": self.optim}
 
 
-TEACHER_SEES = ("memory", "nothing")
+TEACHER_SEES = ("memory", "recent", "nothing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,14 +185,17 @@ class DistillConfig(NetworkConfig):
     teacher: str = ""
     """The frozen teacher; the critic starts from it."""
     teacher_sees: str = "memory"
-    """`memory`: teacher and critic are given the frames the student remembers. `nothing`: they judge the target by
-    itself, the memoryless teacher of LongLive."""
+    """What teacher and critic are given: `memory` all that the student remembers; `recent` the fast frames alone, a
+    short-window teacher as LongLive's; `nothing`: they judge the target by itself."""
     denoising_steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
     """The student's steps, before the warp."""
     target_from: int = 7
     """Chunks of the shortest target."""
     target_chunks: int = 7
     """Chunks of the longest target."""
+    score_chunks: int = 0
+    """Chunks of the target that are scored together, each such piece given what is remembered when it begins; 0: all
+    of it, given what was remembered when the target began. 1 is for teachers that continue a video chunk by chunk."""
     context_from: int = 7
     """Chunks of the longest context at the first iteration; 0: none ever, with context_to 0."""
     context_to: int = 33
@@ -214,6 +217,8 @@ class DistillConfig(NetworkConfig):
         super().__post_init__()
         _check_positive(self, "target_from", "critic_per_student", "sample_chunks")
         _check_choice(self, "teacher_sees", TEACHER_SEES)
+        if not 0 <= self.score_chunks <= self.target_chunks:
+            raise ValueError(f"score_chunks: {self.score_chunks} must be from 0 to target_chunks {self.target_chunks}")
         if self.target_from > self.target_chunks:
             raise ValueError(f"target_from: {self.target_from} is above target_chunks {self.target_chunks}")
         if not 0 <= self.context_from <= self.context_to:
@@ -271,10 +276,11 @@ def teacher_wan() -> TeacherConfig:
 
 
 def teacher_demo() -> TeacherConfig:
-    """From the teacher-forced student: same layout, now all frames of the target at once."""
+    """From the teacher-forced student, which continues a video from memory already, a chunk at a time; here it meets
+    contexts with errors in them."""
     return TeacherConfig(
-        **DEMO, init="runs/pretrain/student.safetensors", num_chunks=20, target_chunks=4, steps=600, decay=0.5,
-        warmup=20, text_dropout=0.0, optim=OptimConfig(kind="muon", lr=1e-3, betas=(0.9, 0.98), clip=1.0, ema=0.99),
+        **DEMO, init="runs/pretrain/student.safetensors", num_chunks=18, target_chunks=1, steps=300, decay=0.8,
+        text_dropout=0.0, optim=OptimConfig(kind="muon", lr=5e-4, betas=(0.9, 0.98), clip=1.0, ema=0.99),
     )  # fmt: skip
 
 
@@ -294,7 +300,7 @@ def contextual_wan() -> DistillConfig:
 
 
 DEMO_DISTILL = dict(
-    guidance=0.0, critic_per_student=2, sample_chunks=24, teacher="runs/teacher/teacher.safetensors",
+    guidance=0.0, score_chunks=1, critic_per_student=2, sample_chunks=24, teacher="runs/teacher/teacher.safetensors",
     student_optim=OptimConfig(lr=1e-4, betas=(0.0, 0.95), clip=1.0, ema=0.95),
     critic_optim=OptimConfig(lr=4e-4, betas=(0.0, 0.95), clip=1.0),
 )  # fmt: skip

@@ -73,8 +73,7 @@ class DistillStage(Stage):
             sample = (2 * step + learns_student) * config.batch + number
             text = self.prompts.text(sample, context_chunks + target_chunks).to(self.parallel.device)
             rolled = self.roll(text, context_chunks, target_chunks, exit_step, sample, learns_student)
-            score = self.student_loss if learns_student else self.critic_loss
-            loss, values = score(rolled, text, generator)
+            loss, values = self.loss(name, rolled, text, generator)
             (loss / len(samples)).backward()
             values = {"loss": loss.item(), "promoted": promotion_rate(rolled.memory), **values}
             for key, value in values.items():
@@ -129,20 +128,33 @@ class DistillStage(Stage):
         noise = torch.randn(target.shape, generator=generator).to(target.device)
         return sigma, noise, add_noise(target, noise, sigma)
 
-    def remembered(self, rolled: Rollout, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(self, name: str, rolled: Rollout, text: Tensor, generator: torch.Generator) -> tuple[Tensor, dict]:
+        """What a network learns from a rollout: the mean over the pieces of the target that are scored together."""
+        score = self.student_loss if name == "student" else self.critic_loss
+        num_frames = rolled.target_BCTHW.shape[2]
+        total, figures = 0.0, {}
+        for context, target in rolled.windows(self.config.score_chunks or self.config.target_chunks):
+            share = target.shape[2] / num_frames
+            loss, values = score(context, target, text, generator)
+            total = total + share * loss
+            figures = {key: figures.get(key, 0.0) + share * value for key, value in values.items()}
+        return total, figures
+
+    def remembered(self, context: Memory, target: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the scores are given: remembered frames [1, C, M, H, W], their texts, the texts of the target."""
-        chunk, context = self.config.memory.chunk, rolled.context
-        frames = context.slots.all if self.config.teacher_sees == "memory" else ()
+        chunk, slots = self.config.memory.chunk, context.slots
+        frames = {"memory": slots.all, "recent": slots.fast, "nothing": ()}[self.config.teacher_sees]
         first = len(context.film)
-        target_text = text if len(text) == 1 else text[first : first + rolled.target_BCTHW.shape[2] // chunk]
+        target_text = text if len(text) == 1 else text[first : first + target.shape[2] // chunk]
         frame_text = text if len(text) == 1 else text[[frame // chunk for frame in frames]]
         return context.latents(frames).to(self.parallel.device), frame_text, target_text
 
-    def student_loss(self, rolled: Rollout, text: Tensor, generator: torch.Generator) -> tuple[Tensor, dict]:
+    def student_loss(
+        self, memory: Memory, target: Tensor, text: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict]:
         """0.5 mean (x - stopgrad(x - g))^2 with g = (critic - teacher) / mean |x - teacher| (method.md 4.3)."""
-        target = rolled.target_BCTHW
         with torch.no_grad():
-            context, frame_text, target_text = self.remembered(rolled, text)
+            context, frame_text, target_text = self.remembered(memory, target, text)
             sigma, _, x = self.noised(target.detach(), generator)
             fake = self._x0(self.critic, context, frame_text, target_text, x, sigma)
             real = self._x0(self.teacher, context, frame_text, target_text, x, sigma)
@@ -155,10 +167,12 @@ class DistillStage(Stage):
         loss = 0.5 * (target - (target - gradient).detach()).double().square().mean()
         return loss, {"dmd_gradient": gradient.abs().mean().item()}
 
-    def critic_loss(self, rolled: Rollout, text: Tensor, generator: torch.Generator) -> tuple[Tensor, dict]:
+    def critic_loss(
+        self, memory: Memory, target: Tensor, text: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict]:
         """Flow error on the student's target, given what the teacher is given (method.md 4.4)."""
-        target = rolled.target_BCTHW.detach()
-        context, frame_text, target_text = self.remembered(rolled, text)
+        target = target.detach()
+        context, frame_text, target_text = self.remembered(memory, target, text)
         sigma, noise, x = self.noised(target, generator)
         view = self.critic.remember(context, frame_text)
         flow = self.critic.flow(view, x, sigma, target_text)

@@ -5,7 +5,7 @@ chunk one denoising step, the exit step, has them, against memories that are nev
 for the backward pass depends on the target's length, not on the rollout's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +20,17 @@ from ..model.sampler import CausalSampler, Noise
 class Rollout:
     """A context the student made, and what it went on with."""
 
-    context: Memory
-    """As it stood when the target began."""
+    contexts: tuple[Memory, ...]
+    """As it stood when each chunk of the target began."""
     target_BCTHW: Tensor
     """x0 of the target at the exit step."""
     memory: Memory
     """At the end."""
+
+    def windows(self, num_chunks: int) -> Iterator[tuple[Memory, Tensor]]:
+        """The target in pieces of `num_chunks`, each with the memory it began with."""
+        frames = num_chunks * self.memory.config.chunk
+        yield from zip(self.contexts[::num_chunks], self.target_BCTHW.split(frames, dim=2))
 
 
 @dataclass(frozen=True)
@@ -72,12 +77,13 @@ class Student:
     ) -> Rollout:
         """Continue a context by the target. Chunks are denoised to the end and committed clean, without gradients
         (open choice 5); what is scored, and has gradients, is x0 at `exit_step`."""
-        memory, exits = context, []
+        memory, contexts, exits = context, [], []
         for _ in range(num_chunks):
             with torch.set_grad_enabled(with_gradient):
                 sampler = self.sampler(len(memory.film))
             with torch.no_grad():
                 view = sampler.view(memory, lazy=self.recompute)
+            contexts.append(memory)
             denoising = sampler.denoise(memory, view, sigmas, noise)
             for step in range(len(sigmas)):
                 with torch.set_grad_enabled(with_gradient and step == exit_step):
@@ -86,4 +92,4 @@ class Student:
                     exits.append(x0)
             with torch.no_grad():
                 memory = sampler.commit(memory, x0.detach(), view)
-        return Rollout(context, torch.cat(exits, dim=2), memory)
+        return Rollout(tuple(contexts), torch.cat(exits, dim=2), memory)
