@@ -2,6 +2,7 @@
 
 from .config import MemoryConfig
 from .memory import Memory
+from .released import ReleasedMemory, empty_memory
 from .view import MemoryView
 
-__all__ = ["Memory", "MemoryConfig", "MemoryView"]
+__all__ = ["Memory", "MemoryConfig", "MemoryView", "ReleasedMemory", "empty_memory"]

@@ -4,7 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-POLICIES = ("novel", "clean", "fifo", "uniform")
+CLEAN_POLICIES = ("novel", "clean", "fifo", "uniform")
+"""Those that decide once per frame, on keys of clean latents."""
+RELEASED = "released"
+POLICIES = (*CLEAN_POLICIES, RELEASED)
 EVICTIONS = ("oldest", "redundant")
 
 
@@ -29,9 +32,10 @@ class MemoryConfig:
     policy: str = "novel"
     """Which frames leaving fast are promoted to slow:
     `clean` those unlike the frame just before them (the paper's rule), `novel` those unlike everything remembered,
-    `fifo` all, `uniform` every `uniform_stride`-th."""
+    `fifo` all, `uniform` every `uniform_stride`-th. `released` is what the released Context Forcing weights were
+    trained with: each layer keeps first frames of chunks as they stood in a pass over noise (memory/released.py)."""
     slow_similarity_threshold: float = 0.95
-    """tau: a frame whose key similarity is below it counts as new (policies clean and novel)."""
+    """tau: a frame whose key similarity is below it counts as new (policies clean, novel and released)."""
     eviction: str = "oldest"
     """Who goes when slow is full: the `oldest` entry, or the most `redundant` one."""
     novel_against_sink: bool = True
@@ -61,6 +65,11 @@ class MemoryConfig:
                 f" {self.sink + self.slow + self.fast} frames do not fit in the window of {self.window};"
                 " make one of them smaller (positions past the window were never trained)"
             )
+        if self.policy == RELEASED and (self.sink + self.slow + self.fast) % self.chunk:
+            raise ValueError(
+                f"policy: released fills sink {self.sink} + slow {self.slow} + fast {self.fast} frames by whole chunks"
+                f" of {self.chunk}; make their sum a multiple of it"
+            )
         if self.policy not in POLICIES:
             raise ValueError(f"policy: {self.policy!r} is not one of {', '.join(POLICIES)}")
         if self.eviction not in EVICTIONS:
@@ -88,10 +97,11 @@ class MemoryConfig:
 MEMORY_PRESETS: Mapping[str, MemoryConfig] = {
     "slow-fast": MemoryConfig(),
     "context-forcing": MemoryConfig(policy="clean"),
+    "released": MemoryConfig(policy=RELEASED),
     "longlive": MemoryConfig(slow=0, fast=9, window=12, policy="fifo"),
     "infinity-rope": MemoryConfig(sink=1, slow=0, fast=5, window=6, policy="fifo"),
 }
-"""Memories by name: ours, the paper's, and the sliding windows that LongLive and Infinity-RoPE students have
+"""Memories by name: ours, the paper's, the released weights', and the sliding windows that LongLive and Infinity-RoPE students have
 (method.md 3.5)."""
 
 

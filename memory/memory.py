@@ -7,12 +7,13 @@ P tokens per latent frame, N heads, E head dim.
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import MemoryConfig
+from .config import CLEAN_POLICIES, MemoryConfig
 from .policy import Decision, Slots, advance
 from .view import MemoryView
 
@@ -32,6 +33,14 @@ class Remembered:
     @property
     def num_bytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None, there: "Remembered | None") -> "Remembered":
+        """The same on a device; `there` is what may be it already, then it is shared and not copied again."""
+        device, dtype = torch.device(device), dtype or self.keys.dtype
+        same = there and there.written is self.written
+        if same and there.keys.device == device and there.keys.dtype == dtype:
+            return there
+        return Remembered(self.keys.to(device, dtype), self.values.to(device, dtype), self.written)
 
 
 CHANGES = ("keep", "recache", "flush", "cut", "cut_new_sink")
@@ -60,6 +69,10 @@ class Segment:
 class Memory:
     """What a video knows of itself. Never changes after it is made; `append` returns a new one that shares storage."""
 
+    policies: ClassVar[tuple[str, ...]] = CLEAN_POLICIES
+    """Those that this kind of memory follows."""
+    can_be_compact: ClassVar[bool] = True
+    """Whether its keys and values can be made anew from the film; then chunks made before may be committed again."""
     config: MemoryConfig
     latent_size: tuple[int, int, int]
     """C, H, W of one latent frame."""
@@ -79,6 +92,9 @@ class Memory:
     scene_begins: bool = False
     """The next chunk is the first of a new scene."""
 
+    def __post_init__(self):
+        assert self.config.policy in self.policies, f"{type(self).__name__} cannot follow {self.config.policy}"
+
     @property
     def num_frames(self) -> int:
         """Latent frames in the film; also the absolute index of the next one."""
@@ -88,6 +104,11 @@ class Memory:
     def num_bytes(self) -> int:
         """Bytes of keys and values; the film is not counted."""
         return sum(frame.num_bytes for frame in self.remembered.values())
+
+    @property
+    def key_shapes(self) -> set[tuple[int, ...]]:
+        """Shapes of the frames' keys: [layers, B, P, N, E], one shape in a memory of one student."""
+        return {tuple(held.keys.shape) for held in self.remembered.values()}
 
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
@@ -164,14 +185,22 @@ class Memory:
             return torch.stack(scores).tolist()
 
         slots, decisions = advance(self.slots, self.config, new_frames, similarity)
-        return dataclasses.replace(
+        grown = dataclasses.replace(
             self,
             slots=slots,
             remembered={frame: held[frame] for frame in slots.all},
-            film=(*self.film, latents_BCTHW.detach().to("cpu", copy=True)),
             decisions=self.decisions + decisions,
-            given=self.given[:, :, num_new:] if self.given is not None and self.given.shape[2] > num_new else None,
             scene_begins=False,
+        )
+        return grown.with_film(latents_BCTHW)
+
+    def with_film(self, latents_BCTHW: Tensor) -> "Memory":
+        """The film a chunk longer, what was given for it taken off."""
+        num_new = latents_BCTHW.shape[2]
+        return dataclasses.replace(
+            self,
+            film=(*self.film, latents_BCTHW.detach().to("cpu", copy=True)),
+            given=self.given[:, :, num_new:] if self.given is not None and self.given.shape[2] > num_new else None,
         )
 
     def write(self, frames: Sequence[int], kept: Sequence[tuple[Tensor, Tensor]]) -> "Memory":
@@ -204,16 +233,10 @@ class Memory:
 
         Frames that the memory `before` this one holds there already are shared with it, not copied again.
         """
-        device = torch.device(device)
-        remembered = {}
-        for frame, held in self.remembered.items():
-            old = before.remembered.get(frame) if before else None
-            same = old and old.written is held.written
-            if same and old.keys.device == device and old.keys.dtype == (dtype or held.keys.dtype):
-                remembered[frame] = old
-            else:
-                keys, values = held.keys.to(device, dtype), held.values.to(device, dtype)
-                remembered[frame] = Remembered(keys, values, held.written)
+        there = before.remembered if before else {}
+        remembered = {
+            frame: held.to(device, dtype, there.get(frame)) for frame, held in self.remembered.items()
+        }
         return dataclasses.replace(self, remembered=remembered)
 
 

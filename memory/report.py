@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image
 
+from .config import RELEASED
 from .memory import Memory, Segment
 from .sheet import FAINT, INK, LEFT, MARGIN, PAPER, RIGHT, WIDTH, Axes, Sheet, at_time, font, shortened
 
@@ -99,7 +100,9 @@ def summary(memory: Memory, fps: float, mass: Mass | None = None) -> str:
         kept = f", {share} were kept, the latest of them from {latest}"
     elif memory.decisions:
         kept = ", none of the frames that left fast was kept"
-    tau = f", threshold {config.slow_similarity_threshold:g}" if config.policy in ("clean", "novel") else ""
+    tau = f", threshold {config.slow_similarity_threshold:g}" if config.policy in ("clean", "novel", RELEASED) else ""
+    if config.policy == RELEASED:
+        kept = "; each layer decides for itself, slow is what any of them holds"
     lines = [
         f"{memory.num_frames} latent frames ({seconds:.1f} s), memory reaches back {reach_seconds(memory, fps):.1f} s",
         f"sink {len(slots.sink)} of {config.sink}, slow {len(slots.slow)} of {config.slow},"

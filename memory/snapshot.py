@@ -5,18 +5,21 @@ they are made anew from the film when it is continued.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .config import MemoryConfig
+from .config import RELEASED, MemoryConfig
 from .memory import Memory, Remembered, Segment
 from .policy import Decision, Slots
+from .released import LayerSlots, ReleasedMemory
 
 HEADER_KEY = "context_forcing_memory"
 DIGEST_KEY = "sha256"
@@ -38,10 +41,15 @@ def save_memory(path: str | Path, memory: Memory) -> None:
         "decisions": [dataclasses.astuple(decision) for decision in memory.decisions],
         "segments": [dataclasses.astuple(segment) for segment in memory.segments],
     }
-    tensors = {}
-    for frame, held in memory.remembered.items():
-        tensors[f"keys.{frame}"] = held.keys.cpu().contiguous()
-        tensors[f"values.{frame}"] = held.values.cpu().contiguous()
+    if isinstance(memory, ReleasedMemory):
+        header["layers"] = [[layer.frames, layer.num_slow] for layer in memory.layers]
+        tensors = {name: tensor for n, layer in enumerate(memory.layers) for name, tensor in _layer_out(n, layer)}
+    else:
+        tensors = {
+            f"{part}.{frame}": getattr(held, part).cpu().contiguous()
+            for frame, held in memory.remembered.items()
+            for part in ("keys", "values")
+        }
     if memory.film:
         tensors["film"] = torch.cat(memory.film, dim=2)
     for name in ("text", "given"):
@@ -102,12 +110,36 @@ def load_memory(path: str | Path, student: str = "") -> Memory:
         raise ValueError(f"{path}: {error}") from None
 
 
+def _layer_out(number: int, layer: LayerSlots) -> Iterator[tuple[str, torch.Tensor]]:
+    yield f"keys.{number}", torch.stack([entry.keys for entry in layer.entries]).cpu()
+    yield f"values.{number}", torch.stack([entry.values for entry in layer.entries]).cpu()
+    yield f"descriptor.{number}", layer.descriptor.cpu()
+
+
+def _layers_in(header: dict, tensors: dict[str, torch.Tensor]) -> tuple[LayerSlots, ...]:
+    layers = []
+    for number, (frames, num_slow) in enumerate(header["layers"]):
+        keys, values = tensors[f"keys.{number}"], tensors[f"values.{number}"]
+        if not len(frames) == len(keys) == len(values) or type(num_slow) is not int or not 0 <= num_slow < len(frames):
+            raise ValueError(f"damaged: layer {number} does not hold what its header says")
+        layers.append(
+            LayerSlots(
+                frames=tuple(frames),
+                entries=tuple(Remembered(k.contiguous(), v.contiguous()) for k, v in zip(keys, values)),
+                num_slow=num_slow,
+                descriptor=tensors[f"descriptor.{number}"],
+            )
+        )
+    return tuple(layers)
+
+
 def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
     slots = Slots(**{name: tuple(value) for name, value in header["slots"].items()})
     config = MemoryConfig.from_dict(header["config"])
     channels, height, width = header["latent_size"]
     chunks = header["chunks"]
-    remembered = slots.all if header["form"] == "exact" else ()
+    is_released = config.policy == RELEASED
+    remembered = slots.all if header["form"] == "exact" and not is_released else ()
     text, given = tensors.get("text"), tensors.get("given")
     for name, right in {
         "form": header["form"] in ("exact", "compact"),
@@ -119,9 +151,11 @@ def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
     }.items():
         if not right:
             raise ValueError(f"damaged: its {name} cannot be")
-    expected = {f"{part}.{frame}" for frame in remembered for part in ("keys", "values")} | (
-        {"film"} if chunks else set()
-    )
+    expected = {f"{part}.{frame}" for frame in remembered for part in ("keys", "values")}
+    if is_released:
+        parts = ("keys", "values", "descriptor")
+        expected = {f"{part}.{layer}" for layer in range(len(header["layers"])) for part in parts}
+    expected |= {"film"} if chunks else set()
     if expected != tensors.keys() - {"text", "given"}:
         raise ValueError(f"damaged: tensors {sorted(expected ^ tensors.keys())[:3]} are missing or extra")
     film = tensors["film"] if chunks else torch.zeros(1, channels, 0, height, width)
@@ -130,10 +164,12 @@ def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
     if any(not 0 <= frame < film.shape[2] for frame in slots.all):
         raise ValueError("damaged: it remembers frames that the film does not have")
     held = {frame: Remembered(tensors[f"keys.{frame}"], tensors[f"values.{frame}"]) for frame in remembered}
-    shapes = {tuple(tensor.shape) for each in held.values() for tensor in (each.keys, each.values)}
-    if len(shapes) > 1:
+    layers = _layers_in(header, tensors) if is_released else ()
+    entries = (*held.values(), *(entry for layer in layers for entry in layer.entries))
+    if len({tuple(tensor.shape) for each in entries for tensor in (each.keys, each.values)}) > 1:
         raise ValueError("damaged: remembered frames differ in shape")
-    return Memory(
+    kind = functools.partial(ReleasedMemory, layers=layers) if is_released else Memory
+    return kind(
         config=config,
         latent_size=(channels, height, width),
         slots=slots,

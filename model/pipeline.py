@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..memory.config import MemoryConfig
 from ..memory.memory import Memory
+from ..memory.released import empty_memory
 from .causal import embed_text
 from .checkpoint import fingerprint, load_demo_codec, load_student
 from .codec import DemoCodec, denormalise, normalise
@@ -143,4 +144,4 @@ class Pipeline:
 def new_memory(config: MemoryConfig, width: int, height: int) -> Memory:
     """An empty memory for videos of width x height pixels; raises ValueError unless both are multiples of 16."""
     check_size(width, height)
-    return Memory(config=config, latent_size=(16, height // VAE_STRIDE[1], width // VAE_STRIDE[2]))
+    return empty_memory(config, (16, height // VAE_STRIDE[1], width // VAE_STRIDE[2]))

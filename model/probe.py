@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..memory.memory import Memory
+from ..memory.released import ReleasedMemory
 from .attention import Attention
 from .causal import TextContext
 from .sampler import CausalSampler, seeded_noise
@@ -54,10 +55,13 @@ def attention_mass(
     """Noise level -> share of the next chunk's attention on each frame it sees: `slots.all`, then its own.
 
     The chunk is the one that would come next under the prompt and seed of the last segment, step by step; it is not
-    kept. Mean over layers, heads and the chunk's tokens. Raises ValueError for a memory without a segment.
+    kept. Mean over layers, heads and the chunk's tokens. Raises ValueError for a memory without a
+    segment, or of policy released.
     """
     if memory.text is None or not memory.film:
         raise ValueError("memory: nothing was made on it yet; attention is that of the chunk after a segment")
+    if isinstance(memory, ReleasedMemory):
+        raise ValueError("memory: the layers of policy released look at frames of their own; their attention is not shown")
     sampler = sampler_of(memory.text)
     memory = sampler.ready(memory)
     if memory.is_compact:

@@ -11,12 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from ..memory.memory import Memory
+from ..memory.released import LayerSlots, ReleasedMemory
 from ..memory.view import MemoryView
 from .attention import Attention, sdpa
-from .causal import Call, MemoryAttention, TextContext, causal_forward, direct
+from .causal import AttendSelf, Call, MemoryAttention, TextContext, causal_forward, direct
 from .config import VAE_STRIDE
 from .flow import SOLVERS, TIMESTEPS, add_noise, x0_from_flow
+from .released import ReleasedAttention
 from .rope import rotary_table, rotate
+
+View = MemoryView | list[LayerSlots]
+"""What the passes over one chunk see of a memory."""
 
 Noise = Callable[[int, int], Tensor]
 """(absolute latent frame, step) -> standard normal noise [B, C, H, W]."""
@@ -100,7 +105,7 @@ class CausalSampler:
         *_, x0 = self.denoise(memory, view, sigmas, noise)
         return self.commit(memory, x0, view)
 
-    def denoise(self, memory: Memory, view: MemoryView, sigmas: Sequence[float], noise: Noise) -> Iterator[Tensor]:
+    def denoise(self, memory: Memory, view: View, sigmas: Sequence[float], noise: Noise) -> Iterator[Tensor]:
         """The chunk after a memory, x0 [1, C, T, H, W] as it stands after every step."""
         first, given = memory.num_frames, self._given(memory)
         attend_self = self._attend(memory, view, memory.config.chunk)
@@ -122,7 +127,7 @@ class CausalSampler:
         clean = memory.given.to(self.device)
         return lambda x: torch.cat([clean.to(x), x[:, :, memory.num_given :]], dim=2)
 
-    def commit(self, memory: Memory, x0_BCTHW: Tensor, view: MemoryView | None = None) -> Memory:
+    def commit(self, memory: Memory, x0_BCTHW: Tensor, view: View | None = None) -> Memory:
         """One pass at sigma 0 over clean latents, whose only purpose is to write their keys and values."""
         return memory.append(x0_BCTHW, self._keys(memory, x0_BCTHW, view or self.view(memory)))
 
@@ -138,28 +143,34 @@ class CausalSampler:
             done = done.write(now, self._keys(seen, memory.latents(now).to(self.device), self.view(seen)))
         return done
 
-    def _keys(self, memory: Memory, x0_BCTHW: Tensor, view: MemoryView) -> list[tuple[Tensor, Tensor]]:
-        num_sink, num_slow = len(memory.slots.sink), len(memory.slots.slow)
-        hidden = {"all": 0, "no sink": num_sink, "fast only": num_sink + num_slow}[self.commit_attends]
-        attend_self = self._attend(memory, view.without_first(hidden), x0_BCTHW.shape[2], keep=True)
+    def _keys(self, memory: Memory, x0_BCTHW: Tensor, view: View) -> Sequence:
+        attend_self = self._attend(memory, view, x0_BCTHW.shape[2], commits=True)
         self._flow(x0_BCTHW, 0.0, attend_self)
         return attend_self.kept
 
-    def view(self, memory: Memory, lazy: bool = False) -> MemoryView:
-        """The memory as this network's attention sees it: keys rotated to their ranks."""
+    def view(self, memory: Memory, lazy: bool = False) -> View:
+        """The memory as this network's attention sees it: keys rotated to their ranks. Of a released memory its
+        layers, which the passes over the next chunk replace."""
+        if isinstance(memory, ReleasedMemory):
+            return list(memory.layers) or [LayerSlots()] * len(self.net.blocks)
         grid, head_dim = self._grid(memory), self._head_dim
         ranks = torch.arange(len(memory.slots.all), device=self.device)
         table = rotary_table(ranks, *grid, head_dim)
         return memory.view(lambda keys: rotate(keys, table), lazy)
 
-    def _attend(self, memory: Memory, view: MemoryView, num_frames: int, keep: bool = False) -> MemoryAttention:
+    def _attend(self, memory: Memory, view: View, num_frames: int, commits: bool = False) -> AttendSelf:
+        attends, where = self.commit_attends if commits else "all", (self._head_dim, self.device, self.attention)
+        if isinstance(memory, ReleasedMemory):
+            return ReleasedAttention(view, memory.config, memory.num_frames, self._grid(memory), *where, attends)
+        num_sink, num_slow = len(memory.slots.sink), len(memory.slots.slow)
+        hidden = {"all": 0, "no sink": num_sink, "fast only": num_sink + num_slow}[attends]
         # The first chunk of a scene stands as far from the sink as the window allows (method.md 3.6, scene cut).
         first = memory.config.window - memory.config.chunk if memory.scene_begins else None
         return MemoryAttention(
-            view, self._grid(memory), num_frames, self._head_dim, self.device, self.attention, keep, first
+            view.without_first(hidden), self._grid(memory), num_frames, *where, commits, first
         )
 
-    def _flow(self, x_BCTHW: Tensor, sigma: float, attend_self: MemoryAttention, num_clean: int = 0) -> Tensor:
+    def _flow(self, x_BCTHW: Tensor, sigma: float, attend_self: AttendSelf, num_clean: int = 0) -> Tensor:
         """Predicted flow; the first `num_clean` frames are clean whatever the noise level of the others."""
         self.on_pass()
         timestep = torch.full((1, x_BCTHW.shape[2]), TIMESTEPS * sigma, device=self.device)
@@ -177,12 +188,11 @@ class CausalSampler:
         attn = self.net.blocks[0].self_attn
         rows, columns = self._grid(memory)
         fits = (len(self.net.blocks), 1, rows * columns, attn.num_heads, attn.head_dim)
-        for held in memory.remembered.values():
-            if tuple(held.keys.shape) != fits:
-                raise ValueError(
-                    f"memory: its keys are {tuple(held.keys.shape)}, this student's would be {fits}; continue a memory"
-                    " with the student that made it"
-                )
+        for shape in memory.key_shapes - {fits}:
+            raise ValueError(
+                f"memory: its keys are {shape}, this student's would be {fits}; continue a memory with the student that"
+                " made it"
+            )
 
     def _grid(self, memory: Memory) -> tuple[int, int]:
         _, height, width = memory.latent_size

@@ -34,7 +34,8 @@ def segment(
 
     `sampler_of` takes text embeddings [1, L, 4096]. `change` is one of memory.CHANGES; over the first `blend` chunks,
     at most all but the last, the text moves from the old prompt to the new one. `made` are x0 of chunks that were
-    finished in an earlier run: they are committed, not made again, and the memory comes out the same.
+    finished in an earlier run: they are committed, not made again, and the memory comes out the same; where it holds
+    keys of passes over noise they are made again, to the same bits.
     """
     if blend < 0:
         raise ValueError(f"blend: {blend} chunks; it must be 0 or more")
@@ -57,7 +58,7 @@ def segment(
         now = sampler
         if differs and number < blend:
             now = sampler_of(between(before, text, (number + 1) / (blend + 1)))
-        x0 = next(finished, None)
+        x0 = next(finished, None) if memory.can_be_compact else None
         memory = now.make_chunk(memory, sigmas, noise) if x0 is None else now.commit(memory, x0.to(now.device))
         yield memory
 

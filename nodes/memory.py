@@ -44,7 +44,8 @@ class ContextForcingMemory(io.ComfyNode):
                     "policy", options=[AS_TRAINED, *POLICIES], default=AS_TRAINED,
                     tooltip="Which frames slow memory keeps. novel: those unlike everything remembered, one of each"
                     " place. clean: those unlike the frame before (the paper's rule). fifo: the latest. uniform: every"
-                    " sixth.",
+                    " sixth. released: for the released Context Forcing weights, what they were trained with; each layer"
+                    " keeps first frames of chunks as they were while still noise.",
                 ),
                 number("sink", "The first frames of the video, never forgotten; 0: none."),
                 number("slow", "Keyframes kept for long; 0: no slow memory."),
@@ -57,7 +58,8 @@ class ContextForcingMemory(io.ComfyNode):
                 io.Combo.Input(
                     "preset", options=[AS_TRAINED, *MEMORY_PRESETS], default=AS_TRAINED, optional=True, advanced=True,
                     tooltip="A memory by name; policy, sizes and threshold above change it where they are set."
-                    " slow-fast: ours. context-forcing: the paper's. longlive, infinity-rope: the sliding windows of"
+                    " slow-fast: ours. context-forcing: the paper's. released: what the released"
+                    " weights were trained with. longlive, infinity-rope: the sliding windows of"
                     " those students, without slow memory.",
                 ),
             ],

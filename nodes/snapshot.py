@@ -41,7 +41,7 @@ class Kept:
 
 @contextlib.contextmanager
 def autosaved(wanted: bool) -> Iterator[Kept]:
-    """Save what is there at the end, also after an interrupt or an error. Compact: latents, not keys."""
+    """Save what is there at the end, also after an interrupt or an error. Compact, where keys can be made anew."""
     kept = Kept()
     try:
         yield kept
@@ -49,7 +49,7 @@ def autosaved(wanted: bool) -> Iterator[Kept]:
         if wanted and kept.memory is not None:
             try:
                 path = new_file(f"{FOLDER}/autosave")
-                save_memory(path, kept.memory.compact())
+                save_memory(path, kept.memory.compact() if kept.memory.can_be_compact else kept.memory)
                 log.info("memory saved to %s", path)
             except (ValueError, OSError) as error:
                 # The segment itself is whole, or its own error is the one to be told.

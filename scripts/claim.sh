@@ -5,9 +5,9 @@
 #   scripts/claim.sh runs/local/student.safetensors runs/teacher/teacher.safetensors runs/claim steps=120
 #
 # ours           Slow-Fast student, context teacher: teacher and critic see what the student remembers
-# memoryless     Slow-Fast student, memoryless teacher (as LongLive trains)
-# longlive       sliding window of LongLive (sink 3, window 12), memoryless teacher
-# infinity-rope  sliding window of Infinity-RoPE (sink 1, window 6), memoryless teacher
+# memoryless     Slow-Fast student, teacher and critic see its latest frames only (short windows, as LongLive trains)
+# longlive       sliding window of LongLive (sink 3, window 12), the same teacher
+# infinity-rope  sliding window of Infinity-RoPE (sink 1, window 6), the same teacher
 #
 # Stop it at any time; the same command goes on. SEEDS=1 does a part. Then measure, with the sliding windows as they are:
 #   context-forcing evaluate --student runs/claim/ours-0/student.safetensors --policies clean,novel \
@@ -19,8 +19,8 @@ for seed in ${SEEDS:-0 1 2}; do
     for arm in ours memoryless longlive infinity-rope; do
         case $arm in
             ours) settings=() ;;
-            memoryless) settings=(teacher_sees=nothing) ;;
-            *) settings=(teacher_sees=nothing "memory=$arm") ;;
+            memoryless) settings=(teacher_sees=recent) ;;
+            *) settings=(teacher_sees=recent "memory=$arm") ;;
         esac
         out=$folder/$arm-$seed
         [ -d "$out/checkpoints" ] && resume=(--resume) || resume=()

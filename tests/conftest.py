@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from context_forcing.memory import Memory, MemoryConfig
+from context_forcing.memory import empty_memory as memory_of_kind
 from context_forcing.model.causal import embed_text
 from context_forcing.model.config import WanConfig
 from context_forcing.model.sampler import CausalSampler
@@ -64,7 +65,7 @@ def empty_memory():
     """(**settings) -> an empty memory of tiny latents."""
 
     def make(**settings) -> Memory:
-        return Memory(config=MemoryConfig(**settings), latent_size=LATENT_SIZE)
+        return memory_of_kind(MemoryConfig(**settings), LATENT_SIZE)
 
     return make
 
@@ -86,8 +87,8 @@ def same_memory():
                 and a.remembered[f].keys.dtype == b.remembered[f].keys.dtype
                 for f in a.remembered
             )
-            and len(a.film) == len(b.film)
-            and all(torch.equal(x, y) for x, y in zip(a.film, b.film))
+            and len(a.tensors()) == len(b.tensors())
+            and all(torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors()))
         )
 
     return same

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..memory.config import MEMORY_PRESETS, MemoryConfig
+from ..memory.config import CLEAN_POLICIES, MEMORY_PRESETS, MemoryConfig
 from ..model.config import PRESETS, VAE_STRIDE
 from .lora import LoraConfig
 from .parallel import PRECISIONS
@@ -93,6 +93,11 @@ class NetworkConfig(LoopConfig):
         _check_positive(self, "shift")
         _check_choice(self, "preset", PRESETS)
         _check_choice(self, "precision", PRECISIONS)
+        if self.memory.policy not in CLEAN_POLICIES:
+            raise ValueError(
+                f"memory.policy: {self.memory.policy} is for weights that were released; train with one of"
+                f" {', '.join(CLEAN_POLICIES)}"
+            )
         if not self.data:
             raise ValueError("data: say demo, or the folder of a set made by `context-forcing encode`")
         if len(self.size) != 2 or any(side <= 0 or side % 16 for side in self.size):

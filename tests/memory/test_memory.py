@@ -8,7 +8,7 @@ import torch
 
 import context_forcing.memory.memory as memory_module
 from context_forcing.memory import Memory, MemoryConfig
-from context_forcing.memory.config import POLICIES
+from context_forcing.memory.config import CLEAN_POLICIES
 from context_forcing.memory.memory import key_similarity
 
 LAYERS, TOKENS, HEADS, HEAD_DIM = 3, 6, 2, 8
@@ -50,7 +50,7 @@ def bytes_of(memory):
     return [t.clone() for t in (*tensors, *memory.film)]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", CLEAN_POLICIES)
 @pytest.mark.parametrize("eviction", ["oldest", "redundant"])
 @pytest.mark.parametrize(
     "sizes", [dict(), dict(sink=0, slow=4, fast=5, chunk=1), dict(sink=4, slow=3, fast=7)], ids=str

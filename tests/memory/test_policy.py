@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from context_forcing.memory import MemoryConfig
-from context_forcing.memory.config import EVICTIONS, POLICIES
+from context_forcing.memory.config import CLEAN_POLICIES, EVICTIONS
 from context_forcing.memory.policy import Slots, advance
 
 SIZES = [
@@ -49,7 +49,7 @@ def roll(config, num_chunks, similarity):
         yield slots, decisions
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", CLEAN_POLICIES)
 @pytest.mark.parametrize("eviction", EVICTIONS)
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "-".join(map(str, s.values())))
 def test_300_chunks_against_brute_force(expected, policy, eviction, sizes):
@@ -74,7 +74,7 @@ def test_300_chunks_against_brute_force(expected, policy, eviction, sizes):
     slow=st.integers(0, 6),
     spare=st.integers(0, 5),
     chunk=st.integers(1, 4),
-    policy=st.sampled_from(POLICIES),
+    policy=st.sampled_from(CLEAN_POLICIES),
     eviction=st.sampled_from(EVICTIONS),
     against_sink=st.booleans(),
     stride=st.integers(1, 7),
@@ -94,7 +94,7 @@ def test_any_sizes_against_brute_force(
     assert [astuple(d) for d in decisions] == decided
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", CLEAN_POLICIES)
 def test_positions_stay_in_the_window_for_5000_chunks(policy):
     config = MemoryConfig(policy=policy)
     rng = random.Random(policy)

@@ -7,7 +7,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from context_forcing.memory import Memory, MemoryConfig
+from context_forcing.memory import Memory, MemoryConfig, empty_memory
+from context_forcing.memory.config import MEMORY_PRESETS
 from context_forcing.model.causal import MemoryAttention, causal_forward, embed_text
 from context_forcing.model.config import WanConfig
 from context_forcing.model.flow import warped_sigmas
@@ -77,3 +78,19 @@ def test_rollout(net, name, steps, shift):
         pass
     made = torch.cat(memory.film, dim=2)[:, :, given:]
     assert relative(made, to_ours(g["latents"])) < 1e-5
+
+
+def test_released_memory(net):
+    """The Slow-Fast cache as the released Context Forcing code keeps it: latents, and what lies in every slot."""
+    g = load_file(GOLDEN / "slowfast_released.safetensors")
+    sampler = CausalSampler(net=net, text=embed_text(net, g["text"]), device=torch.device("cpu"), dtype=torch.float32)
+    memory = empty_memory(MEMORY_PRESETS["released"], tuple(g["noise"].shape[2:]))
+
+    def noise(frame, step):
+        return g["noise"][:, frame] if step == 0 else g["renoise"][frame // 3, step - 1][:, frame % 3]
+
+    sigmas = warped_sigmas((1000, 750, 500, 250), 5.0)
+    for chunk, memory in enumerate(sampler.rollout(memory, 12, sigmas=sigmas, noise=noise)):
+        found = [[*layer.frames, *[-1] * (21 - len(layer.frames))] for layer in memory.layers]
+        assert found == g["sources"][chunk].tolist()
+    assert relative(torch.cat(memory.film, dim=2), g["latents"].movedim(1, 2)) < 1e-5
