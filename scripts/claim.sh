@@ -2,21 +2,21 @@
 # The claim, in miniature: one student distilled four ways, three seeds each, from the same start with the same budget.
 #
 #   scripts/claim.sh STUDENT TEACHER [FOLDER [key=value ...]]
-#   scripts/claim.sh runs/local/student.safetensors runs/teacher/teacher.safetensors runs/claim steps=120
+#   scripts/claim.sh runs/local/student.safetensors runs/teacher/teacher.safetensors runs/claim
 #
 # ours           Slow-Fast student, context teacher: teacher and critic see what the student remembers
 # memoryless     Slow-Fast student, teacher and critic see its latest frames only (short windows, as LongLive trains)
 # longlive       sliding window of LongLive (sink 3, window 12), the same teacher
 # infinity-rope  sliding window of Infinity-RoPE (sink 1, window 6), the same teacher
 #
-# Stop it at any time; the same command goes on. SEEDS=1 does a part. Then measure, with the sliding windows as they are:
+# Stop it at any time; the same command goes on. SEEDS=1 ARMS=ours does a part. Then measure, with the sliding windows as they are:
 #   context-forcing evaluate --student runs/claim/ours-0/student.safetensors --policies clean,novel \
 #       --compare runs/claim/memoryless-0/student.safetensors --compare runs/claim/longlive-0/student.safetensors=none ...
 set -euo pipefail
 student=$1 teacher=$2 folder=${3:-runs/claim}
 shift $(($# < 3 ? $# : 3))
 for seed in ${SEEDS:-0 1 2}; do
-    for arm in ours memoryless longlive infinity-rope; do
+    for arm in ${ARMS:-ours memoryless longlive infinity-rope}; do
         case $arm in
             ours) settings=() ;;
             memoryless) settings=(teacher_sees=recent) ;;
