@@ -4,7 +4,7 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder
 
 from ..model.storyboard import chunk_story, parse_storyboard, write_storyboard
-from .sampler import ATTENTION
+from .patches import ATTENTIONS
 from .snapshot import PLACES
 from .types import CATEGORY, MemoryType, card_of
 
@@ -47,7 +47,7 @@ class ContextForcingStoryboard(io.ComfyNode):
                     tooltip="For every line without a seed=N of its own.",
                 ),
                 io.Combo.Input(
-                    "attention", options=list(ATTENTION), default="sdpa", optional=True, advanced=True,
+                    "attention", options=list(ATTENTIONS), default="sdpa", optional=True, advanced=True,
                     tooltip="As in the sampler. sdpa: exact. comfyui: what ComfyUI was started with.",
                 ),
                 io.Combo.Input(
