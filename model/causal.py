@@ -136,9 +136,9 @@ def _block(
 ) -> Tensor:
     q, k, v, modulation = inside(block, _until_attention, x_BTPD, tproj_BT6D)
     y = attend_self(layer, q, k, v)
-    x, q = inside(block, _until_text, x_BTPD, y, modulation)
+    x, q_BSNE = inside(block, _until_text, x_BTPD, y, modulation)
     y = attention(
-        rearrange(q, "B (G T) P N E -> (B G) (T P) N E", G=text.num_groups),
+        rearrange(q_BSNE, "B (G S) N E -> (B G) S N E", G=text.num_groups),
         text.keys[layer],
         text.values[layer],
         text.bias,
@@ -146,24 +146,30 @@ def _block(
     return inside(block, _after_text, x, y, modulation)
 
 
+# Layers get [B, S, D]: ComfyUI's fast ones for fp8 know no other.
+
+
 def _until_attention(block: nn.Module, x_BTPD: Tensor, tproj_BT6D: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     modulation_BT61D = (block.modulation.to(x_BTPD) + tproj_BT6D).unsqueeze(-2)
     attn, shift, scale = block.self_attn, modulation_BT61D[:, :, 0], modulation_BT61D[:, :, 1]
-    y = block.norm1(x_BTPD) * (1 + scale) + shift
-    q, k, v = attn.norm_q(attn.q(y)), attn.norm_k(attn.k(y)), attn.v(y)
-    return _heads(attn, q), _heads(attn, k), _heads(attn, v), modulation_BT61D
+    y = (block.norm1(x_BTPD) * (1 + scale) + shift).flatten(1, 2)
+    qkv = attn.norm_q(attn.q(y)), attn.norm_k(attn.k(y)), attn.v(y)
+    q, k, v = (_heads(attn, tokens).unflatten(1, x_BTPD.shape[1:3]) for tokens in qkv)
+    return q, k, v, modulation_BT61D
 
 
 def _until_text(block: nn.Module, x_BTPD: Tensor, y_BTPNE: Tensor, modulation_BT61D: Tensor) -> tuple[Tensor, Tensor]:
-    x = x_BTPD + modulation_BT61D[:, :, 2] * block.self_attn.o(y_BTPNE.flatten(-2))
+    y = block.self_attn.o(y_BTPNE.flatten(-2).flatten(1, 2))
+    x = x_BTPD + modulation_BT61D[:, :, 2] * y.view_as(x_BTPD)
     attn = block.cross_attn
-    return x, _heads(attn, attn.norm_q(attn.q(block.norm3(x))))
+    return x, _heads(attn, attn.norm_q(attn.q(block.norm3(x).flatten(1, 2))))
 
 
 def _after_text(block: nn.Module, x_BTPD: Tensor, y_BSNE: Tensor, modulation_BT61D: Tensor) -> Tensor:
     shift, scale, gate = modulation_BT61D[:, :, 3:].unbind(dim=2)
-    x = x_BTPD + block.cross_attn.o(y_BSNE.reshape(x_BTPD.shape))
-    return x + gate * block.ffn(block.norm2(x) * (1 + scale) + shift)
+    x = x_BTPD + block.cross_attn.o(y_BSNE.reshape(x_BTPD.shape).flatten(1, 2)).view_as(x_BTPD)
+    y = (block.norm2(x) * (1 + scale) + shift).flatten(1, 2)
+    return x + gate * block.ffn(y).view_as(x)
 
 
 def compiled(**options) -> Call:

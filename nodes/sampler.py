@@ -26,11 +26,14 @@ PREVIEW_SIDE = 512
 
 
 def text_of(positive) -> torch.Tensor:
-    """The one prompt of a CONDITIONING, [1, L, 4096]. Raises ValueError for several."""
+    """The one prompt of a CONDITIONING, [1, L, 4096]; says what else of it has no effect. Raises ValueError for several."""
     prompts = sum(conditioning.shape[0] for conditioning, _ in positive)
     if prompts != 1:
         raise ValueError(f"positive: {prompts} prompts; a segment has one, chain another sampler for the next")
-    return positive[0][0]
+    text, options = positive[0]
+    if ignored := sorted(set(options) - {"pooled_output", WORDS}):
+        log.warning("positive: %s of the conditioning has no effect in this sampler", ", ".join(ignored))
+    return text
 
 
 def previewer_of(demo: bool) -> Callable[[torch.Tensor], tuple | None]:
@@ -56,6 +59,13 @@ def sampler_for(
     net, dtype, device = wan_network(model), compute_dtype(model), model.load_device
     warn_of_ignored(model)
     needed = working_bytes(net, memory, dtype, layout)
+    if needed > (total := mm.get_total_memory(device)):
+        others = {name: working_bytes(net, memory, dtype, name) / 1e9 for name in LAYOUTS}
+        log.warning(
+            "memory: its keys and values and one pass take %.1f GB beside the weights, the device has %.1f; by the"
+            " sampler's layout: %s", needed / 1e9, total / 1e9,
+            ", ".join(f"{name} {size:.1f} GB" for name, size in others.items()),
+        )  # fmt: skip
     if layout != "from RAM":
         needed -= sum(held.num_bytes for held in memory.remembered.values() if held.keys.device.type == device.type)
     mm.load_models_gpu([model], memory_required=needed)
