@@ -229,10 +229,9 @@ def _remember(frames: Sequence[int], kept: Sequence[tuple[Tensor, Tensor]]) -> d
 
 
 def key_similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of raw keys [layers, B, P, N, E] per token over the full width, then the mean over tokens and layers; where
-    `a` is.
+    """Cosine of raw keys [layers, B, P, N, E] per token over the full width, then the mean over tokens and layers.
 
-    A descriptor averaged over tokens first could not see the camera move (demo_world.md 1).
+    It is taken where `a` is. A descriptor averaged over tokens first could not see the camera move (demo_world.md 1).
     """
     layers_at_once = max(1, SIMILARITY_ELEMENTS // a[0].numel())
     cosines = [

@@ -175,7 +175,7 @@ def _after_text(block: nn.Module, x_BTPD: Tensor, y_BSNE: Tensor, modulation_BT6
 def compiled(**options) -> Call:
     """A `call` that runs what is in a block but attention as torch.compile makes it; `options` are torch.compile's.
 
-    Attention sees a memory that grows; all else has the same shapes chunk after chunk, and compiles once for all blocks.
+    Attention sees a memory that grows; all else has the same shapes chunk after chunk and compiles once for all blocks.
     """
     parts = {part: torch.compile(part, **options) for part in (_until_attention, _until_text, _after_text)}
     inside = lambda block, part, *args: parts[part](block, *args)

@@ -26,7 +26,10 @@ PREVIEW_SIDE = 512
 
 
 def text_of(positive) -> torch.Tensor:
-    """The one prompt of a CONDITIONING, [1, L, 4096]; says what else of it has no effect. Raises ValueError for several."""
+    """The one prompt of a CONDITIONING, [1, L, 4096]; says what else of it has no effect.
+
+    Raises ValueError for several prompts.
+    """
     prompts = sum(conditioning.shape[0] for conditioning, _ in positive)
     if prompts != 1:
         raise ValueError(f"positive: {prompts} prompts; a segment has one, chain another sampler for the next")
@@ -70,8 +73,9 @@ def sampler_for(
         needed -= sum(held.num_bytes for held in memory.remembered.values() if held.keys.device.type == device.type)
     mm.load_models_gpu([model], memory_required=needed)
     shared = dict(
-        net=net, device=device, dtype=dtype, solver=card.solver, attention=attention_of(model, attention), layout=layout,
-        on_pass=mm.throw_exception_if_processing_interrupted, call=call_of(model), student=student_of(model), **options,
+        net=net, device=device, dtype=dtype, solver=card.solver, attention=attention_of(model, attention),
+        layout=layout, call=call_of(model), student=student_of(model),
+        on_pass=mm.throw_exception_if_processing_interrupted, **options,
     )  # fmt: skip
     return lambda text: CausalSampler(text=embed_text(net, text.to(device, dtype)), **shared)
 

@@ -29,15 +29,15 @@ class ContextForcingStudentSettings(io.ComfyNode):
             node_id="ContextForcingStudentSettings",
             display_name="Student Settings",
             category=CATEGORY,
-            description="Says how a student was trained, where its file does not: for a model from Load Diffusion Model,"
-            " a GGUF loader and the like. Put it right behind the loader; every other node takes its defaults from it.",
+            description="Says how a student was trained, where its file does not: for a model from Load Diffusion"
+            " Model, a GGUF loader and the like. Put it right behind the loader; every other node takes its defaults from it.",
             search_aliases=["context forcing", "student card", "steps", "shift", "timesteps", "scheduler"],
             inputs=[
                 io.Model.Input("model", tooltip="A Wan 2.1 text-to-video student, from any loader."),
                 io.String.Input(
                     "steps", default="",
-                    tooltip="Denoising steps from 1000 down, before the shift, with commas: 1000, 750, 500, 250 for most"
-                    " distilled students. Empty: as is.",
+                    tooltip="Denoising steps from 1000 down, before the shift, with commas: 1000, 750, 500, 250 for"
+                    " most distilled students. Empty: as is.",
                 ),
                 io.Float.Input(
                     "shift", default=0.0, min=0.0, max=100.0, step=0.1,
@@ -50,7 +50,8 @@ class ContextForcingStudentSettings(io.ComfyNode):
                     " trained by flow matching alone.",
                 ),
                 io.Int.Input(
-                    "fps", default=0, min=0, max=240, tooltip="Frames per second of its videos; 16 for Wan 2.1. 0: as is."
+                    "fps", default=0, min=0, max=240,
+                    tooltip="Frames per second of its videos; 16 for Wan 2.1. 0: as is.",
                 ),
                 frames("chunk", "How many frames it makes together: 3, or 1 for framewise students."),
                 frames("window", "The most frames it was trained to see at once, remembered and new together: 21."),
@@ -67,12 +68,9 @@ class ContextForcingStudentSettings(io.ComfyNode):
         card = model.get_attachment(CARD) or StudentCard()
         sizes = {"chunk": chunk, "window": window, "sink": sink, "slow": slow, "fast": fast}
         memory = dataclasses.replace(card.memory, **{name: size for name, size in sizes.items() if size != -1})
-        chosen = {"shift": shift or None, "fps": fps or None, "solver": None if solver == AS_IS else solver}
-        if steps.strip():
-            chosen["steps"] = numbers(steps)
+        chosen = {"shift": shift, "fps": fps, "solver": "" if solver == AS_IS else solver}
+        chosen["steps"] = numbers(steps) if steps.strip() else ()
+        card = dataclasses.replace(card, memory=memory, **{name: value for name, value in chosen.items() if value})
         model = model.clone()
-        model.set_attachments(
-            CARD,
-            dataclasses.replace(card, memory=memory, **{name: value for name, value in chosen.items() if value is not None}),
-        )
+        model.set_attachments(CARD, card)
         return io.NodeOutput(model)

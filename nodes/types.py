@@ -82,7 +82,7 @@ def student_of(model) -> str:
     """Fingerprint of the weights on disk, whatever LoRAs are patched in: a memory may be continued with another LoRA.
 
     ComfyUI either changes weights and keeps the old ones in `backup`, or leaves them and applies LoRAs as they are
-    used. Of quantised weights the stored numbers count, which have the signs of the real ones.
+    used. Of quantised weights the stored numbers count: they have the signs of the real ones, and need no unpacking.
     """
     net = wan_network(model)
     backups = {name.removeprefix("diffusion_model."): backup.weight for name, backup in model.backup.items()}

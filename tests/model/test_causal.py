@@ -230,15 +230,13 @@ def test_blocks_compile_once_whatever_the_memory_holds(make_net, make_sampler, e
     """Three parts of a block, for all of twelve blocks, for memories of every length, and for another sampler."""
     torch._dynamo.reset()
     counter, net = torch._dynamo.testing.CompileCounter(), make_net(num_layers=12)
-    rollout = lambda sampler: torch.cat(
-        [
-            memory.film[-1]
-            for memory in sampler.rollout(
-                empty_memory(sink=1, slow=2, fast=4), 4, sigmas=(1.0, 0.5), noise=lambda *of: random(1, 16, 4, 6, seed=of[0])
-            )
-        ],
-        dim=2,
-    )
+    noise = lambda frame, step: random(1, 16, 4, 6, seed=frame)
+
+    def rollout(sampler):
+        memory = empty_memory(sink=1, slow=2, fast=4)
+        *_, memory = sampler.rollout(memory, 4, sigmas=(1.0, 0.5), noise=noise)
+        return torch.cat(memory.film, dim=2)
+
     with torch.inference_mode():
         plain = rollout(make_sampler(net))
         for _ in range(2):

@@ -48,9 +48,9 @@ def test_bf16_makes_the_same_video_at_first():
 def test_layouts_make_the_same_film_and_keep_the_memory_where_they_say():
     pipeline = Pipeline.load(None, torch.device("cuda"), torch.float32)
     memory = pipeline.empty_memory()
-    films = []
+    text, films = encode_demo_text("A meadow. The camera pans right."), []
     for layout in LAYOUTS:
-        sampler = dataclasses.replace(pipeline.sampler(encode_demo_text("A meadow. The camera pans right.")), layout=layout)
+        sampler = dataclasses.replace(pipeline.sampler(text), layout=layout)
         for after in sampler.rollout(memory, 9, sigmas=pipeline.card.sigmas, noise=seeded_noise(3, memory.latent_size)):
             pass
         where = "cpu" if layout == "from RAM" else "cuda"

@@ -1,4 +1,4 @@
-"""How a memory is laid out for the network changes what it costs, not what is made; and what it costs is known before."""
+"""How a memory is laid out for the network changes what it costs, not what is made; what it costs is known before."""
 
 import pytest
 import torch

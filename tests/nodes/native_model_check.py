@@ -176,7 +176,7 @@ class Lora:
         return {key: value + change.get(key, 0) for key, value in state.items()}
 
 
-def with_lora(bench, model, name, lora, strength, node=nodes.LoraLoaderModelOnly):
+def with_lora(bench, model, lora, strength, node=nodes.LoraLoaderModelOnly, name="lora.safetensors"):
     return node().load_lora_model_only(model, bench.save(name, lora), strength)[0]
 
 
@@ -185,23 +185,24 @@ def loras(bench):
     """LoRAs in every spelling that ComfyUI reads, two at once, and one that it does not read."""
     lora, model, found = Lora(bench, 1), bench.load(bench.state), {}
     plain, _ = bench.headless(bench.state)
-    expected, memory = bench.headless(lora.merged(bench.state, STRENGTHS[0]))
+    expected, _ = bench.headless(lora.merged(bench.state, STRENGTHS[0]))
     spellings = {
         "peft": lora.spelled("diffusion_model.", "lora_A", "lora_B"),
         "kohya": lora.spelled("lora_unet_", "lora_down", "lora_up", 4.0, "_"),
         "wan fun": lora.spelled("lora_unet__", "lora_down", "lora_up", 4.0, "_"),
     }
     for name, spelled in spellings.items():
-        made, after = bench.run(with_lora(bench, model, f"{name}.safetensors", spelled, STRENGTHS[0]))
+        made, after = bench.run(with_lora(bench, model, spelled, STRENGTHS[0], name=f"{name}.safetensors"))
         found[name] = {"difference": difference(made, expected), "student": after.memory.student}
-    made, _ = bench.run(with_lora(bench, model, "b.safetensors", spellings["peft"], STRENGTHS[0], LoraLoaderBypassModelOnly))
+    made, _ = bench.run(with_lora(bench, model, spellings["peft"], STRENGTHS[0], LoraLoaderBypassModelOnly))
     found["bypass"] = {"difference": difference(made, expected)}
     unread = lora.spelled("base_model.model.", "lora_A", "lora_B")
-    made, after = bench.run(with_lora(bench, model, "unread.safetensors", unread, STRENGTHS[0]))
-    found["base_model.model, which is not read"] = {"difference": difference(made, plain), "student": after.memory.student}
-    both = with_lora(bench, model, "one.safetensors", spellings["peft"], STRENGTHS[0])
+    made, after = bench.run(with_lora(bench, model, unread, STRENGTHS[0], name="unread.safetensors"))
+    found["not read"] = {"difference": difference(made, plain), "student": after.memory.student}
+    both = with_lora(bench, model, spellings["peft"], STRENGTHS[0], name="one.safetensors")
     second = Lora(bench, 2)
-    both = with_lora(bench, both, "two.safetensors", second.spelled("diffusion_model.", "lora_A", "lora_B"), STRENGTHS[1])
+    spelled = second.spelled("diffusion_model.", "lora_A", "lora_B")
+    both = with_lora(bench, both, spelled, STRENGTHS[1], name="two.safetensors")
     expected, _ = bench.headless(second.merged(lora.merged(bench.state, STRENGTHS[0]), STRENGTHS[1]))
     made, after = bench.run(both)
     found["two"] = {"difference": difference(made, expected), "student": after.memory.student}
@@ -235,17 +236,17 @@ def room(amount):
 def offloaded(bench):
     """Weights that stay where they are and are cast as they are used, LoRA included; all of them, and about half."""
     lora, found = Lora(bench, 1), {}
-    expected, memory = bench.headless(lora.merged(bench.state, STRENGTHS[0]))
+    expected, _ = bench.headless(lora.merged(bench.state, STRENGTHS[0]))
     spelled = lora.spelled("diffusion_model.", "lora_A", "lora_B")
     size = sum(value.nbytes for value in bench.state.values())
     for name, amount in (("all", 0.1), ("half", size // 2)):
-        model = with_lora(bench, bench.load(bench.state), "a.safetensors", spelled, STRENGTHS[0])
+        model = with_lora(bench, bench.load(bench.state), spelled, STRENGTHS[0])
         with room(amount):
             made, after = bench.run(model)
-        changed = sum(bool(module.weight_function) for module in model.model.modules() if hasattr(module, "weight_function"))
+        layers = [module for module in model.model.modules() if hasattr(module, "weight_function")]
         found[name] = {
-            "difference": difference(made, expected), "student": after.memory.student, "cast": changed,
-            "changed in place": len(model.backup),
+            "difference": difference(made, expected), "student": after.memory.student,
+            "cast": sum(bool(layer.weight_function) for layer in layers), "changed in place": len(model.backup),
         }  # fmt: skip
         model.detach()
     # As a loader leaves it that keeps the file's own tensors, whatever the layer was made for.
@@ -254,9 +255,9 @@ def offloaded(bench):
     patch.weight = torch.nn.Parameter(patch.weight.to(FP8), requires_grad=False)
     with room(0.1):
         made, _ = bench.run(model)
-    expected, _ = bench.headless({key: value.to(FP8) if key != "patch_embedding.bias" else value for key, value in bench.state.items()})
+    kept = {"patch_embedding.bias": bench.state["patch_embedding.bias"]}
+    expected, _ = bench.headless({key: value.to(FP8) for key, value in bench.state.items()} | kept)
     found["fp8 patch embedding"] = {"difference": difference(made, expected)}
-    found["without LoRA"] = memory.student != after.memory.student
     return found
 
 
@@ -264,8 +265,8 @@ def offloaded(bench):
 def quantised(bench):
     """Scaled fp8 as ComfyUI wrote it once, as it writes it now, and int8."""
     found = {}
-    layers = [key.removesuffix(".weight") for key in bench.state if key.startswith("blocks") and bench.state[key].ndim == 2]
-    linear = [layer for layer in layers if f"{layer}.bias" in bench.state]
+    in_blocks = [key for key, value in bench.state.items() if key.startswith("blocks") and value.ndim == 2]
+    linear = [key.removesuffix(".weight") for key in in_blocks]
     scale = {layer: bench.state[f"{layer}.weight"].abs().max() / 448 for layer in linear}
     packed = {layer: (bench.state[f"{layer}.weight"] / scale[layer]).to(FP8) for layer in linear}
     weights = {f"{layer}.weight": packed[layer] for layer in linear}
@@ -282,14 +283,18 @@ def quantised(bench):
         found[name] = {"difference": difference(made, expected), "same student": after.memory.student == memory.student}
         found[name]["weight"] = type(model.model.diffusion_model.blocks[0].ffn[0].weight).__name__
         spelled = lora.spelled("diffusion_model.", "lora_A", "lora_B")
-        changed, after = bench.run(with_lora(bench, model, "a.safetensors", spelled, STRENGTHS[0]), after, chunks=1)
+        changed, after = bench.run(with_lora(bench, model, spelled, STRENGTHS[0]), after, chunks=1)
         found[name]["with a LoRA"] = after.memory.student == memory.student and bool(changed.isfinite().all())
     scale = {layer: bench.state[f"{layer}.weight"].abs().max() / 127 for layer in linear}
-    weights = {f"{layer}.weight": (bench.state[f"{layer}.weight"] / scale[layer]).round().to(torch.int8) for layer in linear}
-    real = {f"{layer}.weight": weights[f"{layer}.weight"].float() * scale[layer] for layer in linear}
-    expected, memory = bench.headless(bench.state | real)
-    told = {"_quantization_metadata": json.dumps({"layers": {layer: {"format": "int8_tensorwise"} for layer in linear}})}
-    made, after = bench.run(bench.load(bench.state | weights | {f"{layer}.weight_scale": scale[layer] for layer in linear}, told))
+    packed = {layer: (bench.state[f"{layer}.weight"] / scale[layer]).round().to(torch.int8) for layer in linear}
+    weights = {f"{layer}.weight": packed[layer] for layer in linear}
+    scales = {f"{layer}.weight_scale": scale[layer] for layer in linear}
+    expected, memory = bench.headless(
+        bench.state | {f"{layer}.weight": packed[layer].float() * scale[layer] for layer in linear}
+    )
+    formats = {layer: {"format": "int8_tensorwise"} for layer in linear}
+    told = {"_quantization_metadata": json.dumps({"layers": formats})}
+    made, after = bench.run(bench.load(bench.state | weights | scales, told))
     found["int8"] = {"difference": difference(made, expected), "same student": after.memory.student == memory.student}
     return found
 
@@ -311,7 +316,8 @@ def compiled(bench):
     with said() as lines:
         refused, _ = bench.run(graphs, chunks=1)
     return {
-        "difference": difference(made, expected), "compiled": after_one, "compiled again": counter.frame_count - after_one,
+        "difference": difference(made, expected), "compiled": after_one,
+        "compiled again": counter.frame_count - after_one,
         "graphs": [line for line in lines if "CUDA graphs" in line],
         "ignored": [line for line in lines if "no effect" in line],
     }  # fmt: skip
@@ -345,7 +351,8 @@ def settings(bench):
     found, model = {}, bench.load(bench.state)
     (told,) = bench.settings(model, "1000, 500", 3.0, "euler", 8, -1, 12, 3, 0, 9).result
     card = bench.student.card_of(told)
-    found["card"] = [card.steps, card.shift, card.solver, card.fps, card.memory.window, card.memory.slow, card.memory.chunk]
+    memory = card.memory
+    found["card"] = [card.steps, card.shift, card.solver, card.fps, memory.window, memory.slow, memory.chunk]
     found["loader's own"] = model.get_attachment("context_forcing_card") is None
     (moved,) = ModelSamplingSD3().patch(model, 8.0)
     expected, _ = bench.headless(bench.state, shift=8.0)
@@ -391,7 +398,8 @@ def ignored(bench):
     bare, _ = bench.run(bench.load(bench.state), chunks=1)
     with said() as lines:
         bench.run(bench.load(bench.state), chunks=1)
-    return {"says": line, "of a bare one": [line for line in lines if "no effect" in line], "taken": difference(made, bare)}
+    of_bare = [line for line in lines if "no effect" in line]
+    return {"says": line, "of a bare one": of_bare, "taken": difference(made, bare)}
 
 
 @check
@@ -489,7 +497,7 @@ def packed(bench):
 
 @check
 def prompts(bench):
-    """Rows of the text encoder: zero ones count as 512 do, more are refused; what else is in a CONDITIONING is named."""
+    """Rows of the text encoder: zero ones count, more than 512 are refused; what else is in a CONDITIONING is named."""
     model, text = bench.load(bench.state), bench.positive[0][0]
     padded, _ = bench.run(model, chunks=1)
     short, _ = bench.run(model, chunks=1, positive=[[text[:, :7], {}]])
