@@ -174,14 +174,18 @@ class Memory:
             )
 
     def append(self, latents_BCTHW: Tensor, kept: Sequence[tuple[Tensor, Tensor]]) -> "Memory":
-        """Commit a chunk: clean latents, and per layer the raw keys and values [B, T, P, N, E] of their pass."""
+        """Commit a chunk: clean latents, and per layer the raw keys and values [B, T, P, N, E] of their pass.
+
+        Keys are compared where those of the pass are.
+        """
         self._check_fits(latents_BCTHW)
         first, num_new = self.num_frames, latents_BCTHW.shape[2]
         new_frames = range(first, first + num_new)
         held = self.remembered | _remember(new_frames, kept)
 
         def similarity(frame: int, others: Sequence[int]) -> list[float]:
-            scores = [key_similarity(held[frame].keys, held[other].keys) for other in others]
+            here = held[frame].keys.to(kept[0][0].device)
+            scores = [key_similarity(here, held[other].keys) for other in others]
             return torch.stack(scores).tolist()
 
         slots, decisions = advance(self.slots, self.config, new_frames, similarity)
@@ -250,11 +254,11 @@ def _remember(frames: Sequence[int], kept: Sequence[tuple[Tensor, Tensor]]) -> d
 def key_similarity(a: Tensor, b: Tensor) -> Tensor:
     """Cosine of raw keys [layers, B, P, N, E] per token over the full width, then the mean over tokens and layers.
 
-    A descriptor averaged over tokens first could not see the camera move (demo_world.md 1).
+    It is taken where `a` is. A descriptor averaged over tokens first could not see the camera move (demo_world.md 1).
     """
     layers_at_once = max(1, SIMILARITY_ELEMENTS // a[0].numel())
     cosines = [
-        F.cosine_similarity(x.flatten(-2).float(), y.flatten(-2).float(), dim=-1).flatten(1)
+        F.cosine_similarity(x.flatten(-2).float(), y.to(x.device).flatten(-2).float(), dim=-1).flatten(1)
         for x, y in zip(a.split(layers_at_once), b.split(layers_at_once))
     ]
     return torch.cat(cosines).mean()

@@ -61,9 +61,9 @@ class MemoryView:
         """The same frames at the same positions, less the first `num_frames`."""
         if not self.keys or not num_frames:
             return self
-        skip = num_frames * (self.keys[0].shape[1] // self.num_frames)
+        less = lambda tensor: tensor[:, num_frames * (tensor.shape[1] // self.num_frames) :]
         return MemoryView(
-            keys=tuple(k[:, skip:] for k in self.keys),
-            values=tuple(v[:, skip:] for v in self.values),
+            keys=Layers(len(self.keys), lambda layer: less(self.keys[layer])),
+            values=Layers(len(self.values), lambda layer: less(self.values[layer])),
             num_frames=self.num_frames,
         )

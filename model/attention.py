@@ -18,3 +18,8 @@ def sdpa(q_BSNE: Tensor, k_BKNE: Tensor, v_BKNE: Tensor, bias: Tensor | None = N
         q_BSNE.transpose(1, 2), k_BKNE.transpose(1, 2), v_BKNE.transpose(1, 2), attn_mask=bias
     )
     return out.transpose(1, 2)
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The same as a Tensor: quantised weights may have a class of their own, that is passed on to what they touch."""
+    return tensor.as_subclass(Tensor)

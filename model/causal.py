@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..memory.view import MemoryView
-from .attention import Attention, sdpa
+from .attention import Attention, plain, sdpa
 from .rope import rotary_table, rotate
 
 AttendSelf = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -103,7 +103,7 @@ def causal_forward(
 ) -> Tensor:
     """Predicted flow [B, C, T, H, W] of latents at `timestep_BT` (0 .. 1000, one per frame); method.md 1.2."""
     dtype = x_BCTHW.dtype
-    tokens = net.patch_embedding(x_BCTHW.to(net.patch_embedding.weight.dtype)).to(dtype)
+    tokens = net.patch_embedding(x_BCTHW.to(_patch_dtype(net.patch_embedding.weight))).to(dtype)
     rows, columns = tokens.shape[-2:]
     x = rearrange(tokens, "B D T h w -> B T (h w) D")
     temb_BTD = net.time_embedding(sinusoid(timestep_BT, net.time_embedding[0].in_features).to(dtype))
@@ -119,6 +119,11 @@ def causal_forward(
     )  # fmt: skip
 
 
+def _patch_dtype(weight: Tensor) -> torch.dtype:
+    """What the patch embedding takes. Layers that store fewer than 16 bits cast their weights to their input."""
+    return weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else torch.float32
+
+
 def _block(
     block: nn.Module,
     layer: int,
@@ -127,27 +132,58 @@ def _block(
     text: TextContext,
     attend_self: AttendSelf,
     attention: Attention,
+    inside: Call = direct,
 ) -> Tensor:
-    modulation = (block.modulation.to(x_BTPD) + tproj_BT6D).unsqueeze(-2)
-    shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = modulation.unbind(dim=2)
-
-    attn = block.self_attn
-    y = block.norm1(x_BTPD) * (1 + scale_sa) + shift_sa
-    q, k, v = attn.norm_q(attn.q(y)), attn.norm_k(attn.k(y)), attn.v(y)
-    y = attend_self(layer, _heads(attn, q), _heads(attn, k), _heads(attn, v))
-    x = x_BTPD + gate_sa * attn.o(y.flatten(-2))
-
-    attn = block.cross_attn
-    q = _heads(attn, attn.norm_q(attn.q(block.norm3(x))))
+    q, k, v, modulation = inside(block, _until_attention, x_BTPD, tproj_BT6D)
+    y = attend_self(layer, q, k, v)
+    x, q_BSNE = inside(block, _until_text, x_BTPD, y, modulation)
     y = attention(
-        rearrange(q, "B (G T) P N E -> (B G) (T P) N E", G=text.num_groups),
+        rearrange(q_BSNE, "B (G S) N E -> (B G) S N E", G=text.num_groups),
         text.keys[layer],
         text.values[layer],
         text.bias,
     )
-    x = x + attn.o(y.reshape(x.shape))
+    return inside(block, _after_text, x, y, modulation)
 
-    return x + gate_ff * block.ffn(block.norm2(x) * (1 + scale_ff) + shift_ff)
+
+# Layers get [B, S, D]: ComfyUI's fast ones for fp8 know no other.
+
+
+def _until_attention(block: nn.Module, x_BTPD: Tensor, tproj_BT6D: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    modulation_BT61D = (block.modulation.to(x_BTPD) + tproj_BT6D).unsqueeze(-2)
+    attn, shift, scale = block.self_attn, modulation_BT61D[:, :, 0], modulation_BT61D[:, :, 1]
+    y = (block.norm1(x_BTPD) * (1 + scale) + shift).flatten(1, 2)
+    qkv = attn.norm_q(attn.q(y)), attn.norm_k(attn.k(y)), attn.v(y)
+    q, k, v = (_heads(attn, tokens).unflatten(1, x_BTPD.shape[1:3]) for tokens in qkv)
+    return q, k, v, modulation_BT61D
+
+
+def _until_text(block: nn.Module, x_BTPD: Tensor, y_BTPNE: Tensor, modulation_BT61D: Tensor) -> tuple[Tensor, Tensor]:
+    y = block.self_attn.o(y_BTPNE.flatten(-2).flatten(1, 2))
+    x = x_BTPD + modulation_BT61D[:, :, 2] * y.view_as(x_BTPD)
+    attn = block.cross_attn
+    return x, _heads(attn, attn.norm_q(attn.q(block.norm3(x).flatten(1, 2))))
+
+
+def _after_text(block: nn.Module, x_BTPD: Tensor, y_BSNE: Tensor, modulation_BT61D: Tensor) -> Tensor:
+    shift, scale, gate = modulation_BT61D[:, :, 3:].unbind(dim=2)
+    x = x_BTPD + block.cross_attn.o(y_BSNE.reshape(x_BTPD.shape).flatten(1, 2)).view_as(x_BTPD)
+    y = (block.norm2(x) * (1 + scale) + shift).flatten(1, 2)
+    return x + gate * block.ffn(y).view_as(x)
+
+
+def compiled(**options) -> Call:
+    """A `call` that runs what is in a block but attention as torch.compile makes it; `options` are torch.compile's.
+
+    Attention sees a memory that grows; all else has the same shapes chunk after chunk and compiles once for all blocks.
+    """
+    parts = {part: torch.compile(part, **options) for part in (_until_attention, _until_text, _after_text)}
+    inside = lambda block, part, *args: parts[part](block, *args)
+
+    def call(module: nn.Module, function: Callable, *args):
+        return function(module, *args, inside) if function is _block else function(module, *args)
+
+    return call
 
 
 def _heads(attn: nn.Module, x: Tensor) -> Tensor:
@@ -191,11 +227,11 @@ class MemoryAttention:
 
     def __call__(self, layer: int, q_BTPNE: Tensor, k_BTPNE: Tensor, v_BTPNE: Tensor) -> Tensor:
         if self.kept is not None and len(self.kept) == layer:  # a pass that is recomputed comes here again
-            self.kept.append((k_BTPNE, v_BTPNE))
+            self.kept.append((plain(k_BTPNE), plain(v_BTPNE)))
         q = rotate(q_BTPNE, self.table).flatten(1, 2)
         k = rotate(k_BTPNE, self.table).flatten(1, 2)
         v = v_BTPNE.flatten(1, 2)
         if self.view and self.view.keys:
             k = torch.cat([self.view.keys[layer], k], dim=1)
-            v = torch.cat([self.view.values[layer], v], dim=1)
+            v = torch.cat([self.view.values[layer].to(v.device), v], dim=1)
         return self.attention(q, k, v).view_as(q_BTPNE)

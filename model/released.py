@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..memory.config import MemoryConfig
 from ..memory.released import LayerSlots
-from .attention import Attention
+from .attention import Attention, plain
 from .rope import rotary_table, rotate
 
 
@@ -35,12 +35,13 @@ class ReleasedAttention:
         self.table = rotary_table(slots, *grid, head_dim)
 
     def __call__(self, layer: int, q_BTPNE: Tensor, k_BTPNE: Tensor, v_BTPNE: Tensor) -> Tensor:
-        held = self.kept[layer] = self.kept[layer].take(self.config, self.first_frame, k_BTPNE, v_BTPNE)
+        held = self.kept[layer].take(self.config, self.first_frame, plain(k_BTPNE), plain(v_BTPNE))
+        self.kept[layer] = held
         num_slots, num_sink = len(held.entries), self.config.sink
         hidden = {"all": 0, "no sink": num_sink, "fast only": num_sink + held.num_slow}[self.attends]
         hidden = min(hidden, num_slots - q_BTPNE.shape[1])  # of the memory, never of the chunk itself
         seen = held.entries[hidden:]
-        k = rotate(torch.stack([entry.keys for entry in seen], dim=1), self.table[hidden:num_slots])
-        v = torch.stack([entry.values for entry in seen], dim=1)
+        k = rotate(torch.stack([entry.keys.to(q_BTPNE.device) for entry in seen], dim=1), self.table[hidden:num_slots])
+        v = torch.stack([entry.values.to(q_BTPNE.device) for entry in seen], dim=1)
         q = rotate(q_BTPNE, self.table[num_slots - q_BTPNE.shape[1] : num_slots])
         return self.attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)).view_as(q_BTPNE)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..memory.memory import Memory
+from ..memory.memory import SIMILARITY_ELEMENTS, Memory
 from ..memory.released import LayerSlots, ReleasedMemory
 from ..memory.view import MemoryView
-from .attention import Attention, sdpa
+from .attention import Attention, plain, sdpa
 from .causal import AttendSelf, Call, MemoryAttention, TextContext, causal_forward, direct
 from .config import VAE_STRIDE
 from .flow import SOLVERS, TIMESTEPS, add_noise, x0_from_flow
@@ -29,6 +29,10 @@ Noise = Callable[[int, int], Tensor]
 MAX_SECONDS = 3e7
 
 COMMIT_ATTENDS = ("all", "no sink", "fast only")
+
+LAYOUTS = ("at once", "by layer", "from RAM")
+"""When a memory's keys and values are laid out for a chunk: all layers before it, fastest; each layer when its turn
+comes, in every pass, with half the memory; or so from RAM, where they stay. The result is the same."""
 
 
 def seeded_noise(seed: int, latent_size: tuple[int, int, int]) -> Noise:
@@ -69,6 +73,8 @@ class CausalSampler:
     """How to get from one noise level to the next (flow.SOLVERS)."""
     commit_attends: str = "all"
     """What the pass over clean latents sees while it writes their keys: `all`, `no sink`, `fast only`."""
+    layout: str = "at once"
+    """When keys and values of the memory are laid out: one of LAYOUTS."""
     on_pass: Callable[[], None] = lambda: None
     call: Call = direct
     student: str = ""
@@ -79,6 +85,8 @@ class CausalSampler:
             raise ValueError(f"solver: {self.solver!r} is not one of {', '.join(SOLVERS)}")
         if self.commit_attends not in COMMIT_ATTENDS:
             raise ValueError(f"commit_attends: {self.commit_attends!r} is not one of {', '.join(COMMIT_ATTENDS)}")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout: {self.layout!r} is not one of {', '.join(LAYOUTS)}")
 
     def rollout(self, memory: Memory, num_chunks: int, *, sigmas: Sequence[float], noise: Noise) -> Iterator[Memory]:
         """Continue a memory by `num_chunks` chunks; yields the memory after each."""
@@ -88,12 +96,12 @@ class CausalSampler:
             yield memory
 
     def ready(self, memory: Memory) -> Memory:
-        """The memory on this sampler's device, whole chunks it was given taken over into the film.
+        """The memory where this sampler keeps it, whole chunks it was given taken over into the film.
 
         Raises ValueError for one that another student made.
         """
         self._check_fits(memory)
-        memory = dataclasses.replace(memory.to(self.device, self.dtype), student=self.student or memory.student)
+        memory = dataclasses.replace(memory.to(self._home, self.dtype), student=self.student or memory.student)
         chunk = memory.config.chunk
         while memory.given is not None and memory.given.shape[2] >= chunk:
             memory = self.commit(memory, memory.given[:, :, :chunk].to(self.device))
@@ -129,7 +137,7 @@ class CausalSampler:
 
     def commit(self, memory: Memory, x0_BCTHW: Tensor, view: View | None = None) -> Memory:
         """One pass at sigma 0 over clean latents, whose only purpose is to write their keys and values."""
-        return memory.append(x0_BCTHW, self._keys(memory, x0_BCTHW, view or self.view(memory)))
+        return memory.append(x0_BCTHW, self._keys(memory, x0_BCTHW, view or self.view(memory))).to(self._home)
 
     def recache(self, memory: Memory) -> Memory:
         """Write all that is remembered anew under this sampler's prompt (method.md 3.6).
@@ -140,7 +148,8 @@ class CausalSampler:
         frames, done = memory.slots.all, memory.compact()
         for first in range(0, len(frames), memory.config.chunk):
             now, seen = frames[first : first + memory.config.chunk], done.only(frames[:first])
-            done = done.write(now, self._keys(seen, memory.latents(now).to(self.device), self.view(seen)))
+            kept = self._keys(seen, memory.latents(now).to(self.device), self.view(seen))
+            done = done.write(now, kept).to(self._home)
         return done
 
     def _keys(self, memory: Memory, x0_BCTHW: Tensor, view: View) -> Sequence:
@@ -156,7 +165,7 @@ class CausalSampler:
         grid, head_dim = self._grid(memory), self._head_dim
         ranks = torch.arange(len(memory.slots.all), device=self.device)
         table = rotary_table(ranks, *grid, head_dim)
-        return memory.view(lambda keys: rotate(keys, table), lazy)
+        return memory.view(lambda keys: rotate(keys.to(self.device), table), lazy or self.layout != "at once")
 
     def _attend(self, memory: Memory, view: View, num_frames: int, commits: bool = False) -> AttendSelf:
         attends, where = self.commit_attends if commits else "all", (self._head_dim, self.device, self.attention)
@@ -177,7 +186,7 @@ class CausalSampler:
         timestep[:, :num_clean] = 0
         x = x_BCTHW.to(self.dtype)
         flow = self.call(self.net, causal_forward, x, timestep, self.text, attend_self, self.attention, self.call)
-        return flow.float()
+        return plain(flow.float())
 
     def _check_fits(self, memory: Memory) -> None:
         if memory.student and self.student and memory.student != self.student:
@@ -202,13 +211,24 @@ class CausalSampler:
     def _head_dim(self) -> int:
         return self.net.blocks[0].self_attn.head_dim
 
+    @property
+    def _home(self) -> torch.device:
+        """Where the memory's keys and values are between two passes."""
+        return torch.device("cpu") if self.layout == "from RAM" else self.device
 
-def working_bytes(net: nn.Module, memory: Memory, dtype: torch.dtype) -> int:
-    """Device memory a rollout needs beside the weights: keys and values held and laid out, and activations."""
-    rows = memory.latent_size[1] // net.patch_size[1]
-    tokens = rows * (memory.latent_size[2] // net.patch_size[2])
-    dim, ffn_dim = net.blocks[0].self_attn.q.weight.shape[0], net.blocks[0].ffn[0].weight.shape[0]
-    remembered = 2 * len(net.blocks) * dim * tokens * memory.config.capacity
-    one_layer = 2 * dim * tokens * memory.config.window
-    activations = tokens * memory.config.chunk * (12 * dim + 2 * ffn_dim)
-    return dtype.itemsize * (2 * remembered + 2 * one_layer + 2 * activations)
+
+def working_bytes(net: nn.Module, memory: Memory, dtype: torch.dtype, layout: str = "at once") -> int:
+    """Most device memory a rollout needs beside the weights: keys and values held and laid out, and activations."""
+    config, attn, size, depth = memory.config, net.blocks[0].self_attn, dtype.itemsize, len(net.blocks)
+    tokens = (memory.latent_size[1] // net.patch_size[1]) * (memory.latent_size[2] // net.patch_size[2])
+    dim, ffn_dim = attn.num_heads * attn.head_dim, net.blocks[0].ffn[0].out_features
+    chunk = 2 * depth * dim * tokens * config.chunk * size
+    held = {"at once": 2, "by layer": 1, "from RAM": 0}[layout] * chunk * config.capacity // config.chunk
+    text = 2 * depth * dim * net.text_len * size
+    # In a pass, of one layer: remembered keys turned in float32, next to values; then both with the chunk's behind.
+    turned = dim * tokens * config.capacity * (2 * 4 + size)
+    attended = dim * tokens * 2 * (config.capacity + config.window) * size
+    passing = tokens * config.chunk * (6 * dim + 2 * ffn_dim) * size
+    # After it: the chunk's keys and values as its pass left them and by frame, and keys compared in float32.
+    compared = 5 * 4 * min(SIMILARITY_ELEMENTS, depth * dim * tokens)
+    return held + text + chunk + max(max(turned, attended) + passing, chunk + compared)

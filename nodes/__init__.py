@@ -7,6 +7,7 @@ from .load import ContextForcingLoadDemo, ContextForcingLoadStudent
 from .memory import ContextForcingMemory, ContextForcingMemoryReport
 from .remember import ContextForcingRemember
 from .sampler import ContextForcingSampler
+from .settings import ContextForcingStudentSettings
 from .snapshot import ContextForcingLoadMemory, ContextForcingSaveMemory
 from .storyboard import ContextForcingStoryboard
 from .video import ContextForcingSaveVideo
@@ -23,6 +24,7 @@ NODES: list[type[io.ComfyNode]] = [
     ContextForcingConsistency,
     ContextForcingSaveMemory,
     ContextForcingLoadMemory,
+    ContextForcingStudentSettings,
 ]
 
 

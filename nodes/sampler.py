@@ -7,43 +7,36 @@ import comfy.model_management as mm
 import comfy.utils
 import latent_preview
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from comfy_api.latest import io
 from PIL import Image
 
 from ..memory.memory import CHANGES, Memory
-from ..model.attention import sdpa
 from ..model.causal import embed_text
 from ..model.codec import denormalise
 from ..model.config import VAE_STRIDE, StudentCard
-from ..model.sampler import COMMIT_ATTENDS, CausalSampler, chunks_for, working_bytes
+from ..model.sampler import COMMIT_ATTENDS, LAYOUTS, CausalSampler, chunks_for, working_bytes
 from ..model.segment import segment
 from ..model.video import to_uint8
 from .demo import WORDS, preview_codec
+from .patches import ATTENTIONS, attention_of, call_of, compute_dtype, warn_of_ignored
 from .snapshot import PLACES, at_rest, autosaved
 from .types import CATEGORY, MemoryType, OnWire, card_of, log, student_of, wan_network
 
 PREVIEW_SIDE = 512
 
 
-def comfy_attention(q, k, v, bias=None):
-    """The attention ComfyUI was started with (sage, flash, xformers, ...) in our layout, [B, S, N, E]."""
-    out = optimized_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), q.shape[2],
-        mask=bias, skip_reshape=True, skip_output_reshape=True,
-    )  # fmt: skip
-    return out.transpose(1, 2)
-
-
-ATTENTION = {"sdpa": sdpa, "comfyui": comfy_attention}
-
-
 def text_of(positive) -> torch.Tensor:
-    """The one prompt of a CONDITIONING, [1, L, 4096]. Raises ValueError for several."""
+    """The one prompt of a CONDITIONING, [1, L, 4096]; says what else of it has no effect.
+
+    Raises ValueError for several prompts.
+    """
     prompts = sum(conditioning.shape[0] for conditioning, _ in positive)
     if prompts != 1:
         raise ValueError(f"positive: {prompts} prompts; a segment has one, chain another sampler for the next")
-    return positive[0][0]
+    text, options = positive[0]
+    if ignored := sorted(set(options) - {"pooled_output", WORDS}):
+        log.warning("positive: %s of the conditioning has no effect in this sampler", ", ".join(ignored))
+    return text
 
 
 def previewer_of(demo: bool) -> Callable[[torch.Tensor], tuple | None]:
@@ -62,26 +55,29 @@ def previewer_of(demo: bool) -> Callable[[torch.Tensor], tuple | None]:
     return lambda chunk: previewer.decode_latent_to_preview_image("JPEG", chunk[:, :, -1:])
 
 
-def sampler_for(model, card: StudentCard, memory: Memory, **options) -> Callable[[torch.Tensor], CausalSampler]:
+def sampler_for(
+    model, card: StudentCard, memory: Memory, attention: str = "sdpa", layout: str = "at once", **options
+) -> Callable[[torch.Tensor], CausalSampler]:
     """Makes room for the student; then text embeddings -> a sampler under them. `options` are CausalSampler's."""
-    net = wan_network(model)
-    dtype = model.model.manual_cast_dtype or model.model.get_dtype()
-    mm.load_models_gpu([model], memory_required=working_bytes(net, memory, dtype))
-    device, student = model.load_device, student_of(model)
-
-    def sampler_of(text: torch.Tensor) -> CausalSampler:
-        return CausalSampler(
-            net=net,
-            text=embed_text(net, text.to(device, dtype)),
-            device=device,
-            dtype=dtype,
-            solver=card.solver,
-            on_pass=mm.throw_exception_if_processing_interrupted,
-            student=student,
-            **options,
-        )
-
-    return sampler_of
+    net, dtype, device = wan_network(model), compute_dtype(model), model.load_device
+    warn_of_ignored(model)
+    needed = working_bytes(net, memory, dtype, layout)
+    if needed > (total := mm.get_total_memory(device)):
+        others = {name: working_bytes(net, memory, dtype, name) / 1e9 for name in LAYOUTS}
+        log.warning(
+            "memory: its keys and values and one pass take %.1f GB beside the weights, the device has %.1f; by the"
+            " sampler's layout: %s", needed / 1e9, total / 1e9,
+            ", ".join(f"{name} {size:.1f} GB" for name, size in others.items()),
+        )  # fmt: skip
+    if layout != "from RAM":
+        needed -= sum(held.num_bytes for held in memory.remembered.values() if held.keys.device.type == device.type)
+    mm.load_models_gpu([model], memory_required=needed)
+    shared = dict(
+        net=net, device=device, dtype=dtype, solver=card.solver, attention=attention_of(model, attention),
+        layout=layout, call=call_of(model), student=student_of(model),
+        on_pass=mm.throw_exception_if_processing_interrupted, **options,
+    )  # fmt: skip
+    return lambda text: CausalSampler(text=embed_text(net, text.to(device, dtype)), **shared)
 
 
 class ContextForcingSampler(io.ComfyNode):
@@ -109,9 +105,9 @@ class ContextForcingSampler(io.ComfyNode):
                     " through the chain.",
                 ),
                 io.Combo.Input(
-                    "attention", options=list(ATTENTION), default="sdpa", optional=True, advanced=True,
+                    "attention", options=list(ATTENTIONS), default="sdpa", optional=True, advanced=True,
                     tooltip="sdpa: PyTorch's exact attention. comfyui: what ComfyUI was started with (sage, flash,"
-                    " xformers); quantised ones drift in long videos.",
+                    " xformers), or what another node put on the MODEL; quantised ones drift in long videos.",
                 ),
                 io.Combo.Input(
                     "commit_attends", options=list(COMMIT_ATTENDS), default="all", optional=True, advanced=True,
@@ -141,6 +137,13 @@ class ContextForcingSampler(io.ComfyNode):
                     tooltip="Also write the memory to output/context_forcing when the segment is done, or was"
                     " interrupted: Load Memory goes on from there, even after ComfyUI was closed.",
                 ),
+                io.Combo.Input(
+                    "layout", options=list(LAYOUTS), default="at once", optional=True, advanced=True,
+                    tooltip="How the memory is laid out while this sampler runs; the video is the same. at once:"
+                    " fastest, takes twice the memory's size in video memory. by layer: takes its size once, somewhat"
+                    " slower. from RAM: the memory stays in RAM and is copied over layer by layer in every pass; slow,"
+                    " for videos or models that do not fit.",
+                ),
             ],
             outputs=[
                 MemoryType.Output("memory", tooltip="The video so far and what it remembers."),
@@ -151,7 +154,7 @@ class ContextForcingSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, memory, seconds, seed, attention="sdpa", commit_attends="all", change="keep", blend=0,
-        keep_in="RAM", autosave=False,
+        keep_in="RAM", autosave=False, layout="at once",
     ) -> io.NodeOutput:  # fmt: skip
         card, text, before = card_of(model), text_of(positive), memory.memory
         chunk = before.config.chunk
@@ -160,7 +163,7 @@ class ContextForcingSampler(io.ComfyNode):
         if abs(made - seconds) > 1e-6:
             log.info("segment of %g s rounded up to %g s: whole chunks", seconds, made)
 
-        sampler_of = sampler_for(model, card, before, attention=ATTENTION[attention], commit_attends=commit_attends)
+        sampler_of = sampler_for(model, card, before, attention, layout, commit_attends=commit_attends)
         progress, preview = comfy.utils.ProgressBar(num_chunks), previewer_of(card.base == "demo")
         chunks = segment(
             sampler_of, before, text, prompt=positive[0][1].get(WORDS, ""), seed=seed, num_chunks=num_chunks,

@@ -3,8 +3,9 @@
 from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder
 
+from ..model.sampler import LAYOUTS
 from ..model.storyboard import chunk_story, parse_storyboard, write_storyboard
-from .sampler import ATTENTION
+from .patches import ATTENTIONS
 from .snapshot import PLACES
 from .types import CATEGORY, MemoryType, card_of
 
@@ -47,7 +48,7 @@ class ContextForcingStoryboard(io.ComfyNode):
                     tooltip="For every line without a seed=N of its own.",
                 ),
                 io.Combo.Input(
-                    "attention", options=list(ATTENTION), default="sdpa", optional=True, advanced=True,
+                    "attention", options=list(ATTENTIONS), default="sdpa", optional=True, advanced=True,
                     tooltip="As in the sampler. sdpa: exact. comfyui: what ComfyUI was started with.",
                 ),
                 io.Combo.Input(
@@ -59,6 +60,11 @@ class ContextForcingStoryboard(io.ComfyNode):
                     "autosave", default=False, optional=True, advanced=True,
                     tooltip="Also write the memory to output/context_forcing after every segment, and after an"
                     " interrupt.",
+                ),
+                io.Combo.Input(
+                    "layout", options=list(LAYOUTS), default="at once", optional=True, advanced=True,
+                    tooltip="As in the sampler. at once: fastest. by layer: half the video memory for what is"
+                    " remembered. from RAM: the least, slow.",
                 ),
             ],
             outputs=[
@@ -78,7 +84,9 @@ class ContextForcingStoryboard(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, model, clip, memory, text, seed, attention="sdpa", keep_in="RAM", autosave=False) -> io.NodeOutput:
+    def execute(
+        cls, model, clip, memory, text, seed, attention="sdpa", keep_in="RAM", autosave=False, layout="at once"
+    ) -> io.NodeOutput:
         story = chunk_story(parse_storyboard(text), card_of(model).fps, memory.memory.config.chunk, seed)
         # Samplers take the wires, not what came over them: so ComfyUI finds those of unchanged lines in its cache.
         wires = cls.hidden.dynprompt.get_node(cls.hidden.unique_id)["inputs"]
@@ -89,6 +97,7 @@ class ContextForcingStoryboard(io.ComfyNode):
                 "ContextForcingSampler", model=wires["model"], positive=prompt.out(0), memory=end,
                 seconds=scene.seconds, seed=seed if scene.seed is None else scene.seed, change=scene.change,
                 blend=scene.blend, attention=attention, keep_in=keep_in, autosave=autosave,
+                layout=layout,
             )  # fmt: skip
             end = sampler.out(0)
         return io.NodeOutput(end, write_storyboard(story), expand=graph.finalize())

@@ -1,21 +1,21 @@
 """What travels on our wires, and the card on a MODEL."""
 
-import logging
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from comfy.quant_ops import QuantizedTensor
 from comfy_api.latest import io
 from PIL import Image
 
 from ..memory.memory import Memory
-from ..model.checkpoint import fingerprint
 from ..model.config import StudentCard
-
-log = logging.getLogger("context_forcing")
+from ..model.fingerprint import COMPILED, fingerprint
+from .patches import log, shifted
 
 CATEGORY = "Context Forcing"
 CARD = "context_forcing_card"
+CHANNELS = 16
 
 MemoryType = io.Custom("CF_MEMORY")
 """An `OnWire`: immutable, so ComfyUI may cache it, hand it to two nodes and run a node again on it."""
@@ -43,36 +43,50 @@ def as_image(picture: Image.Image) -> torch.Tensor:
 
 
 def card_of(model) -> StudentCard:
-    """The student card on a MODEL; one without is taken for a Wan 2.1 student of the Self-Forcing family."""
+    """The student card on a MODEL; one without is taken for a Wan 2.1 student of the Self-Forcing family.
+
+    Raises ValueError, by name, for what is not Wan 2.1 text-to-video.
+    """
+    wan_network(model)
     card = model.get_attachment(CARD)
     if card is None:
         card = StudentCard()
         log.warning(
-            "this MODEL carries no student card: using steps %s, shift %g, chunk %d (Self-Forcing's)",
-            [int(step) for step in card.steps], card.shift, card.memory.chunk,
+            "this MODEL carries no student card: using steps %s, shift %g, chunk %d (Self-Forcing's); Student Settings"
+            " changes them", [int(step) for step in card.steps], card.shift, card.memory.chunk,
         )  # fmt: skip
-    return card
+    return shifted(card, model)
+
+
+TEXT_TO_VIDEO = ("WAN21", "WAN21_CausalAR")
+"""ComfyUI's classes for Wan 2.1 without any input but text. Those of its relatives have other layers besides."""
 
 
 def wan_network(model):
     """The module tree of a MODEL. Raises ValueError, by name, for what is not Wan 2.1 text-to-video."""
-    net = model.model.diffusion_model
-    name = type(model.model).__name__
-    parts = ("patch_embedding", "text_embedding", "time_embedding", "time_projection", "blocks", "head")
-    if not all(hasattr(net, part) for part in parts):
-        raise ValueError(f"model: {name} is not a Wan model; load a Wan 2.1 text-to-video student")
-    if net.patch_embedding.weight.shape[1] != 16 or hasattr(net, "img_emb") and net.img_emb is not None:
-        raise ValueError(f"model: {name} is not Wan 2.1 text-to-video (16 channels); this model cannot be rolled out")
+    net, name = model.model.diffusion_model, type(model.model).__name__
+    remedy = "load a Wan 2.1 text-to-video student, for example with Load Student"
+    if name not in TEXT_TO_VIDEO:
+        raise ValueError(f"model: {name} is not Wan 2.1 text-to-video; {remedy}")
+    channels = net.patch_embedding.in_channels
+    if channels != CHANNELS or net.img_emb is not None:
+        pictures = " and picture embeddings" if net.img_emb is not None else ""
+        raise ValueError(
+            f"model: {name} with {channels} input channels{pictures} is made for other inputs than text (text-to-video"
+            f" has {CHANNELS} channels); {remedy}"
+        )
     return net
 
 
 def student_of(model) -> str:
-    """Fingerprint of the weights on disk, whatever LoRAs are patched in: a memory may be continued with another LoRA."""
+    """Fingerprint of the weights on disk, whatever LoRAs are patched in: a memory may be continued with another LoRA.
+
+    ComfyUI either changes weights and keeps the old ones in `backup`, or leaves them and applies LoRAs as they are
+    used. Of quantised weights the stored numbers count: they have the signs of the real ones, and need no unpacking.
+    """
+    net = wan_network(model)
+    backups = {name.removeprefix("diffusion_model."): backup.weight for name, backup in model.backup.items()}
+    stored = {name.replace(COMPILED, ""): weight for name, weight in [*net.named_parameters(), *backups.items()]}
     return fingerprint(
-        wan_network(model),
-        {
-            name.removeprefix("diffusion_model."): backup.weight
-            for name, backup in model.backup.items()
-            if name.startswith("diffusion_model.")
-        },
+        net, {name: weight._qdata if isinstance(weight, QuantizedTensor) else weight for name, weight in stored.items()}
     )

@@ -100,6 +100,7 @@ def test_comfyui_loads_it_from_any_folder(pack, tmp_path):
         "ContextForcingConsistency", "ContextForcingLoadDemo", "ContextForcingLoadMemory", "ContextForcingLoadStudent",
         "ContextForcingMemory", "ContextForcingMemoryReport", "ContextForcingRemember", "ContextForcingSampler",
         "ContextForcingSaveMemory", "ContextForcingSaveVideo", "ContextForcingStoryboard",
+        "ContextForcingStudentSettings",
     ]  # fmt: skip
     assert not says["installed_copy_used"]
     assert says["from"] and all(str(pack) in file for file in says["from"])

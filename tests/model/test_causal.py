@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 
-from context_forcing.model.causal import MemoryAttention, TextContext, causal_forward, embed_text
+from context_forcing.model.causal import MemoryAttention, TextContext, causal_forward, compiled, embed_text
 from context_forcing.model.rope import rotary_table, rotate
 
 GRID, HEAD_DIM, TOKENS = (2, 3), 32, 6
@@ -223,3 +224,34 @@ def test_text_groups_are_separate_passes(net):
             text = embed_text(net, texts[2 * b + g : 2 * b + g + 1])
             own = causal_forward(net, clip[b : b + 1, :, run], t[b : b + 1, run], text, alone)
             assert relative(flow[b : b + 1, :, run], own) < 1e-5
+
+
+def test_blocks_compile_once_whatever_the_memory_holds(make_net, make_sampler, empty_memory):
+    """Three parts of a block, for all of twelve blocks, for memories of every length, and for another sampler."""
+    torch._dynamo.reset()
+    counter, net = torch._dynamo.testing.CompileCounter(), make_net(num_layers=12)
+    noise = lambda frame, step: random(1, 16, 4, 6, seed=frame)
+
+    def rollout(sampler):
+        memory = empty_memory(sink=1, slow=2, fast=4)
+        *_, memory = sampler.rollout(memory, 4, sigmas=(1.0, 0.5), noise=noise)
+        return torch.cat(memory.film, dim=2)
+
+    with torch.inference_mode():
+        plain = rollout(make_sampler(net))
+        for _ in range(2):
+            made = rollout(make_sampler(net, call=compiled(backend=counter)))
+            assert relative(made, plain) < 1e-5
+            assert counter.frame_count == 3
+
+
+def test_layers_get_three_dimensions(make_net, make_sampler, empty_memory):
+    """ComfyUI's fast layers for fp8 take no more; others would be slow without a word."""
+    net, seen = make_net(), []
+    for module in net.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda module, args: seen.append((module, args[0].ndim)))
+    sampler = make_sampler(net)
+    flow_over(sampler, empty_memory(), random(1, 16, 3, 4, 6), 500.0)
+    inside = {module for block in net.blocks for module in block.modules()}
+    assert {ndim for module, ndim in seen if module in inside} == {3}

@@ -1,10 +1,14 @@
 """CUDA: the same numbers as the CPU in float32, sane ones in bf16."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from context_forcing.model.pipeline import Pipeline
+from context_forcing.model.sampler import LAYOUTS, seeded_noise
 from context_forcing.model.story import parse_story
+from context_forcing.model.text import encode_demo_text
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,3 +42,19 @@ def test_bf16_makes_the_same_video_at_first():
     first = slice(0, 3)
     similarity = torch.cosine_similarity(cuda[:, :, first].flatten(), cpu[:, :, first].flatten(), dim=0)
     assert similarity > 0.95
+
+
+@torch.inference_mode()
+def test_layouts_make_the_same_film_and_keep_the_memory_where_they_say():
+    pipeline = Pipeline.load(None, torch.device("cuda"), torch.float32)
+    memory = pipeline.empty_memory()
+    text, films = encode_demo_text("A meadow. The camera pans right."), []
+    for layout in LAYOUTS:
+        sampler = dataclasses.replace(pipeline.sampler(text), layout=layout)
+        for after in sampler.rollout(memory, 9, sigmas=pipeline.card.sigmas, noise=seeded_noise(3, memory.latent_size)):
+            pass
+        where = "cpu" if layout == "from RAM" else "cuda"
+        assert {held.keys.device.type for held in after.remembered.values()} == {where}
+        films.append(torch.cat(after.film, dim=2))
+    for film_of_layout in films[1:]:
+        assert (film_of_layout - films[0]).norm() / films[0].norm() < 1e-4

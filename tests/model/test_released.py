@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from context_forcing.memory.snapshot import load_memory, save_memory
-from context_forcing.model.sampler import COMMIT_ATTENDS, seeded_noise
+from context_forcing.model.sampler import COMMIT_ATTENDS, LAYOUTS, seeded_noise
 from context_forcing.model.segment import segment
 
 SIGMAS = (1.0, 0.9375, 0.625)
@@ -64,3 +64,8 @@ def test_what_the_commit_pass_sees(net, make_sampler, empty_memory, nine_chunks)
         first, plain = roll(sampler, empty_memory(**SMALL), 1), roll(make_sampler(net), empty_memory(**SMALL), 1)
         assert torch.equal(first.layers[-1].entries[-1].keys, plain.layers[-1].entries[-1].keys), "a chunk sees itself"
     assert len(keys) == 3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_where_it_lies_changes_nothing(net, make_sampler, empty_memory, same_memory, nine_chunks, layout):
+    assert same_memory(roll(make_sampler(net, layout=layout), empty_memory(**SMALL), 9), nine_chunks)

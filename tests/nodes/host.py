@@ -36,6 +36,7 @@ NODE_IDS = (
     "ContextForcingConsistency",
     "ContextForcingSaveMemory",
     "ContextForcingLoadMemory",
+    "ContextForcingStudentSettings",
 )
 
 

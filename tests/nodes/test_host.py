@@ -169,7 +169,7 @@ def test_a_model_that_is_not_wan_is_named(host, tmp_path):
     graph.save(sampler)
     error = failure(host, graph)
     assert error["node_id"] == sampler
-    for words in ("model: LTXV", "is not a Wan model", "load a Wan 2.1 text-to-video student"):
+    for words in ("model: LTXV", "is not Wan 2.1 text-to-video", "load a Wan 2.1 text-to-video student"):
         assert words in error["exception_message"]
 
 
