@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3 || command -v pyth
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast train-demo distill-demo clean
+.PHONY: demo test test-fast train-demo clean
 
 $(VENV)/ready: pyproject.toml requirements.txt constraints-test.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,16 +20,9 @@ test: $(VENV)/ready
 test-fast: $(VENV)/ready
 	$(BIN)/python -m pytest -m "not slow and not host"
 
-# A codec and a student from nothing, in one run that was not tried to its end; README says how the shipped ones were made.
+# The whole pipeline on the demo world, from nothing to a distilled student; README says how the shipped one was made.
 train-demo: $(VENV)/ready
-	$(BIN)/context-forcing train vae --config demo
-	$(BIN)/context-forcing train pretrain --config demo codec=runs/vae/demo_codec.safetensors
-
-# The rest of the pipeline on the demo world, after train-demo's first student.
-distill-demo: $(VENV)/ready
-	$(BIN)/context-forcing train teacher --config demo
-	$(BIN)/context-forcing train local --config demo
-	$(BIN)/context-forcing train contextual --config demo
+	CONTEXT_FORCING=$(BIN)/context-forcing scripts/train_demo.sh
 
 clean:
 	rm -rf $(VENV) out runs build *.egg-info
