@@ -93,7 +93,11 @@ def plan(config: NetworkConfig, world_size: int) -> Plan:
         rows.append(("bytes", "what each chunk of the target saw, laid out", views))
     rows.append(("bytes", "for the backward pass", _activations(sizes, target + context, config.recompute, dtype)))
 
-    score = block_flop(sizes, context, context) + block_flop(sizes, target, context + target)
+    piece = target
+    if isinstance(config, DistillConfig) and config.score_chunks:
+        piece = config.score_chunks * memory.chunk * frame
+    score = block_flop(sizes, context, context) + block_flop(sizes, piece, context + piece)
+    score *= target / piece
     chunk = block_flop(sizes, memory.chunk * frame, context + memory.chunk * frame)
     if isinstance(config, TeacherConfig):
         watched = (config.num_chunks - config.target_chunks) * chunk

@@ -110,3 +110,17 @@ def test_named_memories_are_settings_too():
     with pytest.raises(ValueError, match="memory: 'longcat' is not"):
         load_config("contextual", "demo", ["memory=longcat"])
     assert isinstance(PRESETS["demo"], WanConfig)
+
+
+def test_scoring_chunk_by_chunk_reads_the_memory_each_time():
+    flops = lambda *settings: {
+        what: figure
+        for kind, what, figure in plan(load_config("contextual", "wan2.1-1.3b", settings), 1).rows
+        if kind == "flop"
+    }
+    whole, pieces = flops(), flops("score_chunks=1")
+    name = "critic: forward and backward"
+    sizes, frame = PRESETS["wan2.1-1.3b"], 1560
+    each = block_flop(sizes, 18 * frame, 18 * frame) + block_flop(sizes, 3 * frame, 21 * frame)
+    assert pieces[name] == pytest.approx(64 * 4 * 7 * each) and pieces[name] > whole[name]
+    assert pieces["critic: rollouts"] == whole["critic: rollouts"]

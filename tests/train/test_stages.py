@@ -20,7 +20,7 @@ from context_forcing.model.pipeline import Pipeline
 from context_forcing.model.sampler import CausalSampler, seeded_noise
 from context_forcing.model.wan import WanModel
 from context_forcing.train import run_stage
-from context_forcing.train.config import load_config
+from context_forcing.train.config import TEACHER_SEES, load_config
 from context_forcing.train.distill import DistillStage
 from context_forcing.train.log import OF_THE_MACHINE
 from context_forcing.train.loop import Checkpoints, rng_of
@@ -126,19 +126,37 @@ def test_texts_may_differ_from_chunk_to_chunk(net):
     assert not torch.allclose(flow, other) and not torch.allclose(flow, same)
 
 
-@pytest.mark.parametrize("sees", ["memory", "nothing"])
-def test_scores_are_given_exactly_what_the_student_remembers(tiny, sees, monkeypatch):
-    config = load_config("contextual", "smoke", [f"teacher_sees={sees}", "context_from=3", "memory.slow=2"])
-    stage = DistillStage(config, ALONE)
+@pytest.mark.parametrize("sees", TEACHER_SEES)
+@pytest.mark.parametrize("together", [0, 1])
+def test_scores_are_given_exactly_what_the_student_remembers(tiny, sees, together):
+    """All of the target what was remembered when it began, or every chunk what was remembered then."""
+    settings = [f"teacher_sees={sees}", f"score_chunks={together}", "context_from=3", "memory.slow=2"]
+    stage = DistillStage(load_config("contextual", "smoke", settings), ALONE)
     text = stage.prompts.text(0, 6)
     rolled = stage.roll(text, 4, 2, 1, 0, False)
-    context, frame_text, target_text = stage.remembered(rolled, text)
-    frames = rolled.context.slots.all if sees == "memory" else ()
-    assert rolled.context.num_frames == 12 and len(rolled.context.slots.all) >= 6
-    film = torch.cat(rolled.context.film, dim=2)
-    assert torch.equal(context, film[:, :, list(frames)])
-    assert torch.equal(frame_text, text[[frame // 3 for frame in frames]])
-    assert torch.equal(target_text, text[4:6])
+    film = torch.cat(rolled.memory.film, dim=2)
+    pieces = list(rolled.windows(together or 2))
+    assert torch.equal(torch.cat([target for _, target in pieces], dim=2), rolled.target_BCTHW)
+    for chunk, (memory, target) in zip((4, 5) if together else (4,), pieces, strict=True):
+        assert memory.num_frames == 3 * chunk and len(memory.slots.all) >= 6
+        context, frame_text, target_text = stage.remembered(memory, target, text)
+        frames = {"memory": memory.slots.all, "recent": tuple(range(3 * chunk - 3, 3 * chunk)), "nothing": ()}[sees]
+        assert torch.equal(context, film[:, :, list(frames)])
+        assert torch.equal(frame_text, text[[frame // 3 for frame in frames]])
+        assert torch.equal(target_text, text[chunk : chunk + (together or 2)])
+
+
+def test_a_target_scored_chunk_by_chunk_learns_the_mean_of_its_chunks(tiny, files):
+    stage = DistillStage(load_config("contextual", "smoke", [*files, "score_chunks=1"]), ALONE)
+    text = stage.prompts.text(0, 4)
+    rolled = stage.roll(text, 2, 2, 1, 0, False)
+    for name, score in (("student", stage.student_loss), ("critic", stage.critic_loss)):
+        generator = rng_of(7)
+        losses = [score(*piece, text, generator)[0] for piece in rolled.windows(1)]
+        loss, _ = stage.loss(name, rolled, text, rng_of(7))
+        torch.testing.assert_close(loss, sum(losses) / 2)
+    with pytest.raises(ValueError, match="score_chunks"):
+        load_config("contextual", "smoke", ["score_chunks=3"])
 
 
 # The student's rollout
@@ -153,7 +171,7 @@ def test_a_training_rollout_is_the_sampler_s_rollout(net, exit_step):
     context = student.go_on(empty(), 3, SIGMAS, noise)
     rolled = student.target(context, 2, exit_step, SIGMAS, noise, with_gradient=False)
     assert torch.equal(torch.cat(rolled.memory.film, 2), torch.cat(expected.film, 2))
-    assert rolled.memory.slots == expected.slots and rolled.context is context
+    assert rolled.memory.slots == expected.slots and rolled.contexts[0] is context
     last_step = torch.equal(rolled.target_BCTHW, torch.cat(rolled.memory.film[3:], 2))
     assert last_step == (exit_step == len(SIGMAS) - 1)
 
@@ -237,9 +255,9 @@ def test_the_student_s_gradient_is_critic_minus_guided_teacher(tiny, files, guid
     rolled = stage.roll(text, 2, 2, 1, 0, True)
     leaf = rolled.target_BCTHW.detach().requires_grad_()
     rolled = dataclasses.replace(rolled, target_BCTHW=leaf)
-    loss, values = stage.student_loss(rolled, text, rng_of(7))
+    loss, values = stage.loss("student", rolled, text, rng_of(7))
     loss.backward()
-    context, frame_text, target_text = stage.remembered(rolled, text)
+    context, frame_text, target_text = stage.remembered(rolled.contexts[0], leaf, text)
     sigma, _, x = stage.noised(leaf.detach(), rng_of(7))
     with torch.no_grad():
         fake = stage._x0(stage.critic, context, frame_text, target_text, x, sigma)
@@ -258,13 +276,13 @@ def test_critic_and_teacher_are_asked_the_same(tiny, files, monkeypatch):
     stage = DistillStage(load_config("contextual", "smoke", [*files, "guidance=0.0"]), ALONE)
     text = stage.prompts.text(0, 4)
     rolled = stage.roll(text, 2, 2, 0, 0, True)
-    loss, _ = stage.student_loss(rolled, text, rng_of(7))
+    loss, _ = stage.loss("student", rolled, text, rng_of(7))
     assert loss.item() < 1e-12
     remember = Score.remember
     monkeypatch.setattr(
         Score, "remember", lambda self, *given: remember(self, *given) if self is stage.critic else NOTHING
     )
-    assert stage.student_loss(rolled, text, rng_of(7))[0].item() > 1e-6
+    assert stage.loss("student", rolled, text, rng_of(7))[0].item() > 1e-6
 
 
 def test_lengths_are_the_same_on_every_rank_and_grow(tiny):
