@@ -24,6 +24,8 @@ Past = dict[nn.Module, Tensor | None]
 
 MULTIPLES = (1, 2, 4, 4)
 """Widths of the levels, in units of the first."""
+PREFIX = "model."
+"""Some files have it before every name."""
 HALVES_TIME = (False, True, True)
 """Which steps down also halve the frame rate."""
 
@@ -225,7 +227,7 @@ def load_wan_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> WanVAE
     Raises ValueError, one line, for anything else.
     """
     path = subfolder(Path(path), "vae")
-    state = {key.removeprefix("model."): value for key, value in read_tensors(path).items()}
+    state = {key.removeprefix(PREFIX): value for key, value in read_tensors(path).items()}
     if path.is_dir():
         _check_statistics(read_config(path), path)
         state = {from_diffusers(key, state): value for key, value in state.items()}
@@ -242,11 +244,11 @@ def load_wan_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> WanVAE
 
 def why_no_wan_vae(state: dict[str, Tensor]) -> str:
     """Empty for tensors of a Wan 2.1 VAE in Wan's own layout, as far as a look tells; else what they are not."""
-    for key in ("encoder.conv1.weight", "decoder.conv1.weight", "conv2.weight", "encoder.downsamples.0.residual.0.gamma"):
-        if key not in state:
-            found = next(iter(state), "nothing")
-            return f"not a Wan VAE, {key} is missing (its first tensor is {found})"
-    channels = state["conv2.weight"].shape[0]
+    shapes = {key.removeprefix(PREFIX): value.shape for key, value in state.items()}
+    for key in ("encoder.conv1.weight", "decoder.conv1.weight", "conv2.weight"):
+        if key not in shapes:
+            return f"not a Wan VAE, {key} is missing (its first tensor is {next(iter(state), 'nothing')})"
+    channels = shapes["conv2.weight"][0]
     if channels != LATENT_CHANNELS:
         return f"a VAE with {channels} latent channels, such as Wan 2.2's, where Wan 2.1 has {LATENT_CHANNELS}"
     return ""
@@ -286,7 +288,8 @@ def from_diffusers(key: str, state: dict[str, Tensor]) -> str:
         case ["encoder", "down_blocks", number, name, *rest]:
             return ".".join(["encoder.downsamples", number, RESIDUAL.get(name, name), *rest])
         case ["decoder", "up_blocks", level, kind, number, name, *rest]:
-            in_level = 1 + max(int(other.split(".")[4]) for other in state if other.startswith("decoder.up_blocks.0.resnets."))
+            resnets = [other for other in state if other.startswith("decoder.up_blocks.0.resnets.")]
+            in_level = 1 + max(int(other.split(".")[4]) for other in resnets)
             place = int(level) * (in_level + 1) + (int(number) if kind == "resnets" else in_level)
             return ".".join(["decoder.upsamples", str(place), RESIDUAL.get(name, name), *rest])
     return key
