@@ -111,7 +111,9 @@ def find(kind: str, models_dir: Path, why_not: Callable[[dict[str, Tensor]], str
     where = " and ".join(map(str, folders))
     if fits:
         raise ValueError(f"--{kind}: {len(fits)} files fit, give one of them: {_names(fits)}")
-    raise ValueError(f"--{kind}: none of {len(files)} files in {where} is one for Wan 2.1 ({_names(files)}); give its path")
+    raise ValueError(
+        f"--{kind}: none of {len(files)} files in {where} is one for Wan 2.1 ({_names(files)}); give its path"
+    )
 
 
 def _is_weights(file: Path) -> bool:

@@ -81,7 +81,7 @@ class Texts(Protocol):
 
 
 class DemoTexts:
-    """Of the demo student; says which words it does not know."""
+    """The demo student's; says which words it does not know."""
 
     name = "demo"
 
@@ -93,7 +93,7 @@ class DemoTexts:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedTexts:
-    """Of prompts that an encoder has seen, which is gone since."""
+    """Embeddings of certain prompts, made by an encoder that is gone since."""
 
     name: str
     rows: Mapping[str, Tensor]

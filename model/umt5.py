@@ -42,8 +42,9 @@ class SelfAttention(nn.Module):
 
     def __init__(self, dim: int, inner: int, num_heads: int, num_buckets: int):
         super().__init__()
-        for name in "qkv":
-            setattr(self, name, nn.Linear(dim, inner, bias=False))
+        self.q = nn.Linear(dim, inner, bias=False)
+        self.k = nn.Linear(dim, inner, bias=False)
+        self.v = nn.Linear(dim, inner, bias=False)
         self.o = nn.Linear(inner, dim, bias=False)
         self.relative_attention_bias = nn.Embedding(num_buckets, num_heads)
 
@@ -104,7 +105,7 @@ class TextEncoder:
         """
         tokens = [torch.tensor(self.tokens(prompt)) for prompt in prompts]
         if max(int(number.max()) for number in tokens) >= self.net.shared.num_embeddings:
-            raise ValueError("text-encoder: its tokenizer has more words than its weights; give a pair that belongs together")
+            raise ValueError("text-encoder: its tokenizer has more words than its weights; give a pair that fits")
         rows = [self.net.shared.weight[number.to(self.net.shared.weight.device)] for number in tokens]
         rows = [self._ready("shared.weight", x) for x in rows]
         for number, block in enumerate(self.net.encoder["block"]):
@@ -168,7 +169,9 @@ def _libraries():
     return ftfy, sentencepiece, tokenizers
 
 
-def load_umt5(path: str | Path, device: torch.device, tokenizer: Path | None = None, resident: bool = False) -> TextEncoder:
+def load_umt5(
+    path: str | Path, device: torch.device, tokenizer: Path | None = None, resident: bool = False
+) -> TextEncoder:
     """From ComfyUI's files, fp8 ones too, Wan's own, or a folder in diffusers' layout.
 
     The tokenizer is the one within ComfyUI's file, else that of the folder `tokenizer`, else of one beside the file.
@@ -189,7 +192,10 @@ def load_umt5(path: str | Path, device: torch.device, tokenizer: Path | None = N
         net = UMT5Encoder(*_sizes(state))
     check_tensors(net, state, path)
     net.load_state_dict(state, strict=True, assign=True)
-    tokenize = _sentencepiece(spiece.numpy().tobytes(), path) if spiece is not None else find_tokenizer(path, tokenizer)
+    if spiece is not None:
+        tokenize = _sentencepiece(spiece.numpy().tobytes(), path)
+    else:
+        tokenize = find_tokenizer(path, tokenizer)
     net = net.eval().requires_grad_(False)
     return TextEncoder(net=net.to(device) if resident else net, scales=scales, tokenize=tokenize, device=device)
 
@@ -201,7 +207,8 @@ def why_no_umt5(state: Mapping[str, Tensor]) -> str:
         if name not in keys:
             return f"not a UMT5 encoder, {name} is missing (its first tensor is {next(iter(state), 'nothing')})"
     bias = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
-    if bias.format(0) not in keys or ("encoder.block.1.layer.0.layer_norm.weight" in keys and bias.format(1) not in keys):
+    blocks = {key.split(".")[2] for key in keys if key.startswith("encoder.block.")}
+    if any(bias.format(number) not in keys for number in blocks):
         return "a T5 without relative positions in every layer, not UMT5"
     if (width := state[keys["shared.weight"]].shape[-1]) != TEXT_DIM:
         return f"has width {width}, Wan 2.1 takes {TEXT_DIM}"

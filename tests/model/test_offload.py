@@ -75,3 +75,16 @@ def test_two_blocks_are_on_the_device_and_the_next_is_fetched_ahead(make_net):
         assert offload.ahead is after
         assert all(torch.equal(offload.slots[1][name], weight) for name, weight in after.named_parameters())
         assert {slot["modulation"].data_ptr() for slot in offload.slots} == {slot["modulation"] for slot in room}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_too(student, same_memory):
+    """The next block is copied on a stream of its own while one runs."""
+    made = []
+    for offload in (False, True):
+        pipeline = Pipeline.load(student, torch.device("cuda"), torch.float32, offload=offload)
+        assert {weight.device.type for weight in pipeline.net.blocks.parameters()} == {"cpu" if offload else "cuda"}
+        *_, memory = pipeline.tell(STORY, pipeline.empty_memory())
+        made.append(memory.to("cpu", torch.float32))
+    assert same_memory(*made)
