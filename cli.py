@@ -28,6 +28,16 @@ app = typer.Typer(
 )
 
 
+Vae = Annotated[
+    Optional[str],
+    typer.Option(help="A Wan student's VAE: a file, a diffusers folder, or a name in --models-dir, else found there."),
+]
+ModelsDir = Annotated[
+    Optional[Path],
+    typer.Option(help="ComfyUI's folder `models`, where files are looked up. Default: $COMFYUI_PATH/models, if set."),
+]
+
+
 @app.callback()
 def _root() -> None:
     logging.basicConfig(
@@ -47,7 +57,10 @@ def generate(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The video to write, .mp4.")],
-    student: Annotated[str, typer.Option(help="`demo`, or a student file of `context-forcing train`.")] = "demo",
+    student: Annotated[str, typer.Option(help="`demo`, or a student file, or its name in --models-dir.")] = "demo",
+    vae: Vae = None,
+    text_encoder: Annotated[Optional[str], typer.Option(help="A Wan student's UMT5-XXL, likewise.")] = None,
+    models_dir: ModelsDir = None,
     seed: Annotated[Optional[int], typer.Option(min=0, max=2**63 - 1, help="Replaces the story's seed.")] = None,
     memory: Annotated[
         Optional[str],
@@ -65,6 +78,9 @@ def generate(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bf16 or fp32; auto is bf16 on CUDA, fp32 on the CPU.")] = "auto",
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep the student in CPU memory: for one larger than VRAM.")
+    ] = False,
     memory_in: Annotated[
         Optional[Path], typer.Option(help="Continue this memory; the video starts at its start.")
     ] = None,
@@ -94,11 +110,12 @@ def generate(
     from .memory.snapshot import load_memory, save_memory
     from .model.checkpoint import read_card
     from .model.journal import Journal, beside, fingerprint_memory
-    from .model.pipeline import Pipeline, pick_device
+    from .model.parts import locate_student
+    from .model.pipeline import Pipeline, load_parts, pick_device
     from .model.storyboard import read_story
     from .model.video import check_writable, default_scale, write_video
 
-    weights = None if student == "demo" else student
+    weights = locate_student(student, models_dir)
     card = read_card(weights)
     told = read_story(story, card.fps, card.memory.chunk)
     if seed is not None:
@@ -117,23 +134,26 @@ def generate(
         raise ValueError(
             f"--memory-out: {memory_out} is --memory-in; give another file, so that --resume still has both"
         )
-    pipeline = Pipeline.load(weights, *pick_device(device, dtype))
+    where = pick_device(device, dtype)
+    prompts = [scene.prompt for scene in told.segments]
+    parts = load_parts(weights, prompts, *where, text_encoder=text_encoder, vae=vae, models_dir=models_dir)
+    pipeline = Pipeline.load(weights, *where, parts, offload)
     named = {} if memory is None else dataclasses.asdict(named_memory(memory, pipeline.card.memory))
     settings = {"policy": policy, "slow": slow, "slow_similarity_threshold": threshold}
     settings = named | {name: value for name, value in settings.items() if value is not None}
     if memory_in is not None:
         final = load_memory(memory_in, pipeline.fingerprint)
-        _check_continues(final, told, settings)
+        told.check_continues(final, settings)
     else:
         final = pipeline.empty_memory(told.size, **settings)
     fps, chunk = told.fps or pipeline.card.fps, final.config.chunk
     if start is not None:
         final = final.give(pipeline.encode_file(start, final, fps))
-    _announce_rounding(told, chunk, fps)
+    for line in told.rounded(fps, chunk):
+        console.print(_escape(line), highlight=False)
     height, width = (side * 8 for side in final.latent_size[1:])
-    where = {"student": pipeline.fingerprint, "device": pipeline.device.type, "dtype": str(pipeline.dtype)}
-    told_by = {"story": dataclasses.asdict(told), "card": dataclasses.asdict(card)}
-    journal = Journal(beside(output), {**where, **told_by, "memory": fingerprint_memory(final)}, resume)
+    asked = {**pipeline.names, "story": dataclasses.asdict(told), "card": dataclasses.asdict(card)}
+    journal = Journal(beside(output), {**asked, "memory": fingerprint_memory(final)}, resume)
     began = time.monotonic()
 
     with _progress() as progress, contextlib.ExitStack() as kept:
@@ -182,6 +202,8 @@ def report(
     student: Annotated[
         str, typer.Option(help="`demo`, or the student file that made it; only of its own are frames drawn.")
     ] = "demo",
+    vae: Vae = None,
+    models_dir: ModelsDir = None,
     fps: Annotated[Optional[float], typer.Option(help="Frames per second. Default: the student's.")] = None,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
@@ -189,7 +211,8 @@ def report(
     """Draw what a saved memory remembers, since when, and what was let go and why."""
     from .memory.report import draw_report, summary
     from .memory.snapshot import load_memory
-    from .model.pipeline import Pipeline, pick_device
+    from .model.parts import locate_student
+    from .model.pipeline import Pipeline, load_parts, pick_device
     from .model.probe import attention_mass
 
     if output.suffix.lower() != ".png":
@@ -199,7 +222,9 @@ def report(
     if fps is not None and not 0 < fps < math.inf:
         raise ValueError(f"--fps: {fps:g} must be above 0")
     held = load_memory(memory)
-    pipeline = Pipeline.load(None if student == "demo" else student, *pick_device(device, dtype))
+    weights, where = locate_student(student, models_dir), pick_device(device, dtype)
+    parts = load_parts(weights, (), *where, vae=vae, models_dir=models_dir)
+    pipeline = Pipeline.load(weights, *where, parts)
     own = held.student in ("", pipeline.fingerprint)
     if not own:
         says = f"{_escape(str(memory))}: made by another student; without its --student no frames are drawn"
@@ -208,31 +233,6 @@ def report(
     fps = fps or pipeline.card.fps
     draw_report(held, pipeline.thumbnails(held) if own else None, fps, mass).save(output)
     console.print(summary(held, fps, mass), highlight=False, soft_wrap=True)
-
-
-def _check_continues(memory, told, settings: dict) -> None:
-    height, width = (side * 8 for side in memory.latent_size[1:])
-    if told.size is not None and told.size != (width, height):
-        raise ValueError(f"size: the story says {list(told.size)}, the memory was made at {[width, height]}")
-    for name, value in settings.items():
-        if getattr(memory.config, name) != value:
-            raise ValueError(
-                f"{name}: {value} was asked for, the memory was made with {getattr(memory.config, name)};"
-                " a memory keeps its settings"
-            )
-
-
-def _announce_rounding(told, chunk: int, fps: float) -> None:
-    from .model.sampler import chunks_for
-
-    a_chunk = 4 * chunk / fps
-    for i, scene in enumerate(told.segments):
-        seconds = chunks_for(scene.seconds, fps, chunk) * a_chunk
-        if abs(seconds - scene.seconds) > 1e-6:
-            console.print(
-                f"segments\\[{i}]: {scene.seconds:g} s rounded up to {seconds:g} s, whole chunks of {a_chunk:g} s",
-                highlight=False,
-            )
 
 
 def _progress() -> Progress:
@@ -360,27 +360,19 @@ def evaluate(
 
         tables = evaluate_videos(video or [], clip, dino, every, device, dtype, output)
     else:
-        from .train.evaluate import Plan, evaluate, parse_entrants
+        from .train.evaluate import Plan, evaluate, parse_entrants, whole_numbers
 
         plan = Plan(
             entrants=parse_entrants(student, compare or [], policies),
-            gaps=_whole_numbers("gaps", gaps),
+            gaps=whole_numbers("gaps", gaps),
             rollouts=rollouts,
-            seeds=_whole_numbers("seed", seed),
+            seeds=whole_numbers("seed", seed),
             minutes=minutes,
             long_rollouts=long_rollouts,
         )
         tables = evaluate(plan, device, dtype, output)
     for table in tables:
         Console(width=max(240, console.width)).print(table, highlight=False)
-
-
-def _whole_numbers(name: str, text: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.split(",")] if text.strip() else []
-    for part in parts:
-        if not (part.isascii() and part.isdigit()):
-            raise ValueError(f"{name}: {part!r} is not a whole number")
-    return tuple(int(part) for part in parts)
 
 
 @app.command()

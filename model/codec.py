@@ -1,4 +1,4 @@
-"""From pixels to latents and back: Wan's latent normalisation, the demo codec, decoding as a stream.
+"""From pixels to latents and back: what a codec is, Wan's latent normalisation, the demo codec.
 
 The demo codec has the Wan VAE's interface (method.md 1.6, demo_world.md 2): 16 channels, 1/8 in space, 1 + 4k pixel
 frames in time, causal. Its encoder is fixed: a 4 x 4 DCT of art pixels (2 x 2 pixels each) of the last frame of
@@ -10,6 +10,7 @@ Shapes: B batch, C latent channels, t latent frames, T pixel frames, H W pixels,
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,8 @@ WAN_STD = (
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
+
+LATENT_CHANNELS = len(WAN_MEAN)
 
 ART_PIXEL = 2
 """The demo world is drawn at half size and doubled."""
@@ -48,6 +51,29 @@ def denormalise(latents_BCtHW: Tensor) -> Tensor:
 def pixel_frames(latent_frames: int) -> int:
     """Frames of video in a film of latent frames: 1 for the first, 4 for each later one."""
     return 4 * (latent_frames - 1) + 1 if latent_frames else 0
+
+
+class Codec(Protocol):
+    """Pixels in [-1, 1] to latents in VAE space and back, causal in time, float32 at this border."""
+
+    def encode(self, pixels_BCTHW: Tensor) -> Tensor:
+        """[B, 3, 1 + 4k, H, W] -> [B, 16, 1 + k, H/8, W/8]. Raises ValueError for other shapes."""
+
+    def decode(self, raw_BCthw: Tensor) -> Tensor:
+        """[B, 16, t, h, w] -> [B, 3, 4t - 3, 8h, 8w]."""
+
+    def decode_stream(self, raw_chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The same of consecutive chunks of one film, in pieces; the cuts between chunks change nothing."""
+
+
+def check_pixels(pixels_BCTHW: Tensor) -> None:
+    """Raises ValueError unless there are 1 + 4k frames and sides that are multiples of 8."""
+    _, _, num_frames, height, width = pixels_BCTHW.shape
+    if num_frames % 4 != 1 or height % 8 or width % 8:
+        raise ValueError(
+            f"pixels: {num_frames} frames of {width} x {height}; the codec takes 1 + 4k frames"
+            " and sides that are multiples of 8"
+        )
 
 
 def dct_transform() -> Tensor:
@@ -114,12 +140,7 @@ class DemoCodec(nn.Module):
 
     def encode(self, pixels_BCTHW: Tensor) -> Tensor:
         """Raises ValueError unless T = 1 + 4k and H, W are multiples of 8."""
-        _, _, num_frames, height, width = pixels_BCTHW.shape
-        if num_frames % 4 != 1 or height % 8 or width % 8:
-            raise ValueError(
-                f"pixels: {num_frames} frames of {width} x {height}; the codec takes 1 + 4k frames"
-                " and sides that are multiples of 8"
-            )
+        check_pixels(pixels_BCTHW)
         last = pixels_BCTHW[:, :, ::4]
         art = F.avg_pool3d(last, (1, ART_PIXEL, ART_PIXEL))
         return denormalise(self.encode_art(art.movedim(1, -1)))

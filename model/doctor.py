@@ -50,7 +50,7 @@ def examine() -> list[Finding]:
             f"{path.stat().st_size / 1e6:.1f} MB" if path.is_file() else f"{path} is not there; reinstall the package"
         )
         findings.append(Finding(name, path.is_file(), size))
-    findings.append(_comfyui())
+    findings += [_wan(), _comfyui()]
     return findings
 
 
@@ -70,6 +70,15 @@ def _ffmpeg() -> Finding:
         return Finding("ffmpeg", True, f"{imageio_ffmpeg.get_ffmpeg_version()} ({imageio_ffmpeg.get_ffmpeg_exe()})")
     except (ImportError, RuntimeError) as error:
         return Finding("ffmpeg", False, f"{error}; pip install imageio-ffmpeg")
+
+
+def _wan() -> Finding:
+    """What prompts of Wan students are read with, headless."""
+    names = ("sentencepiece", "tokenizers", "ftfy")
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        says = f"no {', '.join(missing)}; pip install 'context-forcing[wan]' for prompts of Wan students, headless"
+        return Finding("Wan text", False, says, needed=False)
+    return Finding("Wan text", True, f"{', '.join(names)}: prompts of Wan students can be read")
 
 
 def _comfyui() -> Finding:

@@ -14,15 +14,19 @@ from torch import Tensor, nn
 from ..memory.config import MemoryConfig
 from ..memory.memory import Memory
 from ..memory.released import empty_memory
-from .causal import embed_text
-from .checkpoint import fingerprint, load_demo_codec, load_student
-from .codec import DemoCodec, denormalise, normalise
+from .causal import Call, direct, embed_text
+from .checkpoint import fingerprint, load_demo_codec, load_student, read_card
+from .codec import Codec, denormalise, normalise
 from .config import VAE_STRIDE, StudentCard
+from .offload import Offload
+from .parts import default_models_dir, find, locate
 from .sampler import CausalSampler, chunks_for
 from .segment import segment
 from .story import Story, check_size
-from .text import encode_demo_text, unknown_words
+from .text import DemoTexts, EncodedTexts, Texts
+from .umt5 import load_umt5, why_no_umt5
 from .video import VideoError, check_video, read_runs, to_pixels, to_uint8
+from .wan_vae import load_wan_vae, why_no_wan_vae
 
 log = logging.getLogger("context_forcing")
 
@@ -45,30 +49,115 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What turns prompts into what a student reads, and what it makes into pixels."""
+
+    texts: Texts
+    codec: Codec
+
+
+def demo_parts(device: torch.device) -> Parts:
+    """Those of the demo world."""
+    return Parts(texts=DemoTexts(), codec=load_demo_codec().to(device))
+
+
+def load_parts(
+    student: str | Path | None,
+    prompts: Iterable[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    text_encoder: str | None = None,
+    vae: str | None = None,
+    models_dir: Path | None = None,
+) -> Parts:
+    """The parts that a student needs: by path, by name in ComfyUI's models folder, or what is found there.
+
+    Prompts are encoded here and the text encoder let go, so that it never shares a device with the student; without
+    prompts none is needed. The VAE runs in `dtype` on CUDA, in float32 elsewhere. Raises ValueError, one line.
+    """
+    card = read_card(student)
+    given = {"text-encoder": text_encoder, "vae": vae}
+    if card.base == "demo":
+        if taken := [kind for kind, name in given.items() if name is not None]:
+            raise ValueError(f"--{taken[0]}: the student is of the demo world, which has its own; leave it out")
+        return demo_parts(device)
+    models_dir, prompts = default_models_dir(models_dir), list(dict.fromkeys(prompts))
+    why_not = {"text-encoder": why_no_umt5, "vae": why_no_wan_vae}
+    paths = {}
+    for kind in ["text-encoder", "vae"] if prompts else ["vae"]:
+        if given[kind] is not None:
+            paths[kind] = locate(kind, given[kind], models_dir)
+        elif models_dir is not None:
+            paths[kind] = find(kind, models_dir, why_not[kind])
+            log.info("%s: %s", kind, paths[kind])
+        else:
+            raise ValueError(needs_parts(student, card))
+    texts = EncodedTexts(name="none", rows={})
+    if prompts:
+        encoder = load_umt5(paths["text-encoder"], device)
+        rows = dict(zip(prompts, (rows_LD[None] for rows_LD in encoder.encode(prompts))))
+        texts = EncodedTexts(name=encoder.name, rows=rows)
+    codec = load_wan_vae(paths["vae"], dtype if device.type == "cuda" else torch.float32)
+    return Parts(texts=texts, codec=codec.to(device))
+
+
+def needs_parts(student: str | Path | None, card: StudentCard) -> str:
+    """What to say where a student stands without its parts."""
+    return (
+        f"{student}: a {card.base} student needs its text encoder and VAE; `generate` takes --text-encoder and --vae,"
+        " or --models-dir, ComfyUI's folder of models, and finds them there"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """A student with its codec, on a device. The text encoder and the codec are the demo world's."""
+    """A student with its text encoder and codec, on a device."""
 
     net: nn.Module
     card: StudentCard
-    codec: DemoCodec
+    texts: Texts
+    codec: Codec
     device: torch.device
     dtype: torch.dtype
+    call: Call = direct
 
     @classmethod
-    def load(cls, student: str | Path | None, device: torch.device, dtype: torch.dtype) -> "Pipeline":
-        """`student` is a file of `context-forcing train`, or None for the built-in one."""
-        net, card = load_student(student)
-        if card.base != "demo":
-            raise ValueError(
-                f"{student}: a {card.base} student; headless generation has the demo text encoder and codec only,"
-                " load it in ComfyUI"
-            )
-        return cls(net=net.to(device, dtype), card=card, codec=load_demo_codec().to(device), device=device, dtype=dtype)
+    def load(
+        cls,
+        student: str | Path | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        parts: Parts | None = None,
+        offload: bool = False,
+    ) -> "Pipeline":
+        """`student` is a file, or None for the built-in one; without `parts`, those of the demo world.
+
+        `offload` keeps the student's blocks in CPU memory (offload.py).
+        """
+        net, card = load_student(student, dtype)
+        if parts is None:
+            if card.base != "demo":
+                raise ValueError(needs_parts(student, card))
+            parts = demo_parts(device)
+        call = Offload(net, device) if offload else direct
+        return cls(
+            net=net if offload else net.to(device), card=card, texts=parts.texts, codec=parts.codec, device=device,
+            dtype=dtype, call=call,
+        )  # fmt: skip
 
     @cached_property
     def fingerprint(self) -> str:
         """Names the weights, so that a memory is never continued by another student."""
         return fingerprint(self.net)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What a video depends on beside its story: weights, and where and how they run."""
+        return {
+            "student": self.fingerprint, "text encoder": self.texts.name, "codec": fingerprint(self.codec),
+            "device": self.device.type, "dtype": str(self.dtype),
+        }  # fmt: skip
 
     def empty_memory(self, size: tuple[int, int] | None = None, **settings) -> Memory:
         """A memory with the card's sizes; `settings` replace fields of its MemoryConfig, size is (width, height)."""
@@ -82,11 +171,12 @@ class Pipeline:
         """The student under a prompt's embeddings."""
         return CausalSampler(
             net=self.net,
-            text=embed_text(self.net, text_BLC.to(self.device, self.dtype)),
+            text=embed_text(self.net, text_BLC.to(self.device, self.dtype), call=self.call),
             device=self.device,
             dtype=self.dtype,
             solver=self.card.solver,
             on_pass=on_pass,
+            call=self.call,
             student=self.fingerprint,
         )
 
@@ -97,11 +187,9 @@ class Pipeline:
         made = iter(made)
         sampler_of = lambda text: self.sampler(text, on_pass)
         for scene in story.segments:
-            if unknown := unknown_words(scene.prompt):
-                log.warning("the demo student does not know these words, they have no effect: %s", ", ".join(unknown))
             chunks = chunks_for(scene.seconds, story.fps or self.card.fps, memory.config.chunk)
             for memory in segment(
-                sampler_of, memory, encode_demo_text(scene.prompt), prompt=scene.prompt,
+                sampler_of, memory, self.texts.encode(scene.prompt), prompt=scene.prompt,
                 seed=story.seed if scene.seed is None else scene.seed, num_chunks=chunks, sigmas=self.card.sigmas,
                 change=scene.change, blend=scene.blend, made=made,
             ):  # fmt: skip
@@ -135,10 +223,9 @@ class Pipeline:
     @torch.inference_mode()
     def thumbnails(self, memory: Memory) -> np.ndarray:
         """The remembered frames as pictures, uint8 [M, H, W, 3], in the order of their positions."""
-        latents = memory.latents(memory.slots.all).to(self.device).movedim(2, 1).flatten(0, 1).unsqueeze(2)
-        if not len(latents):
-            return np.zeros((0, 1, 1, 3), np.uint8)
-        return to_uint8(self.codec.decode(denormalise(latents)).transpose(0, 2))
+        latents = denormalise(memory.latents(memory.slots.all).to(self.device))
+        pictures = [to_uint8(self.codec.decode(latent)) for latent in latents.split(1, dim=2) if latent.numel()]
+        return np.concatenate(pictures) if pictures else np.zeros((0, 1, 1, 3), np.uint8)
 
 
 def new_memory(config: MemoryConfig, width: int, height: int) -> Memory:

@@ -2,14 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from ..memory.memory import CHANGES
-from .config import PIXEL_MULTIPLE
+from ..memory.memory import CHANGES, Memory
+from .config import PIXEL_MULTIPLE, VAE_STRIDE
 from .sampler import chunks_for
 
 MAX_SEED = 2**63 - 1
@@ -45,6 +45,26 @@ class Story:
         """The same story with one seed for all segments."""
         segments = tuple(dataclasses.replace(scene, seed=None) for scene in self.segments)
         return dataclasses.replace(self, seed=seed, segments=segments)
+
+    def check_continues(self, memory: Memory, settings: Mapping[str, object]) -> None:
+        """Raises ValueError where a memory was made at another size, or with other `settings` of its config."""
+        height, width = (side * VAE_STRIDE[1] for side in memory.latent_size[1:])
+        if self.size is not None and self.size != (width, height):
+            raise ValueError(f"size: the story says {list(self.size)}, the memory was made at {[width, height]}")
+        made = dataclasses.asdict(memory.config)
+        for name, value in settings.items():
+            if made[name] != value:
+                raise ValueError(
+                    f"{name}: {value} was asked for, the memory was made with {made[name]}; a memory keeps its settings"
+                )
+
+    def rounded(self, fps: float, chunk: int) -> Iterator[str]:
+        """A line for every segment that is longer than it says, because chunks are whole."""
+        a_chunk = VAE_STRIDE[0] * chunk / fps
+        for i, scene in enumerate(self.segments):
+            seconds = chunks_for(scene.seconds, fps, chunk) * a_chunk
+            if abs(seconds - scene.seconds) > 1e-6:
+                yield f"segments[{i}]: {scene.seconds:g} s rounded up to {seconds:g} s, whole chunks of {a_chunk:g} s"
 
     def num_chunks(self, fps: float, chunk: int) -> int:
         """Chunks of all segments, each rounded up."""

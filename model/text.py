@@ -1,4 +1,4 @@
-"""The demo student's text encoder: no download, no weights, Wan-shaped output.
+"""What a text encoder is, and the demo student's: no download, no weights, Wan-shaped output.
 
 The student knows a few concepts; each has many spellings. A prompt becomes one row per concept it names, in
 [512, 4096] padded with zeros like UMT5's output (method.md 1.2.4). Rows are drawn from a hash of the concept, so
@@ -6,10 +6,16 @@ they are the same on every machine and in every version.
 """
 
 import hashlib
+import logging
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger("context_forcing")
 
 TEXT_LEN, TEXT_DIM = 512, 4096
 
@@ -63,3 +69,34 @@ def encode_demo_text(prompt: str) -> Tensor:
     for i, concept in enumerate(concepts):
         rows[0, i] = concept_embedding(concept)
     return rows
+
+
+class Texts(Protocol):
+    """Prompts -> text embeddings; `name` tells one encoder from another."""
+
+    name: str
+
+    def encode(self, prompt: str) -> Tensor:
+        """[1, L, 4096], L <= 512."""
+
+
+class DemoTexts:
+    """The demo student's; says which words it does not know."""
+
+    name = "demo"
+
+    def encode(self, prompt: str) -> Tensor:
+        if unknown := unknown_words(prompt):
+            log.warning("the demo student does not know these words, they have no effect: %s", ", ".join(unknown))
+        return encode_demo_text(prompt)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedTexts:
+    """Embeddings of certain prompts, made by an encoder that is gone since."""
+
+    name: str
+    rows: Mapping[str, Tensor]
+
+    def encode(self, prompt: str) -> Tensor:
+        return self.rows[prompt]

@@ -1,12 +1,18 @@
+import io
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from context_forcing.memory import Memory, MemoryConfig
 from context_forcing.memory import empty_memory as memory_of_kind
 from context_forcing.model.causal import embed_text
 from context_forcing.model.config import WanConfig
 from context_forcing.model.sampler import CausalSampler
+from context_forcing.model.umt5 import UMT5Encoder
 from context_forcing.model.wan import Block, Head, WanModel
+from context_forcing.model.wan_vae import WanVAE
 
 # The networks here are so small that threads only wait for each other.
 torch.set_num_threads(1)
@@ -92,3 +98,57 @@ def same_memory():
         )
 
     return same
+
+
+def _draw(net, seed: int, gain: float = 0.7) -> dict[str, torch.Tensor]:
+    """A state dict of random weights, scaled so that what goes through stays near one."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for key, value in net.state_dict().items():
+        drawn = torch.randn(value.shape, generator=generator)
+        is_norm = "norm" in key or key.endswith("gamma")
+        state[key] = 1 + 0.1 * drawn if is_norm else drawn * gain / max(1, value[0].numel()) ** 0.5
+    return state
+
+
+@pytest.fixture(scope="session")
+def wan_vae_state():
+    """A Wan VAE of width 8, names as in Wan2.1_VAE.pth."""
+    return _draw(WanVAE(8), 0)
+
+
+@pytest.fixture(scope="session")
+def umt5_state():
+    """A UMT5 encoder of two thin layers, names as in ComfyUI's umt5_xxl_fp16.safetensors."""
+    state = _draw(UMT5Encoder(256, 4096, 16, 2, 32, 16, 2), 1)
+    return {key: 30 * value if "relative" in key else value for key, value in state.items()}
+
+
+@pytest.fixture(scope="session")
+def spiece() -> bytes:
+    """A SentencePiece model of few words, ends and padding numbered as UMT5's."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    lines = ["a meadow by day, the camera pans right", "snow at night; fog over a desert", "it turns slowly left"] * 20
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=out, vocab_size=60, hard_vocab_limit=False, minloglevel=2,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+    )  # fmt: skip
+    return out.getvalue()
+
+
+@pytest.fixture(scope="session")
+def models_dir(wan_vae_state, umt5_state, spiece, tmp_path_factory) -> Path:
+    """A ComfyUI models folder with a tiny VAE and text encoder in ComfyUI's files, and other files beside them."""
+    root = tmp_path_factory.mktemp("models")
+    for folder in ("diffusion_models", "text_encoders", "vae"):
+        (root / folder).mkdir()
+    with_words = {**umt5_state, "spiece_model": torch.frombuffer(bytearray(spiece), dtype=torch.uint8)}
+    save_file(with_words, root / "text_encoders" / "umt5.safetensors")
+    save_file({"text_model.embeddings": torch.zeros(2, 2)}, root / "text_encoders" / "clip_l.safetensors")
+    (root / "text_encoders" / "put_text_encoders_here").write_text("")
+    save_file(wan_vae_state, root / "vae" / "wan.safetensors")
+    wan22 = {**wan_vae_state, "conv2.weight": torch.zeros(48, 48, 1, 1, 1)}
+    save_file(wan22, root / "vae" / "wan2.2_vae.safetensors")
+    (root / "vae" / "broken.pt").write_bytes(b"not a pickle")
+    return root

@@ -19,12 +19,13 @@ PACKAGES = {
     "memory/snapshot.py": {"safetensors"},
     "model": {"torch", "einops", "safetensors", "numpy", "yaml"},
     "model/video.py": {"imageio_ffmpeg"},
+    "model/umt5.py": {"ftfy", "sentencepiece", "tokenizers"},
     "model/doctor.py": {"imageio_ffmpeg"},
     "model/consistency.py": {"PIL"},
     "train": {"torch", "einops", "safetensors", "numpy", "yaml", "tqdm", "rich", "PIL"},
     "train/plots.py": {"matplotlib"},
     "train/lora.py": {"peft"},
-    "train/encode.py": {"imageio_ffmpeg", "diffusers", "transformers", "ftfy"},
+    "train/encode.py": {"imageio_ffmpeg"},
     "train/consistency.py": {"imageio_ffmpeg", "transformers"},
     "nodes": {"torch", "numpy", "PIL", "comfy", "comfy_api", "folder_paths", "latent_preview", "nodes"},
     "nodes/storyboard.py": {"comfy_execution"},
@@ -124,6 +125,7 @@ def test_what_is_imported_is_declared():
         *(ROOT / "requirements.txt").read_text().splitlines(),
         *extras["headless"],
         *extras["train"],
+        *extras["wan"],
         *extras["encode"],
     ]
     declared = {re.match(r"[\w-]+", line)[0].lower().replace("-", "_") for line in lines if line.strip()}

@@ -4,7 +4,6 @@ Shapes: C latent channels, T latent frames, F pixel frames, H W pixels, h w late
 """
 
 import hashlib
-import html
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,15 +12,16 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ..model.checkpoint import DEMO_CODEC, fingerprint, load_demo_codec
-from ..model.codec import WAN_MEAN, WAN_STD, normalise, pixel_frames
+from ..model.codec import normalise, pixel_frames
 from ..model.pipeline import pick_device
 from ..model.story import check_size
-from ..model.text import TEXT_DIM, TEXT_LEN, canonical_words, encode_demo_text
+from ..model.text import canonical_words, encode_demo_text
+from ..model.umt5 import load_umt5
 from ..model.video import VideoError, check_video, read_runs, to_pixels
+from ..model.wan_vae import load_wan_vae
 from .shards import Header, ShardWriter
 from .sources import Source, list_sources
 
@@ -113,13 +113,6 @@ class DemoEncoder:
         return encode_demo_text(prompt)[0, : len(set(canonical_words(prompt)))]
 
 
-def clean_text(prompt: str) -> str:
-    """As Wan cleans a prompt before its tokenizer (method.md 1.6)."""
-    import ftfy
-
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
-
-
 class WanEncoder:
     """Wan 2.1's VAE in float32 and UMT5, from a local folder; nothing is downloaded.
 
@@ -128,81 +121,33 @@ class WanEncoder:
 
     size = (832, 480)
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, with_vae: bool):
+    def __init__(self, folder: Path, device: torch.device, with_vae: bool):
         for name in WAN_FOLDERS[0 if with_vae else 1 :]:
             if not (folder / name).is_dir():
                 raise ValueError(
                     f"model: {folder} has no folder {name}; give `demo`, or a folder in diffusers' layout such as a"
                     f" copy of {WAN_EXAMPLE} with {', '.join(WAN_FOLDERS)}"
                 )
-        try:
-            import ftfy  # noqa: F401 (clean_text)
-            from diffusers import AutoencoderKLWan
-            from transformers import AutoTokenizer, UMT5EncoderModel
-        except ImportError as error:
-            raise ValueError(f"model: {error.name} is not installed; pip install 'context-forcing[encode]'") from None
         self.device, self.vae = device, None
         if with_vae:
-            self._vae = _load(AutoencoderKLWan, folder / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False).to(
-                device
-            )
-            _check_wan_vae(self._vae.config, folder / "vae")
+            self._vae = load_wan_vae(folder / "vae").to(device)
             self.vae = fingerprint(self._vae)
-        self._umt5 = _load(UMT5EncoderModel, folder / "text_encoder", dtype=dtype).to(device)
-        if self._umt5.config.d_model != TEXT_DIM:
-            raise ValueError(
-                f"model: {folder / 'text_encoder'} has width {self._umt5.config.d_model}, Wan 2.1 takes {TEXT_DIM};"
-                " give UMT5-XXL"
-            )
-        self.text_encoder = fingerprint(self._umt5)
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"model: {folder / 'tokenizer'} is no tokenizer ({_one_line(error)})") from None
+        self._umt5 = load_umt5(folder / "text_encoder", device, folder / "tokenizer", resident=True)
+        self.text_encoder = self._umt5.name
 
     def latents(self, pixels_FHWC: np.ndarray) -> Tensor:
-        return normalise(self._vae.encode(to_pixels(pixels_FHWC).to(self.device)).latent_dist.mode())[0]
+        return normalise(self._vae.encode(to_pixels(pixels_FHWC).to(self.device)))[0]
 
     def text(self, prompt: str) -> Tensor:
-        # The attention mask hides padding from the words: without padding the rows are the same, and fewer.
-        tokens = self._tokenizer(clean_text(prompt), max_length=TEXT_LEN, truncation=True, return_tensors="pt")
-        tokens = tokens.to(self.device)
-        rows = self._umt5(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-        return rows[0].float()
-
-
-def _load(kind: type, folder: Path, **options) -> torch.nn.Module:
-    """A model whose every weight comes from the folder: a weight that is missing is an error, not a random number."""
-    try:
-        net, loading = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"model: {folder} cannot be loaded as {kind.__name__} ({_one_line(error)})") from None
-    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if wrong := sorted(map(str, loading.get(what) or ())):
-            raise ValueError(
-                f"model: {folder} is no {kind.__name__}, {len(wrong)} {what.replace('_', ' ')}: {wrong[0]}"
-            )
-    return net.eval().requires_grad_(False)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def _check_wan_vae(config, folder: Path) -> None:
-    """Latents are normalised with Wan 2.1's statistics: a VAE with others (Wan 2.2's) is refused."""
-    for name, expected in (("latents_mean", WAN_MEAN), ("latents_std", WAN_STD)):
-        found = list(config[name])
-        if len(found) != len(expected) or not np.allclose(found, expected, atol=1e-3):
-            raise ValueError(f"model: {folder}: {name} is not that of Wan 2.1's VAE; give the VAE of {WAN_EXAMPLE}")
+        return self._umt5.encode([prompt])[0]
 
 
 def load_encoder(settings: EncodeSettings, with_vae: bool) -> Encoder:
     """What `settings.model` names. Raises ValueError where it is not there."""
-    device, dtype = pick_device(settings.device, "auto")
+    device, _ = pick_device(settings.device, "auto")
     if settings.model == "demo":
         return DemoEncoder(device)
-    return WanEncoder(Path(settings.model), device, dtype, with_vae)
+    return WanEncoder(Path(settings.model), device, with_vae)
 
 
 def make_header(path: Path, settings: EncodeSettings, encoder: Encoder, of_videos: bool) -> Header:
