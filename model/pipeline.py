@@ -85,6 +85,7 @@ class Pipeline:
             device=self.device,
             dtype=self.dtype,
             solver=self.card.solver,
+            first_sigmas=self.card.first_sigmas,
             on_pass=on_pass,
             student=self.fingerprint,
         )

@@ -76,6 +76,7 @@ def sampler_for(model, card: StudentCard, memory: Memory, **options) -> Callable
             device=device,
             dtype=dtype,
             solver=card.solver,
+            first_sigmas=card.first_sigmas,
             on_pass=mm.throw_exception_if_processing_interrupted,
             student=student,
             **options,

@@ -100,6 +100,8 @@ def test_the_model_knows_of_the_memory_what_it_needs():
     allowed = {
         "model/causal.py": {"memory.view"},
         "model/config.py": {"memory.config"},
+        "model/cards.py": {"memory.config"},
+        "model/settings.py": {"memory.config"},
         "model/sampler.py": {"memory.memory", "memory.view"},
         "model/segment.py": {"memory.memory"},
         "model/journal.py": {"memory.memory"},
