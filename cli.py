@@ -19,6 +19,8 @@ except ImportError as error:
         f"context-forcing: {error.name} is not installed; pip install 'context-forcing[headless]'"
     ) from None
 
+from .commands.convert import Card, Loras, Settings, Weights, convert, reading
+
 console = Console(stderr=True)
 app = typer.Typer(
     help="Long videos that stay consistent: prompts chained over one Slow-Fast memory.",
@@ -26,6 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(convert)
 
 
 @app.callback()
@@ -47,7 +50,11 @@ def generate(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The video to write, .mp4.")],
-    student: Annotated[str, typer.Option(help="`demo`, or a student file of `context-forcing train`.")] = "demo",
+    student: Annotated[str, typer.Option(help="`demo`, or a student file.")] = "demo",
+    which: Weights = "auto",
+    taken_as: Card = "auto",
+    replaced: Settings = None,
+    lora: Loras = None,
     seed: Annotated[Optional[int], typer.Option(min=0, max=2**63 - 1, help="Replaces the story's seed.")] = None,
     memory: Annotated[
         Optional[str],
@@ -99,7 +106,8 @@ def generate(
     from .model.video import check_writable, default_scale, write_video
 
     weights = None if student == "demo" else student
-    card = read_card(weights)
+    how = reading(which, taken_as, replaced, lora)
+    card = read_card(weights, **how)
     told = read_story(story, card.fps, card.memory.chunk)
     if seed is not None:
         told = told.with_seed(seed)
@@ -117,7 +125,7 @@ def generate(
         raise ValueError(
             f"--memory-out: {memory_out} is --memory-in; give another file, so that --resume still has both"
         )
-    pipeline = Pipeline.load(weights, *pick_device(device, dtype))
+    pipeline = Pipeline.load(weights, *pick_device(device, dtype), **how)
     named = {} if memory is None else dataclasses.asdict(named_memory(memory, pipeline.card.memory))
     settings = {"policy": policy, "slow": slow, "slow_similarity_threshold": threshold}
     settings = named | {name: value for name, value in settings.items() if value is not None}
@@ -360,27 +368,19 @@ def evaluate(
 
         tables = evaluate_videos(video or [], clip, dino, every, device, dtype, output)
     else:
-        from .train.evaluate import Plan, evaluate, parse_entrants
+        from .train.evaluate import Plan, evaluate, parse_entrants, whole_numbers
 
         plan = Plan(
             entrants=parse_entrants(student, compare or [], policies),
-            gaps=_whole_numbers("gaps", gaps),
+            gaps=whole_numbers("gaps", gaps),
             rollouts=rollouts,
-            seeds=_whole_numbers("seed", seed),
+            seeds=whole_numbers("seed", seed),
             minutes=minutes,
             long_rollouts=long_rollouts,
         )
         tables = evaluate(plan, device, dtype, output)
     for table in tables:
         Console(width=max(240, console.width)).print(table, highlight=False)
-
-
-def _whole_numbers(name: str, text: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.split(",")] if text.strip() else []
-    for part in parts:
-        if not (part.isascii() and part.isdigit()):
-            raise ValueError(f"{name}: {part!r} is not a whole number")
-    return tuple(int(part) for part in parts)
 
 
 @app.command()

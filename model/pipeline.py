@@ -54,9 +54,9 @@ class Pipeline:
     dtype: torch.dtype
 
     @classmethod
-    def load(cls, student: str | Path | None, device: torch.device, dtype: torch.dtype) -> "Pipeline":
-        """`student` is a file of `context-forcing train`, or None for the built-in one."""
-        net, card = load_student(student)
+    def load(cls, student: str | Path | None, device: torch.device, dtype: torch.dtype, **reading) -> "Pipeline":
+        """`student` is a file, or None for the built-in one; `reading` as for `checkpoint.open_student`."""
+        net, card = load_student(student, **reading)
         if card.base != "demo":
             raise ValueError(
                 f"{student}: a {card.base} student; headless generation has the demo text encoder and codec only,"

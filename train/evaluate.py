@@ -80,6 +80,15 @@ class Plan:
             )
 
 
+def whole_numbers(name: str, text: str) -> tuple[int, ...]:
+    """`8,24` -> (8, 24); `name` is what a refusal is about."""
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    for part in parts:
+        if not (part.isascii() and part.isdigit()):
+            raise ValueError(f"{name}: {part!r} is not a whole number")
+    return tuple(int(part) for part in parts)
+
+
 def parse_entrants(student: str, compare: Sequence[str], policies: str) -> tuple[Entrant, ...]:
     """`FILE_OR_demo` or `FILE_OR_demo=policy,policy`; without its own, a student takes `policies`.
 
