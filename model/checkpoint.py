@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .cards import DEFAULT, Chosen, choose_card, known, override
 from .codec import DemoCodec
 from .config import CARD_KEY, PRESETS, StudentCard, WanConfig
-from .containers import NESTED, STORED_AS, Container, open_container, read_safetensors, write_safetensors
+from .containers import NESTED, SAFETENSORS, STORED_AS, Container, open_container, read_safetensors, write_safetensors
 from .layouts import Named, name_tensors
 from .lora_files import Lora, read_lora
 from .wan import WanModel
@@ -58,6 +58,14 @@ class StudentFile:
     @property
     def card(self) -> StudentCard:
         return self.chosen.card
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether ComfyUI reads it as it is: one safetensors file in Wan's names, heads where it looks for them."""
+        single = self.container.kind == "safetensors" and self.container.path.suffix.lower() in SAFETENSORS
+        told = metadata_num_heads(self.container.metadata) or self.config.dim // 128
+        plain = single and self.named.layout == "Wan" and not self.named.removed and not self.loras
+        return plain and told == self.config.num_heads
 
     def tensor(self, name: str) -> Tensor:
         """A weight under Wan's name: as stored or, where it is scaled or a LoRA changes it, in float32."""

@@ -112,9 +112,11 @@ def _read_file(path: Path) -> tuple[str, Mapping, dict[str, str]]:
         raise ValueError(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` or download it again")
     if start.lstrip().startswith(b"<"):
         raise ValueError(f"{path}: a web page, not a model; the download failed, fetch the file itself")
-    if start.startswith((b"PK\x03\x04", b"\x80")):
+    # A header's length may begin like a pickle: safetensors first.
+    is_safetensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size
+    if not is_safetensors and start.startswith((b"PK\x03\x04", b"\x80")):
         return "torch pickle", read_pickle(path), {}
-    if start[8:9] == b"{" or path.suffix.lower() in SAFETENSORS:
+    if is_safetensors or path.suffix.lower() in SAFETENSORS:
         return "safetensors", *read_safetensors(path)
     raise ValueError(f"{path}: neither a safetensors nor a torch file; give a .safetensors, .pt, .pth, .ckpt or .bin")
 
