@@ -14,7 +14,7 @@ Weights = Annotated[
 ]
 Card = Annotated[
     str,
-    typer.Option("--card", help="The published student it is: self-forcing, longlive, ... Default: what is in the file."),
+    typer.Option("--card", help="The published student it is: self-forcing, longlive, ... auto: what is in the file."),
 ]
 Settings = Annotated[
     Optional[list[str]],
@@ -37,7 +37,7 @@ def reading(weights: str, card: str, settings: list[str] | None, loras: list[str
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(help="A student as published: .safetensors, .pt, a folder in diffusers' or Wan's layout, parts."),
+        typer.Argument(help="A student as published: .safetensors, .pt, parts, a folder of diffusers or Wan."),
     ],
     output: Annotated[
         Optional[Path], typer.Option("--output", "-o", help="The student to write, .safetensors, with its card.")

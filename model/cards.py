@@ -149,7 +149,7 @@ def choose_card(container: Container, taken: str, name: str, config: WanConfig) 
     if architecture in ("WanModel", "WanTransformer3DModel"):
         causal = ", ".join(name for name in KNOWN if name != BASE)
         raise ValueError(
-            f"{path}: its config.json says {architecture}: plain Wan 2.1, which sees all frames at once and is no causal"
+            f"{path}: its config.json says {architecture}: plain Wan 2.1, which sees all frames at once, no causal"
             f" student; if it is one, say which (card: {causal}); to load it all the same, card: {BASE}"
         )
     card = KNOWN[DEFAULT].card

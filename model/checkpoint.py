@@ -40,7 +40,8 @@ def write_student(path: str | Path, state: Mapping[str, Tensor], num_heads: int,
 
 def student_metadata(num_heads: int, card: StudentCard) -> dict[str, str]:
     """The card, and what ComfyUI cannot guess from shapes: heads other than dim / 128, and that it is causal."""
-    return {CARD_KEY: card.to_json(), "config": json.dumps({"transformer": {"num_heads": num_heads, "causal_ar": True}})}
+    transformer = {"num_heads": num_heads, "causal_ar": True}
+    return {CARD_KEY: card.to_json(), "config": json.dumps({"transformer": transformer})}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +150,7 @@ def infer_config(state: Mapping[str, Tensor], num_heads: int | None, path: str |
     needed = ("patch_embedding.weight", "head.modulation", "head.head.weight", "blocks.0.ffn.0.weight",
               "text_embedding.0.weight", "time_embedding.0.weight")  # fmt: skip
     if missing := [key for key in needed if key not in state]:
-        raise ValueError(f"{path}: not a Wan 2.1 model, {missing[0]} is missing; give a student, as .safetensors or .pt")
+        raise ValueError(f"{path}: not a Wan 2.1 model, {missing[0]} is missing; give a student's weights")
     for key in needed:
         if key != "head.modulation" and state[key].ndim != (5 if key == needed[0] else 2):
             raise ValueError(f"{path}: not a Wan 2.1 model, {key} has shape {tuple(state[key].shape)}")

@@ -101,8 +101,11 @@ def open_container(path: str | Path) -> Container:
 
 
 def _read_file(path: Path) -> tuple[str, Mapping, dict[str, str]]:
-    with open(path, "rb") as f:
-        start = f.read(64)
+    try:
+        with open(path, "rb") as f:
+            start = f.read(64)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     if start.startswith(b"GGUF"):
         raise ValueError(
             f"{path}: a GGUF file; in ComfyUI load it with ComfyUI-GGUF's Unet Loader (GGUF), our nodes take its MODEL;"
@@ -155,7 +158,7 @@ def read_pickle(path: Path) -> dict:
         says = says.rpartition("WeightsUnpickler error: ")[2].partition(". ")[0]
         raise ValueError(f"{path}: not a whole torch file of tensors ({says[:120]}); download it again") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"{path}: holds a {type(tree).__name__}, not tensors by name; give the state dict of a student")
+        raise ValueError(f"{path}: holds a {type(tree).__name__}, not tensors by name; give a student's state dict")
     _check_plain(path, tree)
     return tree
 

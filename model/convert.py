@@ -28,7 +28,7 @@ def convert(path: Path, output: Path, dtype: str = "keep", force: bool = False, 
         raise ValueError(f"output: {output} must end in .safetensors")
     if output.is_dir() or (output.exists() and not force):
         raise ValueError(f"output: {output} is there already; give another name, or --force to write over it")
-    if output.exists() and output.samefile(path):
+    if output.exists() and path.exists() and output.samefile(path):
         raise ValueError(f"output: {output} is the file that is read; give another name")
     student = open_student(path, **reading)
     kept = {
@@ -76,10 +76,10 @@ def _stages(path: Path, reading: dict) -> Iterator[tuple[str, str]]:
 
 
 def _size(config: WanConfig, parameters: int) -> str:
-    preset = next((name for name, preset in PRESETS.items() if preset == config and name != "demo"), "no published size")
+    same = (name for name, preset in PRESETS.items() if preset == config and name != "demo")
     return (
-        f"{preset}: {parameters / 1e6:,.1f} M parameters, width {config.dim}, {config.num_layers} layers of"
-        f" {config.num_heads} heads"
+        f"{next(same, 'no published size')}: {parameters / 1e6:,.1f} M parameters, width {config.dim},"
+        f" {config.num_layers} layers of {config.num_heads} heads"
     )
 
 

@@ -161,7 +161,9 @@ def name_tensors(state: Mapping[str, Tensor], metadata: Mapping[str, str], where
     )
 
 
-QUANTISED = ("scaled_fp8", "scale_weight", "scale_input", "weight_scale", "input_scale", "weight_scale_2", "comfy_quant")
+QUANTISED = (
+    "scaled_fp8", "scale_weight", "scale_input", "weight_scale", "input_scale", "weight_scale_2", "comfy_quant",
+)  # fmt: skip
 """What ComfyUI keeps beside quantised weights, in its older (scale_weight) and its newer spelling."""
 FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 

@@ -3,11 +3,10 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from .containers import Container, open_container, read_json
@@ -70,19 +69,18 @@ def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, ...]], strength:
         raise ValueError(f"{path}: holds critic_lora alone; a student's LoRA is generator_lora")
     _, state = container.take(NESTED)
     parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in _named(state, shapes, path):
-        weight, kind = name
+    for weight, kind, tensor in _named(state, shapes, path):
         if kind in parts.setdefault(weight, {}):
             raise ValueError(f"{path}: holds the {kind} of {weight} twice, in two spellings")
         parts[weight][kind] = tensor
     alphas = _alphas(container)
     pairs, wholes = {}, {}
     for weight, held in parts.items():
-        if whole := held.keys() & {"weight", "bias", "modulation"}:
-            for kind in whole:
-                target = weight if kind == "weight" else f"{weight.removesuffix('.weight')}.{kind}"
-                _must_fit(path, target, held[kind].shape, shapes)
-                wholes[target] = held[kind]
+        for kind in sorted(held.keys() & {"weight", "bias", "modulation"}):
+            target = f"{weight.removesuffix('.weight')}.{kind}"
+            if tuple(held[kind].shape) != (shape := _shape_of(path, target, shapes)):
+                raise ValueError(f"{path}: {target} is {shape}, its difference {tuple(held[kind].shape)}")
+            wholes[target] = held[kind]
         if not held.keys() & {"up", "down", "alpha"}:
             continue
         if missing := {"up", "down"} - held.keys():
@@ -93,36 +91,33 @@ def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, ...]], strength:
     return Lora(path=Path(path), strength=strength, pairs=pairs, wholes=wholes)
 
 
-def _pair(path, weight: str, held: Mapping[str, Tensor], shapes, alphas: float | None) -> tuple[Tensor, Tensor, float]:
-    up, down = held["up"], held["down"]
+def _pair(path, weight: str, held: Mapping[str, Tensor], shapes, alpha: float | None) -> tuple[Tensor, Tensor, float]:
+    """Up, down and alpha / r of a weight; `alpha` is that of all where a pair has none of its own."""
+    shape, up, down = _shape_of(path, weight, shapes), held["up"], held["down"]
     if up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0]:
         raise ValueError(f"{path}: {weight}: {tuple(up.shape)} and {tuple(down.shape)} are no pair of a LoRA")
-    if weight in shapes:
-        out, *into = shapes[weight]
-        if (up.shape[0], down[0].numel(), up[0].numel()) != (out, torch.Size(into).numel(), up.shape[1]):
-            raise ValueError(
-                f"{path}: {weight} is {tuple(shapes[weight])}, its LoRA {tuple(up.shape)} x {tuple(down.shape)} was made"
-                " for a network of another size"
-            )
-    else:
-        _must_fit(path, weight, (), shapes)
-    if "alpha" in held and held["alpha"].numel() != 1:
-        raise ValueError(f"{path}: {weight}: its alpha is no single number")
-    alpha = float(held["alpha"]) if "alpha" in held else alphas
+    if (up.shape[0], down[0].numel(), up[0].numel()) != (shape[0], math.prod(shape[1:]), up.shape[1]):
+        raise ValueError(
+            f"{path}: {weight} is {tuple(shape)}, its LoRA {tuple(up.shape)} x {tuple(down.shape)}; it was made for a"
+            " network of another size"
+        )
+    if "alpha" in held:
+        if held["alpha"].numel() != 1:
+            raise ValueError(f"{path}: {weight}: its alpha is no single number")
+        alpha = float(held["alpha"])
     return up, down, 1.0 if alpha is None else alpha / down.shape[0]
 
 
-def _must_fit(path, weight: str, shape, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _shape_of(path, weight: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     if weight not in shapes:
         raise ValueError(f"{path}: changes {weight}, which this network does not have; it belongs to another model")
-    if tuple(shape) != tuple(shapes[weight]):
-        raise ValueError(f"{path}: {weight} is {tuple(shapes[weight])}, its difference {tuple(shape)}")
+    return shapes[weight]
 
 
 def _named(
     state: Mapping[str, Tensor], shapes: Iterable[str], path: str | Path
-) -> Iterable[tuple[tuple[str, str], Tensor]]:
-    """((weight, kind), tensor) of every tensor; raises ValueError for a name that is not understood."""
+) -> Iterator[tuple[str, str, Tensor]]:
+    """(weight, kind, tensor) of every tensor; raises ValueError for a name that is not understood."""
     flat = {name.removesuffix(".weight").replace(".", "_"): name for name in shapes if name.endswith(".weight")}
     split = []
     for name, tensor in state.items():
@@ -140,7 +135,7 @@ def _named(
             found = found and f"{found}.weight"
         if found is None:
             raise ValueError(f"{path}: changes {stem}, which this network does not have; it belongs to another model")
-        yield (found, kind), tensor
+        yield found, kind, tensor
 
 
 def _plain_stem(stem: str) -> str:

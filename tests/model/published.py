@@ -79,10 +79,29 @@ def other(state):
     return {name: tensor + 1 for name, tensor in state.items()}
 
 
+def quantise(state, spelling):
+    """Linear weights of blocks as ComfyUI's scaled float8, and what they stand for."""
+    stored, meant = {}, dict(state)
+    for name, tensor in state.items():
+        if not (name.startswith("blocks.") and tensor.ndim == 2 and name.endswith(".weight")):
+            stored[name] = tensor.to(torch.bfloat16)
+            continue
+        stem, scale = name.removesuffix(".weight"), tensor.abs().max() / 448
+        stored[name] = (tensor / scale).to(torch.float8_e4m3fn)
+        meant[name] = stored[name].float() * scale
+        if spelling == "old":
+            stored |= {f"{stem}.scale_weight": scale, f"{stem}.scale_input": torch.tensor(1.0)}
+        else:
+            about = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
+            stored |= {f"{stem}.weight_scale": scale, f"{stem}.comfy_quant": about}
+    return stored | ({"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)} if spelling == "old" else {}), meant
+
+
 def parts(folder, state, stem="diffusion_pytorch_model", count=3):
     """Shards with their index."""
     names = list(state)
-    listed = {name: f"{stem}-{i * count // len(names) + 1:05d}-of-{count:05d}.safetensors" for i, name in enumerate(names)}
+    part_of = lambda i: f"{stem}-{i * count // len(names) + 1:05d}-of-{count:05d}.safetensors"
+    listed = {name: part_of(i) for i, name in enumerate(names)}
     folder.mkdir(parents=True, exist_ok=True)
     for part in set(listed.values()):
         save_file({name: state[name].contiguous() for name in names if listed[name] == part}, folder / part)
@@ -137,7 +156,7 @@ ROWS = [
     Row("Wan 1.3B, its folder", official_folder, reading=ASKED("wan2.1-base"), card="wan2.1-base"),
     Row("Wan 14B, parts", lambda f, s: parts(f, s)),
     Row("Wan 14B, folder of parts", lambda f, s: parts(f, s).parent),
-    Row("Wan 14B, one of the parts", lambda f, s: parts(f, s).parent / "diffusion_pytorch_model-00002-of-00003.safetensors"),
+    Row("Wan 14B, one of the parts", lambda f, s: parts(f, s, "model").parent / "model-00002-of-00003.safetensors"),
     Row("ComfyUI fp16", lambda f, s: flat(f, cast(s, FP16)), FP16),
     Row("ComfyUI bf16", lambda f, s: flat(f, cast(s, BF16), prefix="diffusion_model."), BF16),
     Row("ComfyUI checkpoint", lambda f, s: flat(f, s, prefix="model.diffusion_model.")),
