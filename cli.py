@@ -19,6 +19,8 @@ except ImportError as error:
         f"context-forcing: {error.name} is not installed; pip install 'context-forcing[headless]'"
     ) from None
 
+from .commands.convert import Card, Loras, Settings, Weights, convert, reading
+
 console = Console(stderr=True)
 app = typer.Typer(
     help="Long videos that stay consistent: prompts chained over one Slow-Fast memory.",
@@ -26,6 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(convert)
 
 
 Vae = Annotated[
@@ -61,6 +64,10 @@ def generate(
     vae: Vae = None,
     text_encoder: Annotated[Optional[str], typer.Option(help="A Wan student's UMT5-XXL, likewise.")] = None,
     models_dir: ModelsDir = None,
+    which: Weights = "auto",
+    taken_as: Card = "auto",
+    replaced: Settings = None,
+    lora: Loras = None,
     seed: Annotated[Optional[int], typer.Option(min=0, max=2**63 - 1, help="Replaces the story's seed.")] = None,
     memory: Annotated[
         Optional[str],
@@ -115,8 +122,8 @@ def generate(
     from .model.storyboard import read_story
     from .model.video import check_writable, default_scale, write_video
 
-    weights = locate_student(student, models_dir)
-    card = read_card(weights)
+    weights, how = locate_student(student, models_dir), reading(which, taken_as, replaced, lora)
+    card = read_card(weights, **how)
     told = read_story(story, card.fps, card.memory.chunk)
     if seed is not None:
         told = told.with_seed(seed)
@@ -136,8 +143,8 @@ def generate(
         )
     where = pick_device(device, dtype)
     prompts = [scene.prompt for scene in told.segments]
-    parts = load_parts(weights, prompts, *where, text_encoder=text_encoder, vae=vae, models_dir=models_dir)
-    pipeline = Pipeline.load(weights, *where, parts, offload)
+    parts = load_parts(weights, card, prompts, *where, text_encoder=text_encoder, vae=vae, models_dir=models_dir)
+    pipeline = Pipeline.load(weights, *where, parts, offload, **how)
     named = {} if memory is None else dataclasses.asdict(named_memory(memory, pipeline.card.memory))
     settings = {"policy": policy, "slow": slow, "slow_similarity_threshold": threshold}
     settings = named | {name: value for name, value in settings.items() if value is not None}
@@ -211,6 +218,7 @@ def report(
     """Draw what a saved memory remembers, since when, and what was let go and why."""
     from .memory.report import draw_report, summary
     from .memory.snapshot import load_memory
+    from .model.checkpoint import read_card
     from .model.parts import locate_student
     from .model.pipeline import Pipeline, load_parts, pick_device
     from .model.probe import attention_mass
@@ -223,7 +231,7 @@ def report(
         raise ValueError(f"--fps: {fps:g} must be above 0")
     held = load_memory(memory)
     weights, where = locate_student(student, models_dir), pick_device(device, dtype)
-    parts = load_parts(weights, (), *where, vae=vae, models_dir=models_dir)
+    parts = load_parts(weights, read_card(weights), (), *where, vae=vae, models_dir=models_dir)
     pipeline = Pipeline.load(weights, *where, parts)
     own = held.student in ("", pipeline.fingerprint)
     if not own:

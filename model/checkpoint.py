@@ -1,35 +1,28 @@
 """Files on disk -> networks ready to run. Reading never executes code; every refusal is one line with a remedy."""
 
-import hashlib
+import dataclasses
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .cards import DEFAULT, Chosen, choose_card, known, override
 from .codec import DemoCodec
 from .config import CARD_KEY, PRESETS, StudentCard, WanConfig
+from .containers import NESTED, SAFETENSORS, STORED_AS, Container, open_container, read_safetensors, write_safetensors
+from .layouts import Named, name_tensors
+from .lora_files import Lora, read_lora
 from .wan import WanModel
+
+log = logging.getLogger("context_forcing")
 
 ASSETS = Path(__file__).parent / "assets"
 DEMO_STUDENT = ASSETS / "demo_student.safetensors"
 DEMO_CODEC = ASSETS / "demo_codec.safetensors"
-
-
-def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata. Raises ValueError for a missing, truncated or foreign file."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        with safe_open(path, "pt") as f:
-            return {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
 
 
 def save_student(path: str | Path, net: nn.Module, card: StudentCard) -> None:
@@ -37,45 +30,151 @@ def save_student(path: str | Path, net: nn.Module, card: StudentCard) -> None:
     write_student(path, net.state_dict(), net.blocks[0].self_attn.num_heads, card)
 
 
-def write_student(path: str | Path, state: dict[str, Tensor], num_heads: int, card: StudentCard) -> None:
+def write_student(path: str | Path, state: Mapping[str, Tensor], num_heads: int, card: StudentCard) -> None:
     """The same from a state dict."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {
-        CARD_KEY: card.to_json(),
-        # What ComfyUI cannot guess from shapes: heads other than dim / 128, and that the model is causal.
-        "config": json.dumps({"transformer": {"num_heads": num_heads, "causal_ar": True}}),
-    }
-    part = path.with_name(path.name + ".part")
-    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, part, metadata)
-    part.replace(path)
+    kept = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+    write_safetensors(Path(path), kept, state.__getitem__, student_metadata(num_heads, card))
 
 
-def infer_config(state: dict[str, Tensor], num_heads: int | None, path: str | Path) -> WanConfig:
+def student_metadata(num_heads: int, card: StudentCard) -> dict[str, str]:
+    """The card, and what ComfyUI cannot guess from shapes: heads other than dim / 128, and that it is causal."""
+    transformer = {"num_heads": num_heads, "causal_ar": True}
+    return {CARD_KEY: card.to_json(), "config": json.dumps({"transformer": transformer})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentFile:
+    """A student of any published layout, checked to be whole, its weights still on disk."""
+
+    container: Container
+    taken: str
+    """Which of the file's dicts the weights are in; empty for a flat file."""
+    named: Named
+    config: WanConfig
+    chosen: Chosen
+    loras: tuple[Lora, ...] = ()
+
+    @property
+    def card(self) -> StudentCard:
+        return self.chosen.card
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether ComfyUI reads it as it is: one safetensors file in Wan's names, heads where it looks for them."""
+        single = self.container.kind == "safetensors" and self.container.path.suffix.lower() in SAFETENSORS
+        told = metadata_num_heads(self.container.metadata) or self.config.dim // 128
+        plain = single and self.named.layout == "Wan" and not self.named.removed and not self.loras
+        return plain and told == self.config.num_heads
+
+    def tensor(self, name: str) -> Tensor:
+        """A weight under Wan's name: as stored or, where it is scaled or a LoRA changes it, in float32."""
+        tensor = self.named.tensors[name]
+        if name in self.named.scales:
+            scale = self.named.scales[name].float()
+            tensor = tensor.float() * (scale if scale.numel() == 1 else scale.reshape(-1, *[1] * (tensor.ndim - 1)))
+        for lora in self.loras:
+            if lora.changes(name):
+                tensor = lora.add(name, tensor)
+        return tensor
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What a weight is kept in when nothing else is asked for: as stored, but bfloat16 for changed float8 ones."""
+        stored = self.named.tensors[name].dtype
+        changed = name in self.named.scales or any(lora.changes(name) for lora in self.loras)
+        return torch.bfloat16 if changed and stored.itemsize == 1 else stored
+
+
+def open_student(
+    path: str | Path | None = None,
+    *,
+    weights: str = "auto",
+    card: str = "auto",
+    overrides: Sequence[str] = (),
+    loras: Sequence[tuple[Path, float]] = (),
+) -> StudentFile:
+    """A student file or folder of any published layout; None is the built-in one.
+
+    `weights` is auto, generator or generator_ema: which of two sets a training checkpoint holds. `card` is auto or the
+    name of a published student, `overrides` are `key=value` of its fields, `loras` (file, strength) to merge.
+    Raises ValueError, one line, for what is not a whole Wan 2.1 text-to-video network.
+    """
+    container = open_container(path or DEMO_STUDENT)
+    taken, state = take_weights(container, weights, card)
+    named = name_tensors(state, container.metadata, container.path)
+    config = infer_config(named.tensors, num_heads_of(container), container.path)
+    with torch.device("meta"):
+        net = WanModel(config)
+    check_tensors(net, named.tensors, container.path)
+    for name, tensor in named.tensors.items():
+        if tensor.dtype not in STORED_AS:
+            raise ValueError(f"{container.path}: {name} is {tensor.dtype}; weights are floats of 8 to 64 bits")
+    chosen = choose_card(container, taken, card, config)
+    chosen = dataclasses.replace(chosen, card=override(chosen.card, overrides))
+    shapes = {name: tuple(tensor.shape) for name, tensor in named.tensors.items()}
+    merged = tuple(read_lora(file, shapes, strength) for file, strength in loras)
+    return StudentFile(container=container, taken=taken, named=named, config=config, chosen=chosen, loras=merged)
+
+
+WEIGHTS = ("auto", "generator", "generator_ema")
+
+
+def take_weights(container: Container, weights: str, card: str) -> tuple[str, dict[str, Tensor]]:
+    """The network's tensors and where in the file they were. Raises ValueError where what was asked for is not."""
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights: {weights!r} is not one of {', '.join(WEIGHTS)}")
+    first = known(DEFAULT if card == "auto" else card).weights if weights == "auto" else weights
+    taken, state = container.take((first, *(name for name in NESTED if name != first)))
+    if weights not in ("auto", *taken.split(".")):
+        held = f"holds {', '.join(container.held)}" if container.held else "holds one set of weights"
+        raise ValueError(f"{container.path}: {held}, no {weights}; leave weights at auto")
+    return taken, state
+
+
+def num_heads_of(container: Container) -> int | None:
+    """Heads as the file or the folder it is in tell them. Raises ValueError for nonsense."""
+    try:
+        told = metadata_num_heads(container.metadata)
+    except ValueError as error:
+        raise ValueError(f"{container.path}: {error}") from None
+    for key in ("num_attention_heads", "num_heads"):
+        beside = container.config.get(key)
+        if told is None and type(beside) is int and beside > 0:
+            told = beside
+    return told
+
+
+def infer_config(state: Mapping[str, Tensor], num_heads: int | None, path: str | Path) -> WanConfig:
     """Sizes of the network whose state dict this is. Raises ValueError when it is not a Wan 2.1 text-to-video model."""
     needed = ("patch_embedding.weight", "head.modulation", "head.head.weight", "blocks.0.ffn.0.weight",
               "text_embedding.0.weight", "time_embedding.0.weight")  # fmt: skip
     if missing := [key for key in needed if key not in state]:
-        raise ValueError(f"{path}: not a Wan 2.1 model, {missing[0]} is missing; give a student in Wan's own layout")
+        raise ValueError(f"{path}: not a Wan 2.1 model, {missing[0]} is missing; give a student's weights")
     for key in needed:
         if key != "head.modulation" and state[key].ndim != (5 if key == needed[0] else 2):
             raise ValueError(f"{path}: not a Wan 2.1 model, {key} has shape {tuple(state[key].shape)}")
     dim, channels = state["patch_embedding.weight"].shape[:2]
-    if "img_emb.proj.0.weight" in state or channels != PRESETS["wan2.1-1.3b"].channels:
-        raise ValueError(
-            f"{path}: a Wan model with {channels} input channels or image inputs; only text-to-video Wan 2.1"
-            " (16 channels) can be rolled out"
-        )
     layers = {int(key.split(".")[1]) for key in state if key.startswith("blocks.") and key.split(".")[1].isdigit()}
-    return WanConfig(
-        dim=dim,
-        ffn_dim=state["blocks.0.ffn.0.weight"].shape[0],
-        num_heads=num_heads or max(1, dim // 128),
-        num_layers=max(layers) + 1,
-        channels=channels,
-        freq_dim=state["time_embedding.0.weight"].shape[1],
-        text_dim=state["text_embedding.0.weight"].shape[1],
-    )
+    try:
+        found = WanConfig(
+            dim=dim,
+            ffn_dim=state["blocks.0.ffn.0.weight"].shape[0],
+            num_heads=num_heads or max(1, dim // 128),
+            num_layers=max(layers) + 1,
+            channels=channels,
+            freq_dim=state["time_embedding.0.weight"].shape[1],
+            text_dim=state["text_embedding.0.weight"].shape[1],
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    for name, preset in PRESETS.items():
+        if name != "demo" and preset.dim == dim and preset != found:
+            sizes = (f.name for f in dataclasses.fields(preset))
+            wrong = next(size for size in sizes if getattr(preset, size) != getattr(found, size))
+            raise ValueError(
+                f"{path}: {name} by its width, but its {wrong} is {getattr(found, wrong)} in place of"
+                f" {getattr(preset, wrong)}; a part is missing or it is another model"
+            )
+    return found
 
 
 def check_tensors(net: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
@@ -90,50 +189,26 @@ def check_tensors(net: nn.Module, state: dict[str, Tensor], path: str | Path) ->
         )
 
 
-def read_card(path: str | Path | None = None) -> StudentCard:
-    """The card of a student file, without its weights; None is the built-in one. Raises ValueError for a file that has
-    none."""
-    path = Path(path or DEMO_STUDENT)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        with safe_open(path, "pt") as f:
-            metadata = f.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
-    return _card(metadata, path)
+def read_card(path: str | Path | None = None, **reading) -> StudentCard:
+    """The card of a student, its weights left on disk; None is the built-in one. `reading` as for `open_student`."""
+    return open_student(path, **reading).card
 
 
-def _card(metadata: dict[str, str], path: str | Path) -> StudentCard:
-    if CARD_KEY not in metadata:
-        raise ValueError(
-            f"{path}: no student card in its metadata; it was not exported by `context-forcing train`."
-            " In ComfyUI, Load Diffusion Model reads plain Wan files"
-        )
-    try:
-        return StudentCard.from_json(metadata[CARD_KEY])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+def load_student(
+    path: str | Path | None = None, dtype: torch.dtype = torch.float32, **reading
+) -> tuple[WanModel, StudentCard]:
+    """A student ready to run, strict; None is the built-in one. `reading` as for `open_student`.
 
-
-def load_student(path: str | Path | None = None, dtype: torch.dtype = torch.float32) -> tuple[WanModel, StudentCard]:
-    """A student of our own export, strict; None is the built-in one.
-
-    Raises ValueError, one line, for a file that is not such a student.
+    What the user should know about it is logged. Raises ValueError, one line, for a file that is no student.
     """
-    path = Path(path or DEMO_STUDENT)
-    state, metadata = read_safetensors(path)
-    try:
-        num_heads = metadata_num_heads(metadata)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    config = infer_config(state, num_heads, path)
-    card = _card(metadata, path)
+    student = open_student(path, **reading)
+    if student.chosen.note:
+        log.warning("%s", student.chosen.note)
     with torch.device("meta"):
-        net = WanModel(config)
-    check_tensors(net, state, path)
-    net.load_state_dict({key: value.to(dtype) for key, value in state.items()}, strict=True, assign=True)
-    return net.eval().requires_grad_(False), card
+        net = WanModel(student.config)
+    state = {name: student.tensor(name).to(dtype) for name in student.named.tensors}
+    net.load_state_dict(state, strict=True, assign=True)
+    return net.eval().requires_grad_(False), student.card
 
 
 def metadata_num_heads(metadata: dict[str, str]) -> int | None:
@@ -159,23 +234,3 @@ def load_demo_codec(path: str | Path | None = None) -> DemoCodec:
     check_tensors(codec, state, path)
     codec.load_state_dict(state, strict=True)
     return codec.eval().requires_grad_(False)
-
-
-SIGNS = 4096
-"""Weights of a tensor, evenly spread, that its student is told from others by."""
-
-
-def fingerprint(net: nn.Module, instead: Mapping[str, Tensor] = MappingProxyType({})) -> str:
-    """Short name of a network's weights: equal keys mean equal fingerprints. Works on any tree with Wan's names.
-
-    `instead` are weights that count in place of those in the tree.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(net.named_parameters()):
-        parameter = instead.get(name, parameter)
-        flat = parameter.detach().flatten()
-        # Signs: a student has one name in every precision it is stored or run in.
-        sample = flat[:: max(1, flat.numel() // SIGNS)].float().signbit().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()[:16]

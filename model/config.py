@@ -54,6 +54,8 @@ class StudentCard:
     stage: str = "unknown"
     steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
     """Denoising steps before the warp."""
+    first_steps: tuple[float, ...] = ()
+    """Those of a chunk made while nothing is remembered, a film's first one; empty: the same as the others'."""
     shift: float = 5.0
     solver: str = "renoise"
     """`renoise` for distilled students, `euler` for flow-matching ones (flow.SOLVERS)."""
@@ -69,7 +71,7 @@ class StudentCard:
     train_seconds: float | None = None
 
     def __post_init__(self):
-        for name, length in (("steps", None), ("size", 2)):
+        for name, length in (("steps", None), ("first_steps", None), ("size", 2)):
             values = getattr(self, name)
             whole = isinstance(values, tuple) and all(type(value) in (int, float) for value in values)
             if not whole or (length and len(values) != length):
@@ -80,12 +82,18 @@ class StudentCard:
             raise ValueError(f"size: {self.size!r} must be multiples of {PIXEL_MULTIPLE}")
         if self.solver not in SOLVERS:
             raise ValueError(f"solver: {self.solver!r} is not one of {', '.join(SOLVERS)}")
-        warped_sigmas(self.steps, self.shift)
+        for steps in (self.steps, self.first_steps or self.steps):
+            warped_sigmas(steps, self.shift)
 
     @property
     def sigmas(self) -> tuple[float, ...]:
         """Noise levels of the sampler, warped, without the final 0."""
         return warped_sigmas(self.steps, self.shift)
+
+    @property
+    def first_sigmas(self) -> tuple[float, ...]:
+        """Those of a chunk made while nothing is remembered; empty: the same."""
+        return warped_sigmas(self.first_steps, self.shift) if self.first_steps else ()
 
     def to_json(self) -> str:
         """The card as it is written into a file's metadata."""
@@ -104,7 +112,7 @@ class StudentCard:
         if unknown := sorted(set(raw) - known):
             raise ValueError(f"student card: unknown fields {unknown}; the file was made by a newer version")
         memory = MemoryConfig.from_dict(raw.pop("memory", {}))
-        for name in ("steps", "size"):
+        for name in ("steps", "first_steps", "size"):
             if isinstance(raw.get(name), list):
                 raw[name] = tuple(raw[name])
         return cls(memory=memory, **raw)

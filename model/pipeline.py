@@ -15,9 +15,10 @@ from ..memory.config import MemoryConfig
 from ..memory.memory import Memory
 from ..memory.released import empty_memory
 from .causal import Call, direct, embed_text
-from .checkpoint import fingerprint, load_demo_codec, load_student, read_card
+from .checkpoint import load_demo_codec, load_student
 from .codec import Codec, denormalise, normalise
 from .config import VAE_STRIDE, StudentCard
+from .fingerprint import fingerprint
 from .offload import Offload
 from .parts import default_models_dir, find, locate
 from .sampler import CausalSampler, chunks_for
@@ -63,6 +64,7 @@ def demo_parts(device: torch.device) -> Parts:
 
 def load_parts(
     student: str | Path | None,
+    card: StudentCard,
     prompts: Iterable[str],
     device: torch.device,
     dtype: torch.dtype,
@@ -76,7 +78,6 @@ def load_parts(
     Prompts are encoded here and the text encoder let go, so that it never shares a device with the student; without
     prompts none is needed. The VAE runs in `dtype` on CUDA, in float32 elsewhere. Raises ValueError, one line.
     """
-    card = read_card(student)
     given = {"text-encoder": text_encoder, "vae": vae}
     if card.base == "demo":
         if taken := [kind for kind, name in given.items() if name is not None]:
@@ -130,12 +131,13 @@ class Pipeline:
         dtype: torch.dtype,
         parts: Parts | None = None,
         offload: bool = False,
+        **reading,
     ) -> "Pipeline":
         """`student` is a file, or None for the built-in one; without `parts`, those of the demo world.
 
-        `offload` keeps the student's blocks in CPU memory (offload.py).
+        `offload` keeps the student's blocks in CPU memory (offload.py); `reading` as for `checkpoint.open_student`.
         """
-        net, card = load_student(student, dtype)
+        net, card = load_student(student, dtype, **reading)
         if parts is None:
             if card.base != "demo":
                 raise ValueError(needs_parts(student, card))
@@ -175,6 +177,7 @@ class Pipeline:
             device=self.device,
             dtype=self.dtype,
             solver=self.card.solver,
+            first_sigmas=self.card.first_sigmas,
             on_pass=on_pass,
             call=self.call,
             student=self.fingerprint,

@@ -71,6 +71,8 @@ class CausalSampler:
     attention: Attention = sdpa
     solver: str = "renoise"
     """How to get from one noise level to the next (flow.SOLVERS)."""
+    first_sigmas: tuple[float, ...] = ()
+    """Noise levels of a chunk made while nothing is remembered, in place of the usual ones; empty: the usual ones."""
     commit_attends: str = "all"
     """What the pass over clean latents sees while it writes their keys: `all`, `no sink`, `fast only`."""
     layout: str = "at once"
@@ -116,6 +118,8 @@ class CausalSampler:
     def denoise(self, memory: Memory, view: View, sigmas: Sequence[float], noise: Noise) -> Iterator[Tensor]:
         """The chunk after a memory, x0 [1, C, T, H, W] as it stands after every step."""
         first, given = memory.num_frames, self._given(memory)
+        if self.first_sigmas and not memory.slots.all:
+            sigmas = self.first_sigmas
         attend_self = self._attend(memory, view, memory.config.chunk)
         x0 = flow = None
         for step, sigma in enumerate(sigmas):

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .checkpoint import check_tensors, fingerprint
+from .checkpoint import check_tensors
+from .fingerprint import fingerprint
 from .parts import read_tensors, subfolder
 from .text import TEXT_DIM, TEXT_LEN
 

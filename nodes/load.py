@@ -1,19 +1,31 @@
-"""Loaders: the built-in set, and students of our own export."""
+"""Loaders: the built-in set, and students of any published layout."""
 
 import comfy.sd
 import folder_paths
 from comfy_api.latest import io
 
-from ..model.checkpoint import DEMO_STUDENT, load_demo_codec, read_card
+from ..model.cards import CARDS
+from ..model.checkpoint import DEMO_STUDENT, WEIGHTS, load_demo_codec, open_student, student_metadata
 from .demo import DemoCLIP, DemoVAE
-from .types import CARD, CATEGORY
+from .types import CARD, CATEGORY, log
 
 
-def load_model(path):
-    """A student file -> ComfyUI MODEL with its card."""
-    card = read_card(path)
-    model = comfy.sd.load_diffusion_model(str(path))
-    model.set_attachments(CARD, card)
+def load_model(path, weights="auto", card="auto", disable_dynamic=False):
+    """A student file of any layout -> ComfyUI MODEL with its card. Raises ValueError, one line."""
+    student = open_student(path, weights=weights, card=card)
+    if student.chosen.note:
+        log.warning("%s", student.chosen.note)
+    options = {"disable_dynamic": True} if disable_dynamic else {}
+    if student.is_plain:
+        # ComfyUI reads it as it is, and so scaled float8 stays float8.
+        model = comfy.sd.load_diffusion_model(str(path), **options)
+    else:
+        state = {name: student.tensor(name).to(student.dtype_of(name)) for name in student.named.tensors}
+        metadata = student_metadata(student.config.num_heads, student.card)
+        model = comfy.sd.load_diffusion_model_state_dict(state, metadata=metadata, **options)
+        # What ComfyUI calls when it needs the weights once more, for a second GPU.
+        model.cached_patcher_init = (load_model, (path, weights, card))
+    model.set_attachments(CARD, student.card)
     return model
 
 
@@ -48,18 +60,31 @@ class ContextForcingLoadStudent(io.ComfyNode):
             node_id="ContextForcingLoadStudent",
             display_name="Load Student",
             category=CATEGORY,
-            description="A student written by `context-forcing train`: a Wan network whose file says how to use it.",
-            search_aliases=["context forcing", "causal wan", "self forcing"],
+            description="A causal Wan 2.1 student as it is published - Self-Forcing, LongLive, Context Forcing, one of"
+            " your own - with a card that says how it is sampled.",
+            search_aliases=["context forcing", "causal wan", "self forcing", "longlive", "checkpoint", "pt", "pth"],
             inputs=[
                 io.Combo.Input(
                     "student",
                     options=folder_paths.get_filename_list("diffusion_models"),
-                    tooltip="A .safetensors file in models/diffusion_models with a student card in its metadata.",
+                    tooltip="A .safetensors, .pt, .pth, .ckpt or .bin file in models/diffusion_models, in any published"
+                    " layout. Of a model in parts, any part.",
+                ),
+                io.Combo.Input(
+                    "weights", options=list(WEIGHTS), default="auto", optional=True, advanced=True,
+                    tooltip="Which set a training checkpoint gives: generator, or its running mean generator_ema. auto:"
+                    " what its authors use.",
+                ),
+                io.Combo.Input(
+                    "card", options=list(CARDS), default="auto", optional=True,
+                    tooltip="Which published student it is: decides steps, chunk and memory. auto: what is in the file;"
+                    " where it does not say, Self-Forcing's, and the log says so.",
                 ),
             ],
             outputs=[io.Model.Output("model", tooltip="The student with its card: steps, chunk and memory sizes.")],
-        )
+        )  # fmt: skip
 
     @classmethod
-    def execute(cls, student: str) -> io.NodeOutput:
-        return io.NodeOutput(load_model(folder_paths.get_full_path_or_raise("diffusion_models", student)))
+    def execute(cls, student: str, weights="auto", card="auto") -> io.NodeOutput:
+        path = folder_paths.get_full_path_or_raise("diffusion_models", student)
+        return io.NodeOutput(load_model(path, weights, card))

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = (
-    "__init__.py", "cli.py", "memory", "model", "nodes", "train", "workflows", "web", "locales",
+    "__init__.py", "cli.py", "commands", "memory", "model", "nodes", "train", "workflows", "web", "locales",
     "pyproject.toml", "requirements.txt", "README.md", "LICENSE",
 )  # fmt: skip
 
@@ -141,7 +141,7 @@ def test_the_wheel_holds_one_package_and_its_files(pack, tmp_path):
     assert {name.split("/")[0] for name in names} == {"context_forcing", "context_forcing-0.1.0.dist-info"}
     expected = {
         f"context_forcing/{path.relative_to(ROOT)}"
-        for room in ("memory", "model", "nodes", "train")
+        for room in ("commands", "memory", "model", "nodes", "train")
         for path in (ROOT / room).rglob("*.py")
     }
     assert expected <= set(names)

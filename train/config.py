@@ -7,10 +7,10 @@ from pathlib import Path
 
 from ..memory.config import CLEAN_POLICIES, MEMORY_PRESETS, MemoryConfig
 from ..model.config import PRESETS, VAE_STRIDE
+from ..model.settings import parse_overrides, read_settings, with_settings
 from .lora import LoraConfig
 from .parallel import PRECISIONS
 from .recycling import RecyclingConfig
-from .settings import parse_overrides, read_settings, with_settings
 from .trainee import OptimConfig
 
 

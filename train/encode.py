@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model.checkpoint import DEMO_CODEC, fingerprint, load_demo_codec
+from ..model.checkpoint import DEMO_CODEC, load_demo_codec
 from ..model.codec import normalise, pixel_frames
+from ..model.fingerprint import fingerprint
 from ..model.pipeline import pick_device
 from ..model.story import check_size
 from ..model.text import canonical_words, encode_demo_text

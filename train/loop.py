@@ -23,8 +23,9 @@ import torch.distributed.checkpoint as dcp
 from PIL import Image
 from torch import Tensor, nn
 
-from ..model.checkpoint import check_tensors, read_card, read_safetensors, write_student
+from ..model.checkpoint import check_tensors, read_card, write_student
 from ..model.config import CARD_KEY, PRESETS, StudentCard
+from ..model.containers import read_safetensors
 from ..model.wan import WanModel
 from .log import RunLog
 from .lora import LoraConfig, add_lora, merge_lora, save_lora

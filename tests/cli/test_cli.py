@@ -302,11 +302,11 @@ def test_a_missing_story(run, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_student_that_is_without_a_card(generate, tmp_path):
+def test_a_file_that_is_no_student(generate, tmp_path):
     other = tmp_path / "other.safetensors"
     save_file({"weight": torch.zeros(3)}, other)
     code, err, out = generate(STORY, student=other)
-    refused(code, err, "other.safetensors", "no student card")
+    refused(code, err, "other.safetensors", "not a Wan 2.1 model")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other.safetensors", "story.yaml"]
 
 

@@ -158,13 +158,6 @@ def test_heads_that_are_no_number(path):
     refused(path)
 
 
-def test_no_card(path):
-    rewrite(path, edit_metadata=lambda m: m.pop(CARD_KEY))
-    assert "card" in refused(path)
-    with pytest.raises(ValueError, match="card"):
-        read_card(path)
-
-
 def edit_card(path, **fields):
     def edit(metadata):
         metadata[CARD_KEY] = json.dumps({**json.loads(metadata[CARD_KEY]), **fields})

@@ -50,6 +50,20 @@ def test_saving_between_changes_nothing(net, make_sampler, empty_memory, same_me
     assert same_memory(memory, six_chunks)
 
 
+def test_a_first_chunk_has_steps_of_its_own(net, make_sampler, empty_memory):
+    """method.md 2.1, Causal-Forcing++: as the usual steps would make it if all chunks had them; later ones have fewer."""
+    passes = []
+    sampler = make_sampler(net, first_sigmas=SIGMAS, on_pass=lambda: passes.append(1))
+    counts, memory = [], empty_memory(**SMALL)
+    for _ in range(3):
+        memory = roll(sampler, memory, 1, sigmas=SIGMAS[:1])
+        counts.append(len(passes) - sum(counts))
+    assert counts == [len(SIGMAS) + 1, 2, 2], "with the commit"
+    assert torch.equal(memory.film[0], roll(make_sampler(net), empty_memory(**SMALL), 1).film[0])
+    one = roll(make_sampler(net), roll(make_sampler(net), empty_memory(**SMALL), 1), 2, sigmas=SIGMAS[:1])
+    assert torch.equal(film(memory), film(one))
+
+
 def test_the_global_generator_is_neither_read_nor_moved(net, make_sampler, empty_memory, same_memory, six_chunks):
     torch.manual_seed(123)
     state = torch.get_rng_state()

@@ -11,10 +11,13 @@ import pytest
 import torch
 from context_forcing.model.checkpoint import DEMO_STUDENT, read_card
 from context_forcing.model.codec import normalise
+from context_forcing.model.config import WanConfig
 from context_forcing.model.video import default_scale
+from context_forcing.model.wan import WanModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from ..model.published import diffusers, quantise
 from .graph import CHUNK_FRAMES, CHUNK_SECONDS, PROMPTS, Graph, failure, latents, nodes, only, succeeded
 from .host import CHECKOUT, NODE_IDS, PACK
 
@@ -173,15 +176,48 @@ def test_a_model_that_is_not_wan_is_named(host, tmp_path):
         assert words in error["exception_message"]
 
 
-def test_a_student_without_a_card_is_named(host, tmp_path):
-    save_file(load_file(DEMO_STUDENT), tmp_path / "no_card.safetensors")
-    host.add_model("diffusion_models", tmp_path / "no_card.safetensors")
+def test_a_file_that_is_no_student_is_named(host, tmp_path):
+    save_file({"decoder.conv1.weight": torch.zeros(3)}, tmp_path / "vae.safetensors")
+    host.add_model("diffusion_models", tmp_path / "vae.safetensors")
     graph = Graph()
-    student = graph.add("ContextForcingLoadStudent", student="no_card.safetensors")
+    student = graph.add("ContextForcingLoadStudent", student="vae.safetensors")
     graph.add("PreviewAny", source=[student, 0])
     error = failure(host, graph)
     assert error["node_id"] == student
-    assert "no_card.safetensors: no student card" in error["exception_message"]
+    assert "vae.safetensors: a VAE" in error["exception_message"] and "\n" not in error["exception_message"].strip()
+
+
+def test_published_layouts_make_the_same_latents(host, tmp_path):
+    """A training checkpoint, diffusers' names and a plain file, of heads that ComfyUI guesses: one student, three ways.
+
+    Two steps with the framewise card's chunk of one; the plain file goes through ComfyUI's own reading.
+    """
+    net = WanModel(WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2))
+    net.reset_parameters(torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(net.head.head.weight, std=0.1, generator=torch.Generator().manual_seed(1))
+    state = net.state_dict()
+    wrapped = {f"model._fsdp_wrapped_module.{name}": tensor for name, tensor in state.items()}
+    other = {f"model.{name}": -tensor for name, tensor in state.items()}
+    torch.save({"generator": other, "generator_ema": wrapped}, tmp_path / "published.pt")
+    save_file(diffusers(state), tmp_path / "diffusers.safetensors")
+    save_file(state, tmp_path / "plain.safetensors")
+    save_file(quantise(state, "old")[0], tmp_path / "scaled.safetensors")
+    graph = Graph()
+    demo = graph.add("ContextForcingLoadDemo")
+    text, saved = graph.text(demo), []
+    for name, choice in (
+        ("published.pt", {}), ("diffusers.safetensors", {}), ("plain.safetensors", {}),
+        ("published.pt", {"weights": "generator"}), ("scaled.safetensors", {}),
+    ):  # fmt: skip
+        host.add_model("diffusion_models", tmp_path / name)
+        model = graph.add("ContextForcingLoadStudent", student=name, card="causal-forcing-2step", **choice)
+        saved.append(graph.save(graph.sampler(model, text, graph.memory(model, width=64, height=32), seconds=0.5)))
+    run = succeeded(host.run(graph.prompt))
+    made = [latents(host, run, node) for node in saved]
+    assert made[0].shape == (1, 16, 2, 4, 8) and made[0].isfinite().all()
+    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
+    assert not torch.equal(made[0], made[3])
+    assert 0 < (made[4] - made[0]).norm() < 0.1 * made[0].norm(), "float8, scaled, read by ComfyUI"
 
 
 def test_command_line_makes_the_same_latents(host, demo_chain, tmp_path):

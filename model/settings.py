@@ -21,12 +21,15 @@ def parse_overrides(overrides: Sequence[str]) -> dict:
         key, equals, text = override.partition("=")
         if not equals:
             raise ValueError(f"{override!r}: an override is key=value, for example steps=100")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        _put(tree, key.split("."), value)
+        _put(tree, key.split("."), _scalar(text))
     return tree
+
+
+def _scalar(text: str):
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _put(tree: dict, path: list[str], value) -> None:
@@ -98,8 +101,15 @@ def _typed(name: str, value, current):
             value = float(value)  # YAML reads 1e-3 as text
         except ValueError:
             value = None
-    if isinstance(current, tuple) and isinstance(value, (list, tuple)):
-        return tuple(_typed(name, each, current[0]) for each in value)
+    if isinstance(current, tuple):
+        each = current[0] if current else 0.0
+        if isinstance(value, str):  # 1000,500: a list without its brackets
+            value = [_scalar(part) for part in value.split(",")]
+        elif not isinstance(value, (list, tuple)):
+            value = [value]
+        return tuple(_typed(name, part, each) for part in value)
+    if current is None and (value is None or type(value) in (int, float)):
+        return value
     if type(value) is not type(current) or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"{name}: {json.dumps(said, default=str)} is not a {type(current).__name__}")
     return value
