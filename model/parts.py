@@ -2,16 +2,13 @@
 
 import json
 import os
-import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from .checkpoint import read_safetensors
+from .containers import PICKLES, SAFETENSORS, open_container
 
-PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 FOLDERS = {
     "student": ("diffusion_models", "unet"),
     "text-encoder": ("text_encoders", "clip"),
@@ -21,38 +18,14 @@ FOLDERS = {
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, of a pickle, or of a folder of safetensors files; mapped, not read.
+    """The tensors of a file or of a folder of files; mapped, not read.
 
-    Raises ValueError, one line, for a file that is none, or holds anything but tensors.
+    Raises ValueError, one line, for what is none, or holds anything but tensors.
     """
-    if path.is_dir():
-        return {key: value for file in _shards(path) for key, value in read_safetensors(file)[0].items()}
-    if path.suffix.lower() not in PICKLES:
-        return read_safetensors(path)[0]
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
-        first = str(error).strip().splitlines()[:1]
-        raise ValueError(f"{path}: not a whole PyTorch file of tensors alone ({''.join(first)[:200]})") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    tree = open_container(path).tree
+    if not all(isinstance(value, Tensor) for value in tree.values()):
         raise ValueError(f"{path}: holds other things than tensors by name; give a file of weights")
-    return state
-
-
-def _shards(folder: Path) -> list[Path]:
-    """The weight files of a folder as diffusers and transformers write it."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if not indices:
-        files = sorted(folder.glob("*.safetensors"))
-        if len(files) != 1:
-            raise ValueError(f"{folder}: has {len(files)} .safetensors files and no index; give the file itself")
-        return files
-    try:
-        return [folder / name for name in sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{indices[0]}: not an index of weights ({error})") from None
+    return dict(tree)
 
 
 def read_config(folder: Path) -> dict:
@@ -117,7 +90,7 @@ def find(kind: str, models_dir: Path, why_not: Callable[[dict[str, Tensor]], str
 
 
 def _is_weights(file: Path) -> bool:
-    return file.is_file() and file.suffix.lower() in (".safetensors", *PICKLES)
+    return file.is_file() and file.suffix.lower() in (*SAFETENSORS, *PICKLES)
 
 
 def _fits(file: Path, why_not: Callable[[dict[str, Tensor]], str]) -> bool:

@@ -191,12 +191,17 @@ def test_damaged_files_and_code_are_refused_in_one_line(wan_vae_state, tmp_path)
     (tmp_path / "half.pth").write_bytes((tmp_path / "vae.pth").read_bytes()[:5000])
     torch.save({"state_dict": WanVAE(8)}, tmp_path / "code.pth")
     torch.save({"state_dict": wan_vae_state}, tmp_path / "nested.pth")
-    torch.save(wan_vae_state, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
-    for name in ("half", "code", "legacy"):
-        refused(tmp_path / f"{name}.pth", "not a whole PyTorch file of tensors")
+    refused(tmp_path / "half.pth", "not a whole torch file of tensors")
+    refused(tmp_path / "code.pth", "not only tensors")
     refused(tmp_path / "nested.pth", "holds other things than tensors")
     refused(tmp_path / "none.pth", "no such file")
     refused(write_diffusers(tmp_path / "vae", wan_vae_state, latents_mean=[0.0] * 16), "latents_mean is not that of")
+
+
+def test_a_pickle_as_older_torch_wrote_it_is_read(wan_vae_state, tmp_path):
+    torch.save(wan_vae_state, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    read = load_wan_vae(tmp_path / "legacy.pth").state_dict()
+    assert all(torch.equal(read[name], tensor) for name, tensor in wan_vae_state.items())
 
 
 def refused(path, words):
