@@ -12,7 +12,6 @@ from context_forcing.memory import MemoryConfig
 from context_forcing.model.checkpoint import (
     DEMO_CODEC,
     DEMO_STUDENT,
-    fingerprint,
     load_demo_codec,
     load_student,
     metadata_num_heads,
@@ -20,6 +19,7 @@ from context_forcing.model.checkpoint import (
     save_student,
 )
 from context_forcing.model.config import CARD_KEY, StudentCard
+from context_forcing.model.fingerprint import fingerprint
 
 CARD = StudentCard(
     name="tiny",
