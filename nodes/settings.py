@@ -4,6 +4,7 @@ import dataclasses
 
 from comfy_api.latest import io
 
+from ..model.cards import KNOWN, known
 from ..model.config import StudentCard
 from ..model.flow import SOLVERS
 from .types import CARD, CATEGORY, wan_network
@@ -58,14 +59,18 @@ class ContextForcingStudentSettings(io.ComfyNode):
                 frames("sink", "Of these, the video's first frames; 0: none."),
                 frames("slow", "Keyframes; 0: no slow memory."),
                 frames("fast", "The latest frames, the chunk being made included."),
+                io.Combo.Input(
+                    "card", options=[AS_IS, *KNOWN], default=AS_IS, optional=True,
+                    tooltip="A published student whose settings these are; what is set above replaces single ones.",
+                ),
             ],
             outputs=[io.Model.Output("model", tooltip="The same model with these settings.")],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, steps, shift, solver, fps, chunk, window, sink, slow, fast) -> io.NodeOutput:
+    def execute(cls, model, steps, shift, solver, fps, chunk, window, sink, slow, fast, card=AS_IS) -> io.NodeOutput:
         wan_network(model)
-        card = model.get_attachment(CARD) or StudentCard()
+        card = known(card).card if card != AS_IS else model.get_attachment(CARD) or StudentCard()
         sizes = {"chunk": chunk, "window": window, "sink": sink, "slow": slow, "fast": fast}
         memory = dataclasses.replace(card.memory, **{name: size for name, size in sizes.items() if size != -1})
         chosen = {"shift": shift, "fps": fps, "solver": "" if solver == AS_IS else solver}

@@ -353,6 +353,9 @@ def settings(bench):
     card = bench.student.card_of(told)
     memory = card.memory
     found["card"] = [card.steps, card.shift, card.solver, card.fps, memory.window, memory.slow, memory.chunk]
+    (known,) = bench.settings(model, "1000, 500", 0.0, "as is", 0, -1, -1, -1, -1, -1, "longlive").result
+    named = bench.student.card_of(known)
+    found["named"] = [named.name, named.steps, named.memory.window, named.memory.slow]
     found["loader's own"] = model.get_attachment("context_forcing_card") is None
     (moved,) = ModelSamplingSD3().patch(model, 8.0)
     expected, _ = bench.headless(bench.state, shift=8.0)

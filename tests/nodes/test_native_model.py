@@ -96,6 +96,7 @@ def test_attention_of_other_nodes(found):
 def test_settings_of_a_model_without_a_card(found):
     settings = found["settings"]
     assert settings["card"] == [[1000, 500], 3, "euler", 8, 12, 0, 3]
+    assert settings["named"] == ["longlive", [1000, 500], 12, 0], "a published student's, steps replaced"
     assert settings["loader's own"], "the model that came in is as it was"
     assert settings["wrong steps"].startswith("steps: '1000, abc'")
     assert settings["wrong window"].startswith("window: sink 3 + slow 12 + fast 6")
