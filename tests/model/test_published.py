@@ -129,7 +129,8 @@ def test_known_cards():
     assert all(cards[f"causal-forcing-{n}step"].first_steps == (1000, 750, 500, 250) for n in (1, 2))
     sizes = {name: (c.memory.sink, c.memory.slow, c.memory.fast, c.memory.window) for name, c in cards.items()}
     assert sizes["longlive"] == (3, 0, 9, 12) and sizes["infinite-forcing"] == (1, 0, 5, 6)
-    assert sizes["context-forcing"] == (3, 12, 6, 21) and sizes["self-forcing"] == (3, 0, 18, 21)
+    assert sizes["context-forcing"] == (3, 12, 6, 21) and sizes["self-forcing"] == (3, 12, 6, 21)
+    assert cards["context-forcing"].memory.policy == "released" and cards["self-forcing"].memory.policy == "novel"
     assert all(card.shift == 5 and card.solver == "renoise" for name, card in cards.items() if name != "wan2.1-base")
     assert cards["krea-14b"].base == "wan2.1-14b"
     assert {name for name, known in KNOWN.items() if known.weights == "generator"} == {

@@ -95,7 +95,7 @@ class Bench:
         made = part("model.sampler").CausalSampler
         sampler_of = lambda text: made(
             net=net, text=part("model.causal").embed_text(net, text.to(dtype)), device=torch.device("cpu"), dtype=dtype,
-            student=part("model.checkpoint").fingerprint(net),
+            student=part("model.fingerprint").fingerprint(net),
         )  # fmt: skip
         *_, memory = part("model.segment").segment(
             sampler_of, memory, self.positive[0][0], prompt="", seed=5, num_chunks=3, sigmas=card.sigmas
