@@ -12,7 +12,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from .cards import DEFAULT, Chosen, choose_card, known, override
+from .cards import DEFAULT, Chosen, card_in, choose_card, known, override
 from .codec import DemoCodec
 from .config import CARD_KEY, PRESETS, StudentCard, WanConfig
 from .containers import NESTED, SAFETENSORS, STORED_AS, Container, open_container, read_safetensors, write_safetensors
@@ -192,7 +192,13 @@ def check_tensors(net: nn.Module, state: dict[str, Tensor], path: str | Path) ->
 
 
 def read_card(path: str | Path | None = None, **reading) -> StudentCard:
-    """The card of a student, its weights left on disk; None is the built-in one. `reading` as for `open_student`."""
+    """The card of a student, or of a LoRA of ours; None is the built-in one. `reading` as for `open_student`.
+
+    Where the file has none, all of it is looked at. Raises ValueError as `open_student`.
+    """
+    container = open_container(path or DEMO_STUDENT)
+    if reading.get("card", "auto") == "auto" and (own := card_in(container.metadata, container.path)):
+        return override(own, reading.get("overrides", ()))
     return open_student(path, **reading).card
 
 

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from context_forcing.memory import Memory, MemoryConfig
 from context_forcing.model.causal import embed_text
-from context_forcing.model.checkpoint import load_student, read_card, read_safetensors
+from context_forcing.model.checkpoint import load_student, read_card
+from context_forcing.model.containers import read_safetensors
 from context_forcing.model.config import PRESETS, WanConfig
 from context_forcing.model.pipeline import Pipeline
 from context_forcing.model.sampler import CausalSampler, seeded_noise
