@@ -23,9 +23,9 @@ import torch.distributed.checkpoint as dcp
 from PIL import Image
 from torch import Tensor, nn
 
-from ..model.checkpoint import check_tensors, read_card, write_student
+from ..model.cards import BASE, card_in
+from ..model.checkpoint import check_tensors, open_student, write_student
 from ..model.config import CARD_KEY, PRESETS, StudentCard
-from ..model.containers import read_safetensors
 from ..model.wan import WanModel
 from .log import RunLog
 from .lora import LoraConfig, add_lora, merge_lora, save_lora
@@ -61,7 +61,7 @@ def rng_of(*numbers: int) -> torch.Generator:
 def load_network(
     path: str, config: Any, parallel: Parallel, lora: LoraConfig | None
 ) -> tuple[nn.Module, StudentCard | None]:
-    """A network from a file in Wan's layout, or fresh where `path` is empty; sharded, with its card if it has one.
+    """A network from a file of any published layout, or fresh where `path` is empty; sharded, with its card if it has one.
 
     With `lora` None it does not learn and rests in the precision it computes in; with rank 0 all of it learns.
     Raises ValueError for a file of another size.
@@ -70,10 +70,11 @@ def load_network(
     net = WanModel(PRESETS[preset])
     card = None
     if path:
-        state, metadata = read_safetensors(path)
-        check_tensors(net, state, path)
-        net.load_state_dict(state)
-        card = read_card(path) if CARD_KEY in metadata else None
+        # The card that a file without one would get does not matter here: any network may be trained on.
+        found = open_student(path, card=BASE)
+        check_tensors(net, found.named.tensors, path)
+        net.load_state_dict({name: found.tensor(name) for name in found.named.tensors})
+        card = card_in(found.container.metadata, path)
     else:
         net.reset_parameters(torch.Generator().manual_seed(config.seed))
     net = net.requires_grad_(False).to(dtype) if lora is None else add_lora(net, lora, config.seed)

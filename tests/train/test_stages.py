@@ -24,7 +24,7 @@ from context_forcing.train import run_stage
 from context_forcing.train.config import TEACHER_SEES, load_config
 from context_forcing.train.distill import DistillStage
 from context_forcing.train.log import OF_THE_MACHINE
-from context_forcing.train.loop import Checkpoints, rng_of
+from context_forcing.train.loop import Checkpoints, load_network, rng_of
 from context_forcing.train.parallel import Parallel, entry, start_parallel
 from context_forcing.train.pretrain import PretrainStage
 from context_forcing.train.recycling import ErrorBank, RecyclingConfig
@@ -532,6 +532,15 @@ def test_checkpoints_are_whole_or_not_there(tiny, tmp_path):
     checkpoints.save(3, 1.0, "r")
     (tmp_path / "checkpoints" / "step-00000009.part").mkdir()
     assert checkpoints.latest().name == "step-00000003" and checkpoints.load()["step"] == 3
+
+
+def test_a_network_of_any_layout_may_be_begun_from(tiny, files, tmp_path):
+    plain = files[0].partition("=")[2]
+    state, _ = read_safetensors(plain)
+    torch.save({"generator": {f"model.{name}": tensor for name, tensor in state.items()}}, tmp_path / "student.pt")
+    config = load_config("contextual", "smoke")
+    net, card = load_network(str(tmp_path / "student.pt"), config, ALONE, config.lora)
+    assert card is None and all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
 
 
 def test_a_checkpoint_before_the_first_update_changes_nothing(tiny, files, tmp_path):
