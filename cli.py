@@ -153,13 +153,14 @@ def generate(
         told.check_continues(final, settings)
     else:
         final = pipeline.empty_memory(told.size, **settings)
+    told.check_fits(final, compact)
     fps, chunk = told.fps or pipeline.card.fps, final.config.chunk
     if start is not None:
         final = final.give(pipeline.encode_file(start, final, fps))
     for line in told.rounded(fps, chunk):
         console.print(_escape(line), highlight=False)
     height, width = (side * 8 for side in final.latent_size[1:])
-    asked = {**pipeline.names, "story": dataclasses.asdict(told), "card": dataclasses.asdict(card)}
+    asked = {**pipeline.names, "loras": lora or [], "story": dataclasses.asdict(told), "card": dataclasses.asdict(card)}
     journal = Journal(beside(output), {**asked, "memory": fingerprint_memory(final)}, resume)
     began = time.monotonic()
 

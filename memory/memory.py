@@ -129,10 +129,14 @@ class Memory:
         """The same without keys and values: a fraction of the size, and close to it once they are made anew."""
         return dataclasses.replace(self, remembered={})
 
-    def begin(self, prompt: str, seed: int, text: Tensor | None = None, change: str = "keep") -> "Memory":
-        """Note that a segment starts here, and forget what `change` forgets (CHANGES)."""
+    def check_change(self, change: str) -> None:
+        """Raises ValueError for a change that there is not, or not for this kind of memory."""
         if change not in CHANGES:
             raise ValueError(f"change: {change!r} is not one of {', '.join(CHANGES)}")
+
+    def begin(self, prompt: str, seed: int, text: Tensor | None = None, change: str = "keep") -> "Memory":
+        """Note that a segment starts here, and forget what `change` forgets (CHANGES)."""
+        self.check_change(change)
         segment = Segment(self.num_frames, prompt, seed, change)
         told = dataclasses.replace(self, segments=(*self.segments, segment), text=text)
         slots = self.slots

@@ -98,16 +98,17 @@ class ReleasedMemory(Memory):
 
     def compact(self) -> "Memory":
         raise ValueError(
-            "memory: policy released keeps keys of passes over noise, which cannot be made anew from the film; keep it"
-            " exact"
+            "compact: a memory of policy released keeps keys of passes over noise, which cannot be made anew from the"
+            " film; keep it exact"
         )
 
-    def begin(self, prompt: str, seed: int, text: Tensor | None = None, change: str = "keep") -> "Memory":
-        if change != "keep" and self.film:
+    def check_change(self, change: str) -> None:
+        """Only `keep`: what is held cannot be written anew, and its slots are counted from the film's first frame."""
+        super().check_change(change)
+        if change != "keep":
             raise ValueError(
                 f"change: {change} is not there for a memory of policy released; its prompts take over by keep"
             )
-        return super().begin(prompt, seed, text)
 
     def append(self, latents_BCTHW: Tensor, kept: Sequence[LayerSlots]) -> "Memory":
         """Commit a chunk: clean latents, and what every layer holds after the pass over them."""

@@ -41,7 +41,8 @@ Mass = Mapping[float, Sequence[float]]
 
 def fates(memory: Memory) -> list[str]:
     """What became of every latent frame of the film so far."""
-    fate = ["forgotten"] * memory.num_frames
+    released = memory.config.policy == RELEASED  # layers decide for themselves, and nothing is flushed or cut
+    fate = ["not kept" if released else "forgotten"] * memory.num_frames
     for decision in memory.decisions:
         if not decision.promoted:
             fate[decision.frame] = "not kept"
@@ -208,7 +209,10 @@ def _draw_reach(sheet: Sheet, left: float, y: float, seconds: float) -> None:
 def _draw_similarity(sheet: Sheet, memory: Memory, scenes: Sequence[Segment], fps: float) -> None:
     scores = [(d.frame, d.similarity, d.promoted) for d in memory.decisions if d.similarity is not None]
     if not scores:
-        sheet.text(f"Policy {memory.config.policy} compares nothing, or nothing left fast yet.", 13, FAINT)
+        says = f"Policy {memory.config.policy} compares nothing, or nothing left fast yet."
+        if memory.config.policy == RELEASED:
+            says = "Policy released: every layer compares, in every pass; what it saw is not kept."
+        sheet.text(says, 13, FAINT)
         return
     tau = memory.config.slow_similarity_threshold
     what = "the frame before it" if memory.config.policy == "clean" else "everything remembered"

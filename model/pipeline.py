@@ -2,8 +2,8 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from ..memory.config import MemoryConfig
 from ..memory.memory import Memory
 from ..memory.released import empty_memory
 from .causal import Call, direct, embed_text
-from .checkpoint import load_demo_codec, load_student
+from .checkpoint import load_demo_codec, load_student, open_student
 from .codec import Codec, denormalise, normalise
 from .config import VAE_STRIDE, StudentCard
 from .fingerprint import fingerprint
@@ -122,6 +122,8 @@ class Pipeline:
     device: torch.device
     dtype: torch.dtype
     call: Call = direct
+    unmerged: Mapping[str, Tensor] = field(default_factory=dict)
+    """The student's weights as they were before LoRAs were merged into them; empty where none were."""
 
     @classmethod
     def load(
@@ -143,21 +145,24 @@ class Pipeline:
                 raise ValueError(needs_parts(student, card))
             parts = demo_parts(device)
         call = Offload(net, device) if offload else direct
+        bare = {**reading, "loras": ()}
+        unmerged = open_student(student, **bare).named.tensors if reading.get("loras") else {}
         return cls(
             net=net if offload else net.to(device), card=card, texts=parts.texts, codec=parts.codec, device=device,
-            dtype=dtype, call=call,
+            dtype=dtype, call=call, unmerged=unmerged,
         )  # fmt: skip
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the weights, so that a memory is never continued by another student."""
-        return fingerprint(self.net)
+        """Names the weights, so that a memory is never continued by another student; by the same with another LoRA it may
+        be."""
+        return fingerprint(self.net, self.unmerged)
 
     @property
     def names(self) -> dict[str, str]:
         """What a video depends on beside its story: weights, and where and how they run."""
         return {
-            "student": self.fingerprint, "text encoder": self.texts.name, "codec": fingerprint(self.codec),
+            "student": fingerprint(self.net), "text encoder": self.texts.name, "codec": fingerprint(self.codec),
             "device": self.device.type, "dtype": str(self.dtype),
         }  # fmt: skip
 

@@ -41,6 +41,7 @@ def segment(
         raise ValueError(f"blend: {blend} chunks; it must be 0 or more")
     before, text = memory.text, used_rows(text_BLC)
     differs = before is not None and not alike(before, text)
+    memory.check_change(change if memory.film else "keep")
     if not memory.film or (not differs and change in ("recache", "flush")):
         change = "keep"
     if memory.is_compact and change != "recache":

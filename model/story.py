@@ -46,6 +46,13 @@ class Story:
         segments = tuple(dataclasses.replace(scene, seed=None) for scene in self.segments)
         return dataclasses.replace(self, seed=seed, segments=segments)
 
+    def check_fits(self, memory: Memory, compact: bool) -> None:
+        """Raises ValueError for what a memory of this kind cannot do, before anything is made."""
+        for scene in self.segments if memory.film else self.segments[1:]:
+            memory.check_change(scene.change)
+        if compact and not memory.can_be_compact:
+            memory.compact()
+
     def check_continues(self, memory: Memory, settings: Mapping[str, object]) -> None:
         """Raises ValueError where a memory was made at another size, or with other `settings` of its config."""
         height, width = (side * VAE_STRIDE[1] for side in memory.latent_size[1:])

@@ -5,13 +5,13 @@ import dataclasses
 import numpy as np
 from comfy_api.latest import io, ui
 
-from ..memory.config import MEMORY_PRESETS, POLICIES, named_memory
+from ..memory.config import MEMORY_PRESETS, POLICIES, RELEASED, named_memory
 from ..memory.report import draw_report, summary
 from ..model.pipeline import new_memory
 from ..model.probe import attention_mass
 from ..model.video import to_uint8
 from .sampler import sampler_for
-from .types import CATEGORY, MemoryType, OnWire, as_image, card_of
+from .types import CATEGORY, MemoryType, OnWire, as_image, card_of, log
 from .video import decode_stream
 
 AS_TRAINED = "as trained"
@@ -107,7 +107,9 @@ class ContextForcingMemoryReport(io.ComfyNode):
     @classmethod
     def execute(cls, memory, vae, fps, model=None) -> io.NodeOutput:
         memory, mass = memory.memory, None
-        if model is not None:
+        if model is not None and memory.config.policy == RELEASED:
+            log.warning("memory report: layers of policy released look at frames of their own; attention is left out")
+        elif model is not None:
             card = card_of(model)
             mass = attention_mass(sampler_for(model, card, memory), memory, card.sigmas)
         image = as_image(draw_report(memory, thumbnails(memory, vae), fps, mass))

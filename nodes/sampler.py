@@ -157,6 +157,8 @@ class ContextForcingSampler(io.ComfyNode):
         keep_in="RAM", autosave=False, layout="at once",
     ) -> io.NodeOutput:  # fmt: skip
         card, text, before = card_of(model), text_of(positive), memory.memory
+        if keep_in == "compact" and not before.can_be_compact:
+            before.compact()  # says why not, before an hour's work
         chunk = before.config.chunk
         num_chunks = chunks_for(seconds, card.fps, chunk)
         made = num_chunks * chunk * VAE_STRIDE[0] / card.fps

@@ -75,6 +75,8 @@ class ContextForcingStudentSettings(io.ComfyNode):
         memory = dataclasses.replace(card.memory, **{name: size for name, size in sizes.items() if size != -1})
         chosen = {"shift": shift, "fps": fps, "solver": "" if solver == AS_IS else solver}
         chosen["steps"] = numbers(steps) if steps.strip() else ()
+        if chosen["steps"]:
+            card = dataclasses.replace(card, first_steps=())  # one list for all chunks
         card = dataclasses.replace(card, memory=memory, **{name: value for name, value in chosen.items() if value})
         model = model.clone()
         model.set_attachments(CARD, card)

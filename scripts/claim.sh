@@ -23,8 +23,8 @@ for seed in ${SEEDS:-0 1 2}; do
             *) settings=(teacher_sees=recent "memory=$arm") ;;
         esac
         out=$folder/$arm-$seed
-        [ -d "$out/checkpoints" ] && resume=(--resume) || resume=()
+        compgen -G "$out/checkpoints/step-????????" >/dev/null && resume=(--resume) || resume=()
         ${CONTEXT_FORCING:-context-forcing} train contextual --config demo student="$student" teacher="$teacher" \
-            seed="$seed" data_seed="$((seed + 1))" out="$out" "${settings[@]}" "$@" "${resume[@]}"
+            seed="$seed" data_seed="$((seed + 1))" out="$out" ${settings[@]+"${settings[@]}"} "$@" ${resume[@]+"${resume[@]}"}
     done
 done

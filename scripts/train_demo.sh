@@ -10,8 +10,8 @@ folder=${1:-runs}
 stage() {
     local name=$1
     shift
-    [ -d "$folder/$name/checkpoints" ] && resume=(--resume) || resume=()
-    ${CONTEXT_FORCING:-context-forcing} train "$name" --config "${CONFIG:-demo}" out="$folder/$name" "$@" "${resume[@]}"
+    compgen -G "$folder/$name/checkpoints/step-????????" >/dev/null && resume=(--resume) || resume=()
+    ${CONTEXT_FORCING:-context-forcing} train "$name" --config "${CONFIG:-demo}" out="$folder/$name" "$@" ${resume[@]+"${resume[@]}"}
 }
 codec=codec=$folder/vae/demo_codec.safetensors
 stage vae

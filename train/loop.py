@@ -190,7 +190,9 @@ class Checkpoints:
         if path is None:
             raise ValueError(f"resume: there is no checkpoint in {self.folder}; start without --resume")
         run = json.loads((path / "run.json").read_text())
-        begun = run["config"]
+        # Settings that there were not yet when it was begun were as they are by default.
+        plain = {f.name: f.default for f in dataclasses.fields(self.stage.config) if f.default is not dataclasses.MISSING}
+        begun = plain | run["config"]
         for name, value in self.config.items():
             if name not in MAY_CHANGE and _fixed(begun.get(name)) != _fixed(value):
                 raise ValueError(

@@ -408,3 +408,16 @@ def test_a_dry_run_prints_settings_and_costs_as_they_are(run, tmp_path):
     assert code == 0, err
     assert "self_attn.q" in run.out and "together" in run.out and "[bold]" not in run.out
     assert not list(tmp_path.iterdir())
+
+
+
+
+def test_what_a_released_memory_cannot_do_is_said_before_anything_is_made(generate, tmp_path):
+    story = STORY | {"segments": [SCENE, SCENE | {"prompt": "a desert by day", "change": "cut"}]}
+    released = ("--policy", "released", "--slow", "3")
+    code, said, out = generate(story, "film.mp4", *released)
+    assert code == 2 and "change: cut" in said and not list(tmp_path.glob("film.mp4*"))
+    code, said, out = generate(STORY, "film.mp4", *released, "--memory-out", tmp_path / "memory", "--compact")
+    assert code == 2 and "compact" in said and not list(tmp_path.glob("film.mp4*"))
+    code, said, out = generate(STORY, "film.mp4", *released, "--memory-out", tmp_path / "memory")
+    assert code == 0 and out.exists() and (tmp_path / "memory").exists(), said

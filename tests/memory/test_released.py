@@ -8,6 +8,7 @@ import torch
 from context_forcing.memory import Memory, MemoryConfig, ReleasedMemory, empty_memory
 from context_forcing.memory.config import MEMORY_PRESETS
 from context_forcing.memory.released import LayerSlots
+from context_forcing.memory.report import fates, forgotten
 from context_forcing.memory.snapshot import load_memory, save_memory
 
 CONFIG = MEMORY_PRESETS["released"]
@@ -123,3 +124,8 @@ def test_a_memory_is_of_the_kind_its_policy_asks_for():
     assert type(empty_memory(MemoryConfig(), SIZE)) is Memory
     with pytest.raises(AssertionError):
         Memory(config=CONFIG, latent_size=SIZE)
+
+
+def test_the_report_does_not_speak_of_cuts():
+    memory = two_layers()
+    assert not forgotten(memory) and set(fates(memory)) <= {"sink", "slow", "fast", "not kept"}
