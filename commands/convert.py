@@ -1,5 +1,6 @@
 """`context-forcing convert`, and the options that say how a student file is to be read."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -30,7 +31,7 @@ def reading(weights: str, card: str, settings: list[str] | None, loras: list[str
     """These options as `open_student` takes them."""
     from ..model.lora_files import parse_lora
 
-    overrides = [part for text in settings or () for part in text.split()]
+    overrides = [part for text in settings or () for part in re.split(r"\s+(?=[\w.]+=)", text)]
     return {"weights": weights, "card": card, "overrides": overrides, "loras": [parse_lora(x) for x in loras or ()]}
 
 

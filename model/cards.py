@@ -167,15 +167,16 @@ def _says_causal(metadata: Mapping[str, str]) -> bool:
     """Whether ComfyUI's `config` metadata does."""
     try:
         return json.loads(metadata.get("config", "{}")).get("transformer", {}).get("causal_ar") is True
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return False
 
 
 def _hint(path: Path) -> str:
-    """What the file's name suggests, the most telling of it."""
+    """What the file's name and its folder's suggest; a kind before its family."""
     told = "/".join(path.absolute().parts[-2:]).lower()
-    found = [(len(hint), name) for name, about in KNOWN.items() for hint in about.hints if hint in told]
-    return f" Its name suggests {max(found)[1]}." if found else ""
+    kinds = ("causal-forcing-1step", "causal-forcing-2step", "causal-forcing-framewise")
+    found = [name for name in (*kinds, *KNOWN) if any(hint in told for hint in KNOWN[name].hints)]
+    return f" Its name suggests {found[0]}." if found else ""
 
 
 def _sized(card: StudentCard, config: WanConfig) -> StudentCard:

@@ -153,7 +153,9 @@ def infer_config(state: Mapping[str, Tensor], num_heads: int | None, path: str |
         if key != "head.modulation" and state[key].ndim != (5 if key == needed[0] else 2):
             raise ValueError(f"{path}: not a Wan 2.1 model, {key} has shape {tuple(state[key].shape)}")
     dim, channels = state["patch_embedding.weight"].shape[:2]
-    layers = {int(key.split(".")[1]) for key in state if key.startswith("blocks.") and key.split(".")[1].isdigit()}
+    layers = {int(key.split(".")[1]) for key in state if key.startswith("blocks.") and key.split(".")[1].isdecimal()}
+    if max(layers) >= len(state):
+        raise ValueError(f"{path}: has a block {max(layers)} and {len(state)} tensors in all; not a whole network")
     try:
         found = WanConfig(
             dim=dim,
@@ -221,7 +223,7 @@ def metadata_num_heads(metadata: dict[str, str]) -> int | None:
     """Heads as ComfyUI's `config` metadata gives them, or None where it does not. Raises ValueError for nonsense."""
     try:
         num_heads = json.loads(metadata.get("config", "{}")).get("transformer", {}).get("num_heads")
-    except (json.JSONDecodeError, AttributeError):
+    except (json.JSONDecodeError, AttributeError, RecursionError):
         return None
     if num_heads is not None and (type(num_heads) is not int or num_heads < 1):
         raise ValueError(f"num_heads: {num_heads!r} in the metadata is not a number of heads")

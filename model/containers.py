@@ -21,6 +21,8 @@ NESTED = ("generator_ema", "generator", "model", "state_dict")
 """Names under which files hold a network, the one asked for first (method.md 2.3)."""
 
 SAFETENSORS = (".safetensors", ".sft")
+NESTING = 8
+"""Dicts in each other that a checkpoint may have."""
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 SAFE_TORCH = (2, 6)
@@ -70,6 +72,8 @@ class Container:
             tree = tree[name]
         if not any(isinstance(value, Tensor) for value in tree.values()):
             held = ", ".join(self.held) or "no tensors"
+            if "lora" in held:
+                raise ValueError(f"{self.path}: a LoRA ({held}); give it beside the student it belongs to: --lora")
             raise ValueError(f"{self.path}: holds {held}; a student is looked for under {', '.join(order)}")
         for name, value in tree.items():
             if not isinstance(name, str) or not isinstance(value, Tensor):
@@ -160,6 +164,7 @@ def read_pickle(path: Path) -> dict:
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: holds a {type(tree).__name__}, not tensors by name; give a student's state dict")
     _check_plain(path, tree)
+    _check_nesting(path, tree, (), set())
     return tree
 
 
@@ -187,6 +192,17 @@ def _check_plain(path: Path, tree) -> None:
                 raise _not_plain(path, f"a {value.dtype} {value.layout} tensor on {value.device}")
         elif not isinstance(value, (int, float, str, type(None))) or type(value).__module__ != "builtins":
             raise _not_plain(path, f"a {type(value).__name__}")
+
+
+def _check_nesting(path: Path, tree: dict, above: tuple[dict, ...], done: set[int]) -> None:
+    """Raises ValueError for dicts that lie in themselves, or too deep in each other."""
+    if len(above) == NESTING or any(tree is one for one in above):
+        raise ValueError(f"{path}: its dicts lie {NESTING} deep or in themselves; give a student's state dict")
+    if id(tree) not in done:
+        for value in tree.values():
+            if isinstance(value, dict):
+                _check_nesting(path, value, (*above, tree), done)
+        done.add(id(tree))
 
 
 def _open_folder(folder: Path) -> Container:

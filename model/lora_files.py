@@ -155,8 +155,10 @@ def _alphas(container: Container) -> float | None:
     if not about and "lora_adapter_metadata" in container.metadata:
         try:
             about = json.loads(container.metadata["lora_adapter_metadata"])
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(f"{path}: its lora_adapter_metadata is not JSON") from None
+        if not isinstance(about, dict):
+            raise ValueError(f"{path}: its lora_adapter_metadata is not a JSON object")
     about = {key.rpartition(".")[2]: value for key, value in about.items()}
     if about.get("alpha_pattern") or about.get("rank_pattern") or about.get("use_rslora") or about.get("use_dora"):
         raise ValueError(f"{path}: its layers have ranks or scales of their own; merge it with peft first")

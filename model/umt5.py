@@ -235,6 +235,8 @@ def _dequantised(state: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor
             if format not in ("float8_e4m3fn", "float8_e5m2"):
                 raise ValueError(f"{path}: {layer} is quantised as {format}; give the fp16, bf16 or fp8 file")
         elif last in ("scale_weight", "weight_scale"):
+            if value.numel() != 1:
+                raise ValueError(f"{path}: {key} scales by row; take umt5_xxl_fp16 or fp8_e4m3fn_scaled")
             scales[from_wan(f"{layer}.weight")] = value
         elif last not in ("scale_input", "input_scale", "scaled_fp8"):
             weights[key] = value

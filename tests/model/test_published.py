@@ -6,10 +6,11 @@ import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from context_forcing.model.cards import KNOWN, override
+from context_forcing.model.cards import KNOWN, _hint, override
 from context_forcing.model.checkpoint import infer_config, load_student, open_student, read_card
 from context_forcing.model.config import PRESETS, StudentCard
 from context_forcing.model.convert import convert, inspect
@@ -434,3 +435,32 @@ def test_converting_needs_the_file_and_one_tensor(kind, make_net, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     beyond = int(done.stdout.splitlines()[-1]) - size
     assert beyond < 2 * largest + 16e6, f"{beyond / 1e6:.1f} MB beyond the file of {size / 1e6:.1f} MB"
+
+
+def test_dicts_that_lie_in_themselves_are_refused(tmp_path):
+    inside = {"a": torch.zeros(1)}
+    inside["model"] = inside
+    torch.save(inside, tmp_path / "inside.pt")
+    with pytest.raises(ValueError, match="in themselves"):
+        open_student(tmp_path / "inside.pt")
+    both = {"a": torch.zeros(1)}
+    torch.save({"generator": both, "generator_ema": both}, tmp_path / "twice.pt")
+    with pytest.raises(ValueError, match="not a Wan 2.1 model"):
+        open_student(tmp_path / "twice.pt")
+
+
+@pytest.mark.parametrize("path, name", [
+    ("framewise/causal_forcing.pt", "causal-forcing-framewise"),
+    ("causal-forcing++/framewise-2step.pt", "causal-forcing-2step"),
+    ("causal-forcing++/framewise-1step.pt", "causal-forcing-1step"),
+    ("chunkwise/causal_forcing.pt", "causal-forcing"),
+    ("SFWan2.1-T2V/x.pt", "self-forcing"),
+])  # fmt: skip
+def test_a_path_suggests_the_kind_before_its_family(path, name):
+    assert f"suggests {name}." in _hint(Path("/somewhere") / path)
+
+
+def test_a_block_beyond_all_tensors_is_refused_at_once(state, tmp_path):
+    torch.save(state | {"blocks.3000000.x": torch.zeros(1)}, tmp_path / "far.pt")
+    with pytest.raises(ValueError, match="block 3000000"):
+        open_student(tmp_path / "far.pt")
