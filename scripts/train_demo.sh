@@ -4,7 +4,7 @@
 #
 #   scripts/train_demo.sh [FOLDER]          default: runs
 #
-# Environment: CONFIG (default demo; smoke runs through all stages in a minute), CONTEXT_FORCING (the command).
+# Environment: CONFIG (default demo; smoke only runs through all stages), CONTEXT_FORCING (the command).
 set -euo pipefail
 folder=${1:-runs}
 stage() {

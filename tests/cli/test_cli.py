@@ -10,7 +10,6 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from context_forcing import cli
 from context_forcing.memory import Memory, MemoryConfig
 from context_forcing.memory.snapshot import save_memory
 from context_forcing.model.checkpoint import save_student
@@ -30,24 +29,6 @@ def student(make_net, tmp_path_factory):
     card = StudentCard(base="demo", steps=(1000.0, 500.0), shift=3.0, memory=memory, size=(48, 32))
     save_student(path, make_net(text_dim=4096, text_len=512), card)
     return path
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """(arguments) -> exit code, stderr; the command in this process."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["context-forcing", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        run.out = out
-        return code, err
-
-    return run
 
 
 @pytest.fixture

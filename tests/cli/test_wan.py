@@ -1,6 +1,5 @@
 """`generate` with a student in Wan's layout: its own text encoder and VAE, out of a ComfyUI models folder."""
 
-import sys
 
 import imageio_ffmpeg
 import numpy as np
@@ -10,7 +9,6 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from context_forcing import cli
 from context_forcing.memory import MemoryConfig
 from context_forcing.model.checkpoint import save_student
 from context_forcing.model.codec import normalise
@@ -34,23 +32,7 @@ def models(models_dir, make_net):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """(arguments) -> exit code, stderr."""
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["context-forcing", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, capsys.readouterr().err
-
-    return command
-
-
-@pytest.fixture
-def generate(command, tmp_path, monkeypatch):
+def generate(run, tmp_path, monkeypatch):
     """(prompts, output name, options) -> exit code, stderr."""
     monkeypatch.delenv("COMFYUI_PATH", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -58,7 +40,7 @@ def generate(command, tmp_path, monkeypatch):
     def generate(prompts, name, *options):
         segments = [{"prompt": prompt, "seconds": 1.5} for prompt in prompts]
         (tmp_path / "story.yaml").write_text(yaml.safe_dump({"seed": 4, "segments": segments}))
-        return command("generate", "story.yaml", "-o", f"{name}.mp4", "--memory-out", f"{name}.memory", *options)
+        return run("generate", "story.yaml", "-o", f"{name}.mp4", "--memory-out", f"{name}.memory", *options)
 
     return generate
 
@@ -150,11 +132,11 @@ def test_a_killed_run_goes_on_with_the_same_parts_only(generate, models, monkeyp
     assert frames_of("film.mp4") == whole
 
 
-def test_report_needs_the_vae_alone(generate, command, models):
+def test_report_needs_the_vae_alone(generate, run, models):
     succeeded(generate(PROMPTS, "film", *wan(models), "--report", "during.png"))
     student = ("--student", models / "diffusion_models" / "student.safetensors")
     vae = ("--vae", models / "vae" / "wan.safetensors")
-    assert command("report", "film.memory", "-o", "after.png", *student, *vae)[0] == 0
+    assert run("report", "film.memory", "-o", "after.png", *student, *vae)[0] == 0
     assert open("during.png", "rb").read() == open("after.png", "rb").read()
 
 
