@@ -5,7 +5,7 @@ P tokens per latent frame, N heads, E head dim.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -157,7 +157,7 @@ class Memory:
     def give(self, latents_BCTHW: Tensor) -> "Memory":
         """Have the film begin with clean latents: whole chunks are taken over, the rest is held in the chunk after.
 
-        Raises ValueError where the film has begun, or the latents do not fit.
+        Raises ValueError where the film has begun, or the latents do not fit or are not finite.
         """
         if self.film:
             raise ValueError(
@@ -167,6 +167,10 @@ class Memory:
         if self.given is not None:
             raise ValueError("memory: it was given what its video begins with already; give it one start image or clip")
         self._check_fits(latents_BCTHW)
+        if not all_finite([latents_BCTHW]):
+            raise ValueError(
+                "latents: NaN or infinity in those of the start image or clip; check the file, or run the VAE in fp32"
+            )
         return dataclasses.replace(self, given=latents_BCTHW.detach().to("cpu", torch.float32, copy=True))
 
     def _check_fits(self, latents_BCTHW: Tensor) -> None:
@@ -253,6 +257,13 @@ def _remember(frames: Sequence[int], kept: Sequence[tuple[Tensor, Tensor]]) -> d
         frame: Remembered(torch.stack([k[:, t] for k, _ in kept]), torch.stack([v[:, t] for _, v in kept]))
         for t, frame in enumerate(frames)
     }
+
+
+@torch.no_grad()
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no value of any tensor is NaN or infinite; the host waits for the device once."""
+    # Zero times such a value is NaN, and a sum of zeros cannot overflow.
+    return not bool(torch.stack([(tensor * 0).sum().float() for tensor in tensors]).sum().isnan())
 
 
 def key_similarity(a: Tensor, b: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .config import RELEASED, MemoryConfig
-from .memory import Memory, Remembered, Segment
+from .memory import Memory, Remembered, Segment, all_finite
 from .policy import Decision, Slots
 from .released import LayerSlots, ReleasedMemory
 
@@ -103,6 +103,11 @@ def load_memory(path: str | Path, student: str = "") -> Memory:
             )
         if header.pop(DIGEST_KEY, None) != digest(header, tensors):
             raise ValueError("damaged: its contents do not have the digest it was saved with; use another copy")
+        if bad := [name for name, tensor in tensors.items() if not all_finite([tensor])]:
+            raise ValueError(
+                f"NaN or infinity in its {bad[0]}: what made it had failed before it was saved; go on from an earlier"
+                " memory"
+            )
         return _build(header, tensors)
     except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: damaged header ({error!r})") from None

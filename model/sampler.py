@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..memory.memory import SIMILARITY_ELEMENTS, Memory
+from ..memory.memory import SIMILARITY_ELEMENTS, Memory, all_finite
 from ..memory.released import LayerSlots, ReleasedMemory
 from ..memory.view import MemoryView
 from .attention import Attention, plain, sdpa
 from .causal import AttendSelf, Call, MemoryAttention, TextContext, causal_forward, direct
 from .config import VAE_STRIDE
+from .finite import Watch, written
 from .flow import SOLVERS, TIMESTEPS, add_noise, x0_from_flow
 from .released import ReleasedAttention
 from .rope import rotary_table, rotate
@@ -25,6 +26,9 @@ View = MemoryView | list[LayerSlots]
 
 Noise = Callable[[int, int], Tensor]
 """(absolute latent frame, step) -> standard normal noise [B, C, H, W]."""
+
+Repeat = Callable[["CausalSampler"], object]
+"""What made a chunk, by another sampler."""
 
 MAX_SECONDS = 3e7
 
@@ -81,6 +85,8 @@ class CausalSampler:
     call: Call = direct
     student: str = ""
     """Fingerprint of the network; memories are marked with it, and those of others refused. Empty: no check."""
+    checks: bool = True
+    """Whether a chunk that is not finite is refused; training has a rule of its own for those."""
 
     def __post_init__(self):
         if self.solver not in SOLVERS:
@@ -113,7 +119,7 @@ class CausalSampler:
         """Denoise one chunk against the memory, then commit it."""
         view = self.view(memory)
         *_, x0 = self.denoise(memory, view, sigmas, noise)
-        return self.commit(memory, x0, view)
+        return self.commit(memory, x0, view, lambda again: again.make_chunk(memory, sigmas, noise))
 
     def denoise(self, memory: Memory, view: View, sigmas: Sequence[float], noise: Noise) -> Iterator[Tensor]:
         """The chunk after a memory, x0 [1, C, T, H, W] as it stands after every step."""
@@ -139,9 +145,18 @@ class CausalSampler:
         clean = memory.given.to(self.device)
         return lambda x: torch.cat([clean.to(x), x[:, :, memory.num_given :]], dim=2)
 
-    def commit(self, memory: Memory, x0_BCTHW: Tensor, view: View | None = None) -> Memory:
-        """One pass at sigma 0 over clean latents, whose only purpose is to write their keys and values."""
-        return memory.append(x0_BCTHW, self._keys(memory, x0_BCTHW, view or self.view(memory))).to(self._home)
+    def commit(
+        self, memory: Memory, x0_BCTHW: Tensor, view: View | None = None, repeat: Repeat | None = None
+    ) -> Memory:
+        """One pass at sigma 0 over clean latents, whose only purpose is to write their keys and values.
+
+        `repeat` makes the chunk again, to find where values began that are not finite; without it, this pass alone.
+        Raises NotFiniteError for those.
+        """
+        kept = self._keys(memory, x0_BCTHW, view or self.view(memory))
+        frames = range(memory.num_frames, memory.num_frames + x0_BCTHW.shape[2])
+        self._check_finite(memory, frames, x0_BCTHW, kept, repeat or (lambda again: again.commit(memory, x0_BCTHW)))
+        return memory.append(x0_BCTHW, kept).to(self._home)
 
     def recache(self, memory: Memory) -> Memory:
         """Write all that is remembered anew under this sampler's prompt (method.md 3.6).
@@ -152,7 +167,9 @@ class CausalSampler:
         frames, done = memory.slots.all, memory.compact()
         for first in range(0, len(frames), memory.config.chunk):
             now, seen = frames[first : first + memory.config.chunk], done.only(frames[:first])
-            kept = self._keys(seen, memory.latents(now).to(self.device), self.view(seen))
+            x0 = memory.latents(now).to(self.device)
+            kept = self._keys(seen, x0, self.view(seen))
+            self._check_finite(seen, now, x0, kept, lambda again: again._keys(seen, x0, again.view(seen)))
             done = done.write(now, kept).to(self._home)
         return done
 
@@ -160,6 +177,18 @@ class CausalSampler:
         attend_self = self._attend(memory, view, x0_BCTHW.shape[2], commits=True)
         self._flow(x0_BCTHW, 0.0, attend_self)
         return attend_self.kept
+
+    def _check_finite(
+        self, memory: Memory, frames: Sequence[int], x0_BCTHW: Tensor, kept: Sequence, repeat: Repeat
+    ) -> None:
+        if not self.checks or all_finite([x0_BCTHW, *written(kept, frames[0])]):
+            return
+        watch = Watch(self.net, self.call, memory, frames)
+        watch.look_at_memory()
+        # The memory as it was laid out for the chunk is still held: there may be no room for it twice.
+        layout = "by layer" if self.layout == "at once" else self.layout
+        repeat(dataclasses.replace(self, call=watch, layout=layout, checks=False))
+        raise watch.nothing_found()
 
     def view(self, memory: Memory, lazy: bool = False) -> View:
         """The memory as this network's attention sees it: keys rotated to their ranks. Of a released memory its

@@ -40,6 +40,11 @@ def segment(
     if blend < 0:
         raise ValueError(f"blend: {blend} chunks; it must be 0 or more")
     before, text = memory.text, used_rows(text_BLC)
+    if not text.isfinite().all():
+        raise ValueError(
+            f"text: NaN or infinity in the embeddings of the prompt {prompt[:60]!r}; check the text encoder's file, or"
+            " run it in fp32"
+        )
     differs = before is not None and not alike(before, text)
     memory.check_change(change if memory.film else "keep")
     if not memory.film or (not differs and change in ("recache", "flush")):

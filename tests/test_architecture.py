@@ -105,6 +105,7 @@ def test_the_model_knows_of_the_memory_what_it_needs():
         "model/config.py": {"memory.config"},
         "model/sampler.py": {"memory.memory", "memory.released", "memory.view"},
         "model/released.py": {"memory.config", "memory.released"},
+        "model/finite.py": {"memory.memory", "memory.released"},
         "model/cards.py": {"memory.config"},
         "model/settings.py": {"memory.config"},
         "model/segment.py": {"memory.memory"},

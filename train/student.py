@@ -46,10 +46,16 @@ class Student:
     """Whether `call` recomputes blocks for the backward pass; then what a chunk saw is laid out anew, too."""
 
     def sampler(self, chunk: int) -> CausalSampler:
-        """The network under a chunk's text."""
+        """The network under a chunk's text.
+
+        It does not check for values that are not finite: the update they lead to is dropped (trainee.py), and the
+        search for them would be one rank's alone.
+        """
         text_BLC = self.text_GLC[min(chunk, len(self.text_GLC) - 1)][None].to(self.device, self.dtype)
         text: TextContext = self.call(self.net, embed_text, text_BLC, 1, self.call)
-        return CausalSampler(net=self.net, text=text, device=self.device, dtype=self.dtype, call=self.call)
+        return CausalSampler(
+            net=self.net, text=text, device=self.device, dtype=self.dtype, call=self.call, checks=False
+        )
 
     @torch.no_grad()
     def watch(self, memory: Memory, latents_BCTHW: Tensor) -> Memory:

@@ -1,0 +1,84 @@
+"""A student, a memory or a start that is not finite: one line, exit code 2, no video, and what was finished stays."""
+
+import dataclasses
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from context_forcing.memory import MemoryConfig
+from context_forcing.memory.snapshot import load_memory, save_memory
+from context_forcing.model.checkpoint import save_student
+from context_forcing.model.config import StudentCard
+from context_forcing.model.sampler import seeded_noise
+
+NAN = float("nan")
+
+
+@pytest.fixture
+def generate(run, tmp_path):
+    """(seconds, options) -> exit code, stderr."""
+
+    def generate(seconds, *options):
+        scene = {"prompt": "a meadow by day", "seconds": seconds}
+        (tmp_path / "story.yaml").write_text(yaml.safe_dump({"size": [48, 32], "seed": 4, "segments": [scene]}))
+        return run(
+            "generate", tmp_path / "story.yaml", "-o", tmp_path / "film.mp4", "--memory-out", tmp_path / "memory.st",
+            "--student", tmp_path / "student.safetensors", "--device", "cpu", *options,
+        )  # fmt: skip
+
+    return generate
+
+
+@pytest.fixture
+def save(make_net, tmp_path):
+    """(name of a weight to break) -> student.safetensors."""
+
+    def save(broken=None):
+        net = make_net(text_dim=4096, text_len=512, num_layers=3)
+        if broken:
+            net.get_parameter(broken).data.flatten()[0] = NAN
+        memory = MemoryConfig(sink=3, slow=4, fast=6, slow_similarity_threshold=0.999)
+        card = StudentCard(base="demo", steps=(1000.0, 500.0), shift=3.0, memory=memory, size=(48, 32))
+        save_student(tmp_path / "student.safetensors", net, card)
+
+    return save
+
+
+def test_a_student(generate, save, tmp_path):
+    save("blocks.2.ffn.0.weight")
+    code, said = generate(1.5)
+    errors = [line for line in said.splitlines() if "error:" in line]
+    assert code == 2 and "Traceback" not in said and len(errors) == 1
+    assert "error: chunk 1 (latent frames 0-2), step 1 (noise level 1): NaN or infinity in" in errors[0]
+    assert "the weight blocks.2.ffn.0.weight" in errors[0]
+    assert not (tmp_path / "film.mp4").exists() and not (tmp_path / "memory.st").exists()
+
+
+def test_the_journal_and_the_memory_keep_what_was_finished(generate, save, tmp_path, monkeypatch):
+    """Noise that is NaN from latent frame 6 on, as a device at fault would make it."""
+    save()
+    broken = lambda seed, size: lambda frame, step: seeded_noise(seed, size)(frame, step) * (NAN if frame >= 6 else 1)
+    monkeypatch.setattr("context_forcing.model.segment.seeded_noise", broken)
+    code, said = generate(3)
+    assert code == 2 and "error: chunk 3 (latent frames 6-8), step 1 " in said and "--resume goes on" in said
+    journal = tmp_path / "film.mp4.journal"
+    assert sorted(path.name for path in journal.glob("chunk-*")) == [f"chunk-00000{n}.safetensors" for n in (0, 1)]
+    assert (
+        load_file(tmp_path / "memory.st")["film"].shape[2] == 6 and load_memory(tmp_path / "memory.st").num_frames == 6
+    )
+    assert not (tmp_path / "film.mp4").exists()
+    monkeypatch.undo()
+    assert generate(3, "--resume")[0] == 0 and not journal.exists()
+
+
+def test_a_memory(generate, save, tmp_path):
+    save()
+    assert generate(0.75)[0] == 0
+    memory = load_memory(tmp_path / "memory.st")
+    held = dataclasses.replace(memory.remembered[1], values=torch.full_like(memory.remembered[1].values, NAN))
+    save_memory(tmp_path / "bad.st", dataclasses.replace(memory, remembered=memory.remembered | {1: held}))
+    (tmp_path / "film.mp4").unlink()
+    code, said = generate(0.75, "--memory-in", tmp_path / "bad.st")
+    assert code == 2 and "bad.st: NaN or infinity in its values.1" in said and not (tmp_path / "film.mp4").exists()
