@@ -52,6 +52,7 @@ def _root() -> None:
 
 @app.command()
 def generate(
+    context: typer.Context,
     story: Annotated[
         Path,
         typer.Argument(
@@ -120,14 +121,14 @@ def generate(
     from .model.parts import locate_student
     from .model.pipeline import Pipeline, load_parts, pick_device
     from .model.storyboard import read_story
-    from .model.video import check_writable, default_scale, write_video
+    from .model.video import default_scale, hold_output, write_video
 
     weights, how = locate_student(student, models_dir), reading(which, taken_as, replaced, lora)
     card = read_card(weights, **how)
     told = read_story(story, card.fps, card.memory.chunk)
     if seed is not None:
         told = told.with_seed(seed)
-    check_writable(output)
+    context.with_resource(hold_output(output))
     for option, path in (("--memory-out", memory_out), ("--report", report)):
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"{option}: the folder {path.parent} does not exist")

@@ -11,7 +11,7 @@ from comfy.ldm.wan.vae import count_cache_layers
 from comfy_api.latest import InputImpl, io, ui
 
 from ..model.codec import DemoCodec, decode_wan_stream, denormalise, pixel_frames
-from ..model.video import default_scale, write_video
+from ..model.video import default_scale, hold_output, write_video
 from .types import CATEGORY, MemoryType
 
 
@@ -86,7 +86,8 @@ class ContextForcingSaveVideo(io.ComfyNode):
 
         path = os.path.join(folder, file)
         scale = scale or default_scale(width, height)
-        write_video(path, decode_stream(vae, memory.film), fps=fps, scale=scale, crf=crf, on_frames=count)
+        with hold_output(path):
+            write_video(path, decode_stream(vae, memory.film), fps=fps, scale=scale, crf=crf, on_frames=count)
         return io.NodeOutput(
             InputImpl.VideoFromFile(path), ui=ui.PreviewVideo([ui.SavedResult(file, subfolder, io.FolderType.output)])
         )

@@ -1,6 +1,8 @@
 import io
+import os
 from pathlib import Path
 
+import imageio_ffmpeg
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -152,3 +154,31 @@ def models_dir(wan_vae_state, umt5_state, spiece, tmp_path_factory) -> Path:
     save_file(wan22, root / "vae" / "wan2.2_vae.safetensors")
     (root / "vae" / "broken.pt").write_bytes(b"not a pickle")
     return root
+
+
+@pytest.fixture
+def ffmpeg_that(tmp_path_factory, monkeypatch):
+    """(before, after) -> from now on ffmpeg does this in a shell before and after it encodes; $file is what it writes."""
+    if os.name == "nt":
+        pytest.skip("a shell script stands in for ffmpeg")
+    ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+
+    def stand_in(before=":", after=":"):
+        script = tmp_path_factory.mktemp("ffmpeg") / "ffmpeg"
+        script.write_text(
+            f"""#!/bin/sh
+            ffmpeg='{ffmpeg}'
+            case "$*" in *"-i - "*) ;; *) exec "$ffmpeg" "$@" ;; esac
+            for file; do :; done
+            file="${{file#file:}}"
+            {before}
+            "$ffmpeg" "$@"
+            status=$?
+            {after}
+            exit $status
+            """
+        )
+        script.chmod(0o755)
+        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(script))
+
+    return stand_in
