@@ -162,7 +162,8 @@ def generate(
         console.print(_escape(line), highlight=False)
     height, width = (side * 8 for side in final.latent_size[1:])
     asked = {**pipeline.names, "loras": lora or [], "story": dataclasses.asdict(told), "card": dataclasses.asdict(card)}
-    journal = Journal(beside(output), {**asked, "memory": fingerprint_memory(final)}, resume)
+    asked["memory"], num_chunks = fingerprint_memory(final), told.num_chunks(fps, chunk)
+    journal = Journal(beside(output), asked, resume, num_chunks=num_chunks, shape=final.chunk_shape)
     began = time.monotonic()
 
     with _progress() as progress, contextlib.ExitStack() as kept:
@@ -171,7 +172,7 @@ def generate(
         kept.push(lambda kind, *_: kind and journal.begun and console.print(says, highlight=False))
         if memory_out is not None:
             kept.callback(lambda: final.film and save_memory(memory_out, final.compact() if compact else final))
-        task = progress.add_task("generate", total=told.num_chunks(fps, chunk), says="")
+        task = progress.add_task("generate", total=num_chunks, says="")
 
         def latents():
             nonlocal final

@@ -101,6 +101,12 @@ class Memory:
         return sum(chunk.shape[2] for chunk in self.film)
 
     @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        """[1, C, T, H, W] of a chunk that is made for it."""
+        channels, height, width = self.latent_size
+        return 1, channels, self.config.chunk, height, width
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of keys and values; the film is not counted."""
         return sum(frame.num_bytes for frame in self.remembered.values())

@@ -60,6 +60,9 @@ def save_memory(path: str | Path, memory: Memory) -> None:
     part = path.with_name(path.name + ".part")
     try:
         save_file(tensors, part, {HEADER_KEY: text})
+        # On the disk before it has its name: `generate` then gives up its journal.
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be written ({error})") from None

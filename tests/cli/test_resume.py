@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 from context_forcing.model.checkpoint import load_demo_codec, load_student, save_student
 from context_forcing.model.codec import normalise
-from context_forcing.model.journal import Journal
 from context_forcing.model.video import read_runs, to_pixels
 
 MEADOW = "A meadow under a clear sky by day. The camera pans right."
@@ -98,47 +97,6 @@ def test_resume_wants_the_same_video(tmp_path):
     tell(tmp_path, scene(MEADOW, 3))
     code, said = generate(tmp_path, "film", "--resume")
     assert code == 2 and "another story" in said
-
-
-def test_a_journal_is_whole_up_to_where_it_ends(tmp_path):
-    journal = Journal(tmp_path / "j", {"student": "me"}, resume=False)
-    chunks = [torch.full((1, 16, 3, 2, 2), float(number)) for number in range(3)]
-    for number, chunk in enumerate(chunks):
-        journal.keep(number, chunk)
-    (tmp_path / "j" / "chunk-000003.part").write_bytes(b"half of it")
-    again = Journal(tmp_path / "j", {"student": "me"}, resume=True)
-    assert len(again.made) == 3 and all(torch.equal(a, b) for a, b in zip(again.made, chunks))
-    again.keep(0, chunks[2])
-    assert torch.equal(Journal(tmp_path / "j", {"student": "me"}, resume=True).made[0], chunks[0])
-    (tmp_path / "j" / "chunk-000001.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="chunk-000001.*damaged"):
-        Journal(tmp_path / "j", {"student": "me"}, resume=True)
-    (tmp_path / "j" / "journal.json").write_text("[]")
-    with pytest.raises(ValueError, match="journal.json: damaged"):
-        Journal(tmp_path / "j", {"student": "me"}, resume=True)
-    again.close()
-    assert not (tmp_path / "j").exists()
-
-
-def test_a_journal_begins_anew_where_nothing_is_lost(tmp_path):
-    """A run that ended before its first chunk is in nobody's way; what is not a journal's is not touched."""
-    folder = tmp_path / "j"
-    Journal(folder, {"student": "me"}, resume=False)
-    journal = Journal(folder, {"student": "you"}, resume=False)
-    assert not journal.begun
-    journal.keep(0, torch.zeros(1, 16, 3, 2, 2))
-    assert journal.begun
-    with pytest.raises(ValueError, match="holds an unfinished video"):
-        Journal(folder, {"student": "you"}, resume=False)
-    journal.close()
-    folder.mkdir()
-    (folder / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="in the way"):
-        Journal(folder, {"student": "you"}, resume=False)
-    assert (folder / "notes.txt").read_text() == "mine"
-    (tmp_path / "f").write_text("mine")
-    with pytest.raises(ValueError, match="in the way"):
-        Journal(tmp_path / "f", {"student": "you"}, resume=False)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """A memory on disk: exact, or refused in one line."""
 
 import json
+import os
 import random
 
 import pytest
@@ -90,6 +91,13 @@ def test_a_memory_replaces_an_older_one(memory, path, continue_by, same_memory):
     longer = continue_by(memory, 1)
     save_memory(path, longer)
     assert same_memory(load_memory(path, STUDENT), longer)
+
+
+def test_a_memory_is_on_the_disk_before_it_has_its_name(memory, tmp_path, monkeypatch):
+    path, synced = tmp_path / "new.memory", []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append((os.fstat(fd).st_size, path.exists())))
+    save_memory(path, memory)
+    assert synced == [(path.stat().st_size, False)]
 
 
 def test_another_student(path):
