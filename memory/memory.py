@@ -22,7 +22,7 @@ SIMILARITY_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True)
-class Remembered:
+class FrameKV:
     """One latent frame: raw keys (before rotation) and values per layer, [layers, B, P, N, E]."""
 
     keys: Tensor
@@ -34,13 +34,13 @@ class Remembered:
     def num_bytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None, there: "Remembered | None") -> "Remembered":
+    def to(self, device: torch.device | str, dtype: torch.dtype | None, there: "FrameKV | None") -> "FrameKV":
         """The same on a device; `there` is what may be it already, then it is shared and not copied again."""
         device, dtype = torch.device(device), dtype or self.keys.dtype
         same = there and there.written is self.written
         if same and there.keys.device == device and there.keys.dtype == dtype:
             return there
-        return Remembered(self.keys.to(device, dtype), self.values.to(device, dtype), self.written)
+        return FrameKV(self.keys.to(device, dtype), self.values.to(device, dtype), self.written)
 
 
 CHANGES = ("keep", "recache", "flush", "cut", "cut_new_sink")
@@ -77,9 +77,9 @@ class Memory:
     latent_size: tuple[int, int, int]
     """C, H, W of one latent frame."""
     slots: Slots = Slots()
-    remembered: dict[int, Remembered] = field(default_factory=dict)
+    remembered: dict[int, FrameKV] = field(default_factory=dict)
     """By absolute latent-frame index; exactly the frames of `slots`. Not to be changed."""
-    film: tuple[Tensor, ...] = ()
+    latent_chunks: tuple[Tensor, ...] = ()
     """Clean latents of every chunk so far, [B, C, T, H, W], normalised, on the CPU."""
     decisions: tuple[Decision, ...] = ()
     segments: tuple[Segment, ...] = ()
@@ -87,7 +87,7 @@ class Memory:
     """Fingerprint of the network whose keys these are; empty while there are none."""
     text: Tensor | None = None
     """The prompt the film ends under, [1, L, 4096], without padding rows."""
-    given: Tensor | None = None
+    start_latents: Tensor | None = None
     """Clean latents that the film must go on with, [1, C, T, H, W], on the CPU: a start image, a clip to continue."""
     scene_begins: bool = False
     """The next chunk is the first of a new scene."""
@@ -98,7 +98,7 @@ class Memory:
     @property
     def num_frames(self) -> int:
         """Latent frames in the film; also the absolute index of the next one."""
-        return sum(chunk.shape[2] for chunk in self.film)
+        return sum(chunk.shape[2] for chunk in self.latent_chunks)
 
     @property
     def chunk_shape(self) -> tuple[int, ...]:
@@ -119,12 +119,16 @@ class Memory:
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
         keys = [tensor for held in self.remembered.values() for tensor in (held.keys, held.values)]
-        return [*self.film, *keys, *(tensor for tensor in (self.text, self.given) if tensor is not None)]
+        return [
+            *self.latent_chunks,
+            *keys,
+            *(tensor for tensor in (self.text, self.start_latents) if tensor is not None),
+        ]
 
     @property
-    def num_given(self) -> int:
+    def num_start_frames(self) -> int:
         """Frames of the next chunk that are given."""
-        return 0 if self.given is None else min(self.given.shape[2], self.config.chunk)
+        return 0 if self.start_latents is None else min(self.start_latents.shape[2], self.config.chunk)
 
     @property
     def is_compact(self) -> bool:
@@ -147,37 +151,44 @@ class Memory:
         told = dataclasses.replace(self, segments=(*self.segments, segment), text=text)
         slots = self.slots
         if change == "flush":
-            return told.only(slots.sink + slots.fast[-self.config.chunk :])
-        if change in ("cut", "cut_new_sink") and self.film:
-            return dataclasses.replace(told.only(slots.sink if change == "cut" else ()), scene_begins=True)
+            return told.restrict_to(slots.sink + slots.fast[-self.config.chunk :])
+        if change in ("cut", "cut_new_sink") and self.latent_chunks:
+            return dataclasses.replace(told.restrict_to(slots.sink if change == "cut" else ()), scene_begins=True)
         return told
 
-    def only(self, frames: Collection[int]) -> "Memory":
+    def restrict_to(self, frames: Collection[int]) -> "Memory":
         """Remembering no other than these latent frames."""
         sink, slow = (tuple(frame for frame in part if frame in frames) for part in (self.slots.sink, self.slots.slow))
-        fast = [pair for pair in zip(self.slots.fast, self.slots.likeness, strict=True) if pair[0] in frames]
-        slots = Slots(sink, slow, tuple(frame for frame, _ in fast), tuple(likeness for _, likeness in fast))
+        fast = [
+            pair for pair in zip(self.slots.fast, self.slots.similarity_to_previous, strict=True) if pair[0] in frames
+        ]
+        slots = Slots(
+            sink,
+            slow,
+            tuple(frame for frame, _ in fast),
+            tuple(similarity_to_previous for _, similarity_to_previous in fast),
+        )
         remembered = {frame: held for frame, held in self.remembered.items() if frame in frames}
         return dataclasses.replace(self, slots=slots, remembered=remembered)
 
-    def give(self, latents_BCTHW: Tensor) -> "Memory":
+    def with_start_latents(self, latents_BCTHW: Tensor) -> "Memory":
         """Have the film begin with clean latents: whole chunks are taken over, the rest is held in the chunk after.
 
         Raises ValueError where the film has begun, or the latents do not fit or are not finite.
         """
-        if self.film:
+        if self.latent_chunks:
             raise ValueError(
                 f"memory: its film has {self.num_frames} latent frames already; a start image or clip goes into an"
                 " empty memory"
             )
-        if self.given is not None:
+        if self.start_latents is not None:
             raise ValueError("memory: it was given what its video begins with already; give it one start image or clip")
         self._check_fits(latents_BCTHW)
         if not all_finite([latents_BCTHW]):
             raise ValueError(
                 "latents: NaN or infinity in those of the start image or clip; check the file, or run the VAE in fp32"
             )
-        return dataclasses.replace(self, given=latents_BCTHW.detach().to("cpu", torch.float32, copy=True))
+        return dataclasses.replace(self, start_latents=latents_BCTHW.detach().to("cpu", torch.float32, copy=True))
 
     def _check_fits(self, latents_BCTHW: Tensor) -> None:
         shape = tuple(latents_BCTHW.shape)
@@ -187,7 +198,7 @@ class Memory:
                 f" {self.latent_size}"
             )
 
-    def append(self, latents_BCTHW: Tensor, kept: Sequence[tuple[Tensor, Tensor]]) -> "Memory":
+    def append(self, latents_BCTHW: Tensor, new_kv: Sequence[tuple[Tensor, Tensor]]) -> "Memory":
         """Commit a chunk: clean latents, and per layer the raw keys and values [B, T, P, N, E] of their pass.
 
         Keys are compared where those of the pass are.
@@ -195,10 +206,10 @@ class Memory:
         self._check_fits(latents_BCTHW)
         first, num_new = self.num_frames, latents_BCTHW.shape[2]
         new_frames = range(first, first + num_new)
-        held = self.remembered | _remember(new_frames, kept)
+        held = self.remembered | _remember(new_frames, new_kv)
 
         def similarity(frame: int, others: Sequence[int]) -> list[float]:
-            here = held[frame].keys.to(kept[0][0].device)
+            here = held[frame].keys.to(new_kv[0][0].device)
             scores = [key_similarity(here, held[other].keys) for other in others]
             return torch.stack(scores).tolist()
 
@@ -210,20 +221,22 @@ class Memory:
             decisions=self.decisions + decisions,
             scene_begins=False,
         )
-        return grown.with_film(latents_BCTHW)
+        return grown.with_latents(latents_BCTHW)
 
-    def with_film(self, latents_BCTHW: Tensor) -> "Memory":
+    def with_latents(self, latents_BCTHW: Tensor) -> "Memory":
         """The film a chunk longer, what was given for it taken off."""
         num_new = latents_BCTHW.shape[2]
         return dataclasses.replace(
             self,
-            film=(*self.film, latents_BCTHW.detach().to("cpu", copy=True)),
-            given=self.given[:, :, num_new:] if self.given is not None and self.given.shape[2] > num_new else None,
+            latent_chunks=(*self.latent_chunks, latents_BCTHW.detach().to("cpu", copy=True)),
+            start_latents=self.start_latents[:, :, num_new:]
+            if self.start_latents is not None and self.start_latents.shape[2] > num_new
+            else None,
         )
 
-    def write(self, frames: Sequence[int], kept: Sequence[tuple[Tensor, Tensor]]) -> "Memory":
+    def write(self, frames: Sequence[int], new_kv: Sequence[tuple[Tensor, Tensor]]) -> "Memory":
         """Keys and values of frames anew, per layer [B, T, P, N, E]."""
-        return dataclasses.replace(self, remembered=self.remembered | _remember(frames, kept))
+        return dataclasses.replace(self, remembered=self.remembered | _remember(frames, new_kv))
 
     def view(self, rotate: Callable[[Tensor], Tensor], lazy: bool = False) -> MemoryView:
         """Keys and values for attention; `rotate` gives raw keys [B, M, P, N, E] their ranks."""
@@ -232,12 +245,12 @@ class Memory:
             [frame.keys.unbind(0) for frame in frames], [frame.values.unbind(0) for frame in frames], rotate, lazy
         )
 
-    def latents(self, frames: Sequence[int]) -> Tensor:
+    def latents_of(self, frames: Sequence[int]) -> Tensor:
         """Clean latents [B, C, T, H, W] of absolute frames, for example `slots.slow`."""
         if not frames:
             return torch.zeros(1, self.latent_size[0], 0, *self.latent_size[1:])
         wanted, first, parts = set(frames), 0, {}
-        for chunk in self.film:
+        for chunk in self.latent_chunks:
             for t in range(chunk.shape[2]):
                 if first + t in wanted:
                     parts[first + t] = chunk[:, :, t : t + 1]
@@ -252,15 +265,13 @@ class Memory:
         Frames that the memory `before` this one holds there already are shared with it, not copied again.
         """
         there = before.remembered if before else {}
-        remembered = {
-            frame: held.to(device, dtype, there.get(frame)) for frame, held in self.remembered.items()
-        }
+        remembered = {frame: held.to(device, dtype, there.get(frame)) for frame, held in self.remembered.items()}
         return dataclasses.replace(self, remembered=remembered)
 
 
-def _remember(frames: Sequence[int], kept: Sequence[tuple[Tensor, Tensor]]) -> dict[int, Remembered]:
+def _remember(frames: Sequence[int], new_kv: Sequence[tuple[Tensor, Tensor]]) -> dict[int, FrameKV]:
     return {
-        frame: Remembered(torch.stack([k[:, t] for k, _ in kept]), torch.stack([v[:, t] for _, v in kept]))
+        frame: FrameKV(torch.stack([k[:, t] for k, _ in new_kv]), torch.stack([v[:, t] for _, v in new_kv]))
         for t, frame in enumerate(frames)
     }
 

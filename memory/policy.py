@@ -21,7 +21,7 @@ class Slots:
     sink: tuple[int, ...] = ()
     slow: tuple[int, ...] = ()
     fast: tuple[int, ...] = ()
-    likeness: tuple[float | None, ...] = ()
+    similarity_to_previous: tuple[float | None, ...] = ()
     """Similarity of each fast frame to the frame just before it in time (policy clean)."""
 
     @property
@@ -49,24 +49,24 @@ def advance(
     num_sink = config.sink - len(slots.sink)
     sink = slots.sink + tuple(new_frames[:num_sink])
     slow = slots.slow
-    fast, likeness = list(slots.fast), list(slots.likeness)
+    fast, similarity_to_previous = list(slots.fast), list(slots.similarity_to_previous)
     previous = slots.fast[-1] if slots.fast else (sink[-1] if sink else None)
     for frame in new_frames[num_sink:]:
         compare = config.policy == "clean" and config.slow and previous is not None
-        likeness.append(similarity(frame, [previous])[0] if compare else None)
+        similarity_to_previous.append(similarity(frame, [previous])[0] if compare else None)
         fast.append(frame)
         previous = frame
     decisions = []
     while len(fast) > config.fast - config.chunk:
-        frame, like = fast.pop(0), likeness.pop(0)
+        frame, like = fast.pop(0), similarity_to_previous.pop(0)
         slow, decision = _leave_fast(frame, like, sink, slow, config, similarity)
         decisions.append(decision)
-    return Slots(sink, slow, tuple(fast), tuple(likeness)), tuple(decisions)
+    return Slots(sink, slow, tuple(fast), tuple(similarity_to_previous)), tuple(decisions)
 
 
 def _leave_fast(
     frame: int,
-    likeness: float | None,
+    similarity_to_previous: float | None,
     sink: tuple[int, ...],
     slow: tuple[int, ...],
     config: MemoryConfig,
@@ -81,7 +81,7 @@ def _leave_fast(
         promoted = frame % config.uniform_stride == 0
     else:
         if config.policy == "clean":
-            score = likeness
+            score = similarity_to_previous
         else:
             others = (sink if config.novel_against_sink else ()) + slow
             score = max(similarity(frame, others)) if others else None

@@ -17,13 +17,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .config import RELEASED, MemoryConfig
-from .memory import Memory, Remembered, Segment, all_finite
+from .layer_store import LayerSlots, ReleasedMemory
+from .memory import FrameKV, Memory, Segment, all_finite
 from .policy import Decision, Slots
-from .released import LayerSlots, ReleasedMemory
 
 HEADER_KEY = "context_forcing_memory"
 DIGEST_KEY = "sha256"
 VERSION = 2
+FILE_NAMES = {"similarity_to_previous": "likeness"}
+"""Fields that the file has under other names."""
+FIELD_NAMES = {name: field for field, name in FILE_NAMES.items()}
 
 
 def save_memory(path: str | Path, memory: Memory) -> None:
@@ -36,8 +39,8 @@ def save_memory(path: str | Path, memory: Memory) -> None:
         "scene_begins": memory.scene_begins,
         "config": dataclasses.asdict(memory.config),
         "latent_size": memory.latent_size,
-        "slots": dataclasses.asdict(memory.slots),
-        "chunks": [chunk.shape[2] for chunk in memory.film],
+        "slots": {FILE_NAMES.get(name, name): value for name, value in dataclasses.asdict(memory.slots).items()},
+        "chunks": [chunk.shape[2] for chunk in memory.latent_chunks],
         "decisions": [dataclasses.astuple(decision) for decision in memory.decisions],
         "segments": [dataclasses.astuple(segment) for segment in memory.segments],
     }
@@ -50,11 +53,11 @@ def save_memory(path: str | Path, memory: Memory) -> None:
             for frame, held in memory.remembered.items()
             for part in ("keys", "values")
         }
-    if memory.film:
-        tensors["film"] = torch.cat(memory.film, dim=2)
-    for name in ("text", "given"):
-        if getattr(memory, name) is not None:
-            tensors[name] = getattr(memory, name).contiguous()
+    if memory.latent_chunks:
+        tensors["film"] = torch.cat(memory.latent_chunks, dim=2)
+    for name, tensor in (("text", memory.text), ("given", memory.start_latents)):
+        if tensor is not None:
+            tensors[name] = tensor.contiguous()
     # Inside the header: safetensors writes several metadata keys in no fixed order.
     text = json.dumps({**header, DIGEST_KEY: digest(header, tensors)})
     part = path.with_name(path.name + ".part")
@@ -133,7 +136,7 @@ def _layers_in(header: dict, tensors: dict[str, torch.Tensor]) -> tuple[LayerSlo
         layers.append(
             LayerSlots(
                 frames=tuple(frames),
-                entries=tuple(Remembered(k.contiguous(), v.contiguous()) for k, v in zip(keys, values)),
+                entries=tuple(FrameKV(k.contiguous(), v.contiguous()) for k, v in zip(keys, values)),
                 num_slow=num_slow,
                 descriptor=tensors[f"descriptor.{number}"],
             )
@@ -142,7 +145,7 @@ def _layers_in(header: dict, tensors: dict[str, torch.Tensor]) -> tuple[LayerSlo
 
 
 def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
-    slots = Slots(**{name: tuple(value) for name, value in header["slots"].items()})
+    slots = Slots(**{FIELD_NAMES.get(name, name): tuple(value) for name, value in header["slots"].items()})
     config = MemoryConfig.from_dict(header["config"])
     channels, height, width = header["latent_size"]
     chunks = header["chunks"]
@@ -152,7 +155,7 @@ def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
     for name, right in {
         "form": header["form"] in ("exact", "compact"),
         "chunks": all(type(length) is int and length > 0 for length in chunks),
-        "slots": len(set(slots.all)) == len(slots.all) and len(slots.likeness) == len(slots.fast),
+        "slots": len(set(slots.all)) == len(slots.all) and len(slots.similarity_to_previous) == len(slots.fast),
         "text": text is None or (text.ndim == 3 and text.shape[0] == 1),
         "given": given is None
         or (given.ndim == 5 and (*given.shape[:2], *given.shape[3:]) == (1, channels, height, width)),
@@ -171,7 +174,7 @@ def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
         raise ValueError(f"damaged: the film has shape {tuple(film.shape)}, its header says otherwise")
     if any(not 0 <= frame < film.shape[2] for frame in slots.all):
         raise ValueError("damaged: it remembers frames that the film does not have")
-    held = {frame: Remembered(tensors[f"keys.{frame}"], tensors[f"values.{frame}"]) for frame in remembered}
+    held = {frame: FrameKV(tensors[f"keys.{frame}"], tensors[f"values.{frame}"]) for frame in remembered}
     layers = _layers_in(header, tensors) if is_released else ()
     entries = (*held.values(), *(entry for layer in layers for entry in layer.entries))
     if len({tuple(tensor.shape) for each in entries for tensor in (each.keys, each.values)}) > 1:
@@ -182,11 +185,11 @@ def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
         latent_size=(channels, height, width),
         slots=slots,
         remembered=held,
-        film=tuple(chunk.contiguous() for chunk in film.split(chunks, dim=2)) if chunks else (),
+        latent_chunks=tuple(chunk.contiguous() for chunk in film.split(chunks, dim=2)) if chunks else (),
         decisions=tuple(Decision(*decision) for decision in header["decisions"]),
         segments=tuple(Segment(*segment) for segment in header["segments"]),
         student=header["student"],
         text=text,
-        given=given,
+        start_latents=given,
         scene_begins=header["scene_begins"],
     )

@@ -223,11 +223,11 @@ class MemoryAttention:
         self.table = rotary_table(positions, *grid, head_dim)
         self.view = view
         self.attention = attention
-        self.kept: list[tuple[Tensor, Tensor]] | None = [] if keep else None
+        self.new_kv: list[tuple[Tensor, Tensor]] | None = [] if keep else None
 
     def __call__(self, layer: int, q_BTPNE: Tensor, k_BTPNE: Tensor, v_BTPNE: Tensor) -> Tensor:
-        if self.kept is not None and len(self.kept) == layer:  # a pass that is recomputed comes here again
-            self.kept.append((plain(k_BTPNE), plain(v_BTPNE)))
+        if self.new_kv is not None and len(self.new_kv) == layer:  # a pass that is recomputed comes here again
+            self.new_kv.append((plain(k_BTPNE), plain(v_BTPNE)))
         q = rotate(q_BTPNE, self.table).flatten(1, 2)
         k = rotate(k_BTPNE, self.table).flatten(1, 2)
         v = v_BTPNE.flatten(1, 2)

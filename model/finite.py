@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..memory.layer_store import LayerSlots, ReleasedMemory
 from ..memory.memory import Memory, all_finite
-from ..memory.released import LayerSlots, ReleasedMemory
 from .attention import Attention, sdpa
 from .causal import AttendSelf, Call, TextContext
 from .flow import TIMESTEPS
@@ -54,7 +54,7 @@ class Watch:
     def look_at_memory(self) -> None:
         """What the chunk begins from: what is given for it, the prompt, remembered keys and values."""
         memory = self.memory
-        if memory.given is not None and not all_finite([memory.given[:, :, : memory.config.chunk]]):
+        if memory.start_latents is not None and not all_finite([memory.start_latents[:, :, : memory.config.chunk]]):
             raise self.error("the start image or clip", "check the file, or encode it in fp32")
         if memory.text is not None and memory.text.numel() and not all_finite([memory.text]):
             raise self.error("the prompt's embeddings", "check the text encoder, or run it in fp32")

@@ -12,7 +12,7 @@ from torch import Tensor
 TIMESTEPS = 1000
 
 
-def warp(sigma: float | Tensor, shift: float) -> float | Tensor:
+def shift_sigma(sigma: float | Tensor, shift: float) -> float | Tensor:
     """Move noise levels towards 1: shift * s / (1 + (shift - 1) * s)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
@@ -30,7 +30,7 @@ def warped_sigmas(steps: Sequence[float], shift: float) -> tuple[float, ...]:
         raise ValueError(f"steps: {list(steps)} must fall from noise (1000) towards 0")
     if not (shift > 0 and math.isfinite(shift)):
         raise ValueError(f"shift: {shift} must be a positive number (5 for Wan 1.3B students)")
-    return tuple(float(warp(step / TIMESTEPS, shift)) for step in steps)
+    return tuple(float(shift_sigma(step / TIMESTEPS, shift)) for step in steps)
 
 
 SOLVERS = ("renoise", "euler")

@@ -12,12 +12,11 @@ from torch import Tensor
 from ..memory.memory import Memory
 from .sampler import CausalSampler, seeded_noise
 
-
 ALIKE = 0.02
 """Share of its length by which a prompt's embedding may differ from the same prompt's."""
 
 
-def segment(
+def generate_segment(
     sampler_of: Callable[[Tensor], CausalSampler],
     memory: Memory,
     text_BLC: Tensor,
@@ -46,16 +45,16 @@ def segment(
             " run it in fp32"
         )
     differs = before is not None and not alike(before, text)
-    memory.check_change(change if memory.film else "keep")
-    if not memory.film or (not differs and change in ("recache", "flush")):
+    memory.check_change(change if memory.latent_chunks else "keep")
+    if not memory.latent_chunks or (not differs and change in ("recache", "flush")):
         change = "keep"
     if memory.is_compact and change != "recache":
         if before is None:
             raise ValueError("memory: it is compact and does not say under which prompt it was made")
         old = sampler_of(before)
-        memory = old.recache(old.ready(memory))
+        memory = old.recache(old.prepare(memory))
     sampler = sampler_of(text)
-    memory = sampler.ready(memory.begin(prompt, seed, text, change))
+    memory = sampler.prepare(memory.begin(prompt, seed, text, change))
     if change == "recache":
         memory = sampler.recache(memory)
     noise, finished = seeded_noise(seed, memory.latent_size), iter(made)
@@ -65,7 +64,7 @@ def segment(
         if differs and number < blend:
             now = sampler_of(between(before, text, (number + 1) / (blend + 1)))
         x0 = next(finished, None) if memory.can_be_compact else None
-        memory = now.make_chunk(memory, sigmas, noise) if x0 is None else now.commit(memory, x0.to(now.device))
+        memory = now.generate_chunk(memory, sigmas, noise) if x0 is None else now.commit(memory, x0.to(now.device))
         yield memory
 
 

@@ -3,13 +3,13 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .consistency import ContextForcingConsistency
-from .load import ContextForcingLoadDemo, ContextForcingLoadStudent
+from .loaders import ContextForcingLoadDemo, ContextForcingLoadStudent
 from .memory import ContextForcingMemory, ContextForcingMemoryReport
-from .remember import ContextForcingRemember
 from .sampler import ContextForcingSampler
-from .settings import ContextForcingStudentSettings
-from .snapshot import ContextForcingLoadMemory, ContextForcingSaveMemory
+from .save_load import ContextForcingLoadMemory, ContextForcingSaveMemory
+from .start import ContextForcingRemember
 from .storyboard import ContextForcingStoryboard
+from .student_settings import ContextForcingStudentSettings
 from .video import ContextForcingSaveVideo
 
 NODES: list[type[io.ComfyNode]] = [

@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from comfy_api.latest import io, ui
 
-from ..model.codec import pixel_frames
-from ..model.consistency import Eye, describe, draw_consistency, palette, watch
-from ..model.video import to_uint8
-from .types import CATEGORY, MemoryType, as_image
+from ..model.units import pixel_frames
+from ..video.consistency import FeatureExtractor, describe, draw_consistency, measure_consistency, palette
+from ..video.mp4 import to_uint8
+from .handle import CATEGORY, MemoryType, as_image
 from .video import decode_stream
 
 
 def frames_of(memory, vae, images) -> Iterator[np.ndarray]:
     """Frames one by one, uint8 [H, W, 3]: of the film, decoded as a stream, or of an IMAGE batch."""
     if images is None:
-        for run in decode_stream(vae, memory.memory.film):
+        for run in decode_stream(vae, memory.memory.latent_chunks):
             yield from to_uint8(run)
     else:
         for image in images:
@@ -27,7 +27,7 @@ def frames_of(memory, vae, images) -> Iterator[np.ndarray]:
             yield to_uint8(image[None, None, :, :, :3].movedim(-1, 1) * 2 - 1)[0]
 
 
-def clip_eye(clip_vision) -> Eye:
+def clip_extractor(clip_vision) -> FeatureExtractor:
     """What a CLIP_VISION makes of pictures: its image embeddings, of unit length."""
 
     def look(pictures: Sequence[np.ndarray]) -> torch.Tensor:
@@ -75,7 +75,7 @@ class ContextForcingConsistency(io.ComfyNode):
             raise ValueError("memory: connect either a memory, with a vae, or images")
         if memory is not None and vae is None:
             raise ValueError("vae: the memory's video must be decoded; connect a VAE")
-        eyes = {"palette": palette} | ({"CLIP": clip_eye(clip_vision)} if clip_vision is not None else {})
+        extractors = {"palette": palette} | ({"CLIP": clip_extractor(clip_vision)} if clip_vision is not None else {})
         total = pixel_frames(memory.memory.num_frames) if images is None else len(images)
         progress = comfy.utils.ProgressBar(max(1, total))
 
@@ -84,6 +84,6 @@ class ContextForcingConsistency(io.ComfyNode):
                 yield frame
                 progress.update(1)
 
-        watched = watch(counted(), fps, eyes, every)
-        image = as_image(draw_consistency(watched))
-        return io.NodeOutput(image, describe(watched), ui=ui.PreviewImage(image, cls=cls))
+        curve = measure_consistency(counted(), fps, extractors, every)
+        image = as_image(draw_consistency(curve))
+        return io.NodeOutput(image, describe(curve), ui=ui.PreviewImage(image, cls=cls))

@@ -9,9 +9,8 @@ import comfy.model_patcher
 import comfy.sd
 import torch
 
-from ..model.checkpoint import load_demo_codec
-from ..model.codec import DemoCodec
-from ..model.text import encode_demo_text, unknown_words
+from ..model.codecs.demo_text import encode_demo_text, unknown_words
+from ..model.codecs.demo_vae import DemoCodec, load_demo_codec
 
 log = logging.getLogger("context_forcing")
 

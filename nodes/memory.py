@@ -6,12 +6,12 @@ import numpy as np
 from comfy_api.latest import io, ui
 
 from ..memory.config import MEMORY_PRESETS, POLICIES, RELEASED, named_memory
-from ..memory.report import draw_report, summary
-from ..model.pipeline import new_memory
-from ..model.probe import attention_mass
-from ..model.video import to_uint8
+from ..model.attention_mass import attention_mass
+from ..video.mp4 import to_uint8
+from ..video.pipeline import new_memory
+from ..video.report import draw_report, summary
+from .handle import CATEGORY, MemoryHandle, MemoryType, as_image, card_of, log
 from .sampler import sampler_for
-from .types import CATEGORY, MemoryType, OnWire, as_image, card_of, log
 from .video import decode_stream
 
 AS_TRAINED = "as trained"
@@ -75,7 +75,7 @@ class ContextForcingMemory(io.ComfyNode):
         if policy != AS_TRAINED:
             settings["policy"] = policy
         config = dataclasses.replace(trained, **settings)
-        return io.NodeOutput(OnWire.of(new_memory(config, width or card.size[0], height or card.size[1])))
+        return io.NodeOutput(MemoryHandle.of(new_memory(config, width or card.size[0], height or card.size[1])))
 
 
 class ContextForcingMemoryReport(io.ComfyNode):
@@ -118,5 +118,5 @@ class ContextForcingMemoryReport(io.ComfyNode):
 
 def thumbnails(memory, vae) -> np.ndarray:
     """The remembered frames as pictures, uint8 [M, H, W, 3]; each decoded by itself, as a still."""
-    frames = [to_uint8(next(iter(decode_stream(vae, [memory.latents([frame])])))) for frame in memory.slots.all]
+    frames = [to_uint8(next(iter(decode_stream(vae, [memory.latents_of([frame])])))) for frame in memory.slots.all]
     return np.concatenate(frames) if frames else np.zeros((0, 1, 1, 3), np.uint8)

@@ -12,15 +12,15 @@ from PIL import Image
 
 from ..memory.memory import CHANGES, Memory
 from ..model.causal import embed_text
-from ..model.codec import denormalise
+from ..model.codecs.base import denormalise
 from ..model.config import VAE_STRIDE, StudentCard
-from ..model.sampler import COMMIT_ATTENDS, LAYOUTS, CausalSampler, chunks_for, working_bytes
-from ..model.segment import segment
-from ..model.video import to_uint8
+from ..model.sampler import COMMIT_ATTENDS, KV_PLACEMENTS, CausalSampler, chunks_for, working_bytes
+from ..model.segment import generate_segment
+from ..video.mp4 import to_uint8
 from .demo import WORDS, preview_codec
+from .handle import CATEGORY, MemoryHandle, MemoryType, card_of, log, student_of, wan_network
 from .patches import ATTENTIONS, attention_of, call_of, compute_dtype, warn_of_ignored
-from .snapshot import PLACES, at_rest, autosaved
-from .types import CATEGORY, MemoryType, OnWire, card_of, log, student_of, wan_network
+from .save_load import PLACES, at_rest, autosaved
 
 PREVIEW_SIDE = 512
 
@@ -63,7 +63,7 @@ def sampler_for(
     warn_of_ignored(model)
     needed = working_bytes(net, memory, dtype, layout)
     if needed > (total := mm.get_total_memory(device)):
-        others = {name: working_bytes(net, memory, dtype, name) / 1e9 for name in LAYOUTS}
+        others = {name: working_bytes(net, memory, dtype, name) / 1e9 for name in KV_PLACEMENTS}
         log.warning(
             "memory: its keys and values and one pass take %.1f GB beside the weights, the device has %.1f; by the"
             " sampler's layout: %s", needed / 1e9, total / 1e9,
@@ -138,7 +138,7 @@ class ContextForcingSampler(io.ComfyNode):
                     " interrupted: Load Memory goes on from there, even after ComfyUI was closed.",
                 ),
                 io.Combo.Input(
-                    "layout", options=list(LAYOUTS), default="at once", optional=True, advanced=True,
+                    "layout", options=list(KV_PLACEMENTS), default="at once", optional=True, advanced=True,
                     tooltip="How the memory is laid out while this sampler runs; the video is the same. at once:"
                     " fastest, takes twice the memory's size in video memory. by layer: takes its size once, somewhat"
                     " slower. from RAM: the memory stays in RAM and is copied over layer by layer in every pass; slow,"
@@ -167,15 +167,15 @@ class ContextForcingSampler(io.ComfyNode):
 
         sampler_of = sampler_for(model, card, before, attention, layout, commit_attends=commit_attends)
         progress, preview = comfy.utils.ProgressBar(num_chunks), previewer_of(card.base == "demo")
-        chunks = segment(
+        chunks = generate_segment(
             sampler_of, before, text, prompt=positive[0][1].get(WORDS, ""), seed=seed, num_chunks=num_chunks,
             sigmas=card.sigmas, change=change, blend=blend,
         )  # fmt: skip
         with autosaved(autosave) as kept:
             for done, after in enumerate(chunks, 1):
                 kept.memory = after
-                progress.update_absolute(done, num_chunks, preview(after.film[-1]))
-        latents = torch.cat(after.film[-num_chunks:], dim=2)
+                progress.update_absolute(done, num_chunks, preview(after.latent_chunks[-1]))
+        latents = torch.cat(after.latent_chunks[-num_chunks:], dim=2)
         samples = model.model.process_latent_out(latents).to(mm.intermediate_device())
         after = at_rest(after, keep_in, before)
-        return io.NodeOutput(OnWire.of(after, before), {"samples": samples})
+        return io.NodeOutput(MemoryHandle.of(after, before), {"samples": samples})

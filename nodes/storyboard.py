@@ -3,11 +3,11 @@
 from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder
 
-from ..model.sampler import LAYOUTS
-from ..model.storyboard import chunk_story, parse_storyboard, write_storyboard
+from ..model.sampler import KV_PLACEMENTS
+from ..video.storyboard import chunk_story, parse_storyboard, write_storyboard
+from .handle import CATEGORY, MemoryType, card_of
 from .patches import ATTENTIONS
-from .snapshot import PLACES
-from .types import CATEGORY, MemoryType, card_of
+from .save_load import PLACES
 
 EXAMPLE = """\
 # when a segment begins, [how its prompt takes over], its prompt
@@ -62,7 +62,7 @@ class ContextForcingStoryboard(io.ComfyNode):
                     " interrupt.",
                 ),
                 io.Combo.Input(
-                    "layout", options=list(LAYOUTS), default="at once", optional=True, advanced=True,
+                    "layout", options=list(KV_PLACEMENTS), default="at once", optional=True, advanced=True,
                     tooltip="As in the sampler. at once: fastest. by layer: half the video memory for what is"
                     " remembered. from RAM: the least, slow.",
                 ),

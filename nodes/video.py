@@ -10,9 +10,12 @@ import torch
 from comfy.ldm.wan.vae import count_cache_layers
 from comfy_api.latest import InputImpl, io, ui
 
-from ..model.codec import DemoCodec, decode_wan_stream, denormalise, pixel_frames
-from ..model.video import default_scale, hold_output, write_video
-from .types import CATEGORY, MemoryType
+from ..model.codecs.base import denormalise
+from ..model.codecs.demo_vae import DemoCodec
+from ..model.codecs.wan_vae import decode_wan_stream
+from ..model.units import pixel_frames
+from ..video.mp4 import default_scale, hold_output, write_video
+from .handle import CATEGORY, MemoryType
 
 
 def decode_stream(vae, chunks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -87,7 +90,7 @@ class ContextForcingSaveVideo(io.ComfyNode):
         path = os.path.join(folder, file)
         scale = scale or default_scale(width, height)
         with hold_output(path):
-            write_video(path, decode_stream(vae, memory.film), fps=fps, scale=scale, crf=crf, on_frames=count)
+            write_video(path, decode_stream(vae, memory.latent_chunks), fps=fps, scale=scale, crf=crf, on_frames=count)
         return io.NodeOutput(
             InputImpl.VideoFromFile(path), ui=ui.PreviewVideo([ui.SavedResult(file, subfolder, io.FolderType.output)])
         )

@@ -11,10 +11,9 @@ import re
 import sys
 from pathlib import Path
 
+from context_forcing.train.evaluation.evaluate import RESULTS
+from context_forcing.train.evaluation.summary import Record, sum_up, tables
 from rich.console import Console
-
-from context_forcing.train.evaluate import RESULTS
-from context_forcing.train.summary import Record, sum_up, tables
 
 FPS = 16
 

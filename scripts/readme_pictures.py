@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from context_forcing.model.device import pick_device
+from context_forcing.video.pipeline import Pipeline
+from context_forcing.video.story import load_story
 from PIL import Image, ImageDraw, ImageFont
-
-from context_forcing.model.pipeline import Pipeline, pick_device
-from context_forcing.model.story import load_story
 
 SCALE = 3
 COLUMNS = 6
@@ -20,9 +20,9 @@ COLUMNS = 6
 def filmstrip(pipeline: Pipeline, story, title: str, **settings) -> Image.Image:
     """The same moments of a film in one row, with a title."""
     memory = pipeline.empty_memory(**settings)
-    for memory in pipeline.tell(story, memory):
+    for memory in pipeline.generate(story, memory):
         pass
-    pixels = torch.cat(list(pipeline.decode(memory.film)), dim=2)[0]
+    pixels = torch.cat(list(pipeline.decode(memory.latent_chunks)), dim=2)[0]
     fps = pipeline.card.fps
     ends = np.cumsum([scene.seconds for scene in story.segments])
     moments = [ends[0], ends[1], (ends[1] + ends[2]) / 2, ends[2], ends[3], ends[4]]

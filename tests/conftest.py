@@ -5,16 +5,15 @@ from pathlib import Path
 import imageio_ffmpeg
 import pytest
 import torch
-from safetensors.torch import save_file
-
 from context_forcing.memory import Memory, MemoryConfig
 from context_forcing.memory import empty_memory as memory_of_kind
 from context_forcing.model.causal import embed_text
+from context_forcing.model.codecs.umt5 import UMT5Encoder
+from context_forcing.model.codecs.wan_vae import WanVAE
 from context_forcing.model.config import WanConfig
 from context_forcing.model.sampler import CausalSampler
-from context_forcing.model.umt5 import UMT5Encoder
 from context_forcing.model.wan import Block, Head, WanModel
-from context_forcing.model.wan_vae import WanVAE
+from safetensors.torch import save_file
 
 # The networks here are so small that threads only wait for each other.
 torch.set_num_threads(1)
@@ -87,7 +86,7 @@ def same_memory():
         alike = lambda x, y: x is y if x is None or y is None else torch.equal(x, y)
         return (
             all(getattr(a, name) == getattr(b, name) for name in plain)
-            and all(alike(getattr(a, name), getattr(b, name)) for name in ("text", "given"))
+            and all(alike(getattr(a, name), getattr(b, name)) for name in ("text", "start_latents"))
             and list(a.remembered) == list(b.remembered)
             and all(
                 torch.equal(a.remembered[f].keys, b.remembered[f].keys)

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = (
-    "__init__.py", "cli.py", "commands", "memory", "model", "nodes", "train", "workflows", "web", "locales",
+    "__init__.py", "cli", "memory", "model", "nodes", "train", "video", "workflows", "web", "locales",
     "pyproject.toml", "requirements.txt", "README.md", "LICENSE",
 )  # fmt: skip
 
@@ -120,7 +120,7 @@ def test_the_library_works_without_comfyui_and_without_extras(tmp_path):
     script = (
         "import sys, context_forcing.memory, context_forcing.model.sampler\n"
         "assert not [m for m in sys.modules if m.split('.')[0] in ('comfy', 'comfy_api', 'typer', 'yaml')]\n"
-        "import context_forcing.train.pretrain\n"
+        "import context_forcing.train.stages.pretrain\n"
         "assert not [m for m in sys.modules if m.startswith(('comfy', 'context_forcing.nodes'))]"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)

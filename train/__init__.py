@@ -21,11 +21,11 @@ def run_stage(stage: str, config: str, overrides: Sequence[str], resume: bool) -
 
 
 def _stage(stage: str, settings):
-    from .distill import DistillStage
     from .parallel import start_parallel
-    from .pretrain import PretrainStage
-    from .teacher import TeacherStage
-    from .vae import VaeStage
+    from .stages.codec import VaeStage
+    from .stages.distill import DistillStage
+    from .stages.pretrain import PretrainStage
+    from .stages.teacher import TeacherStage
 
     kind = {"vae": VaeStage, "pretrain": PretrainStage, "teacher": TeacherStage}.get(stage, DistillStage)
     return kind(settings, start_parallel(settings.device))

@@ -10,8 +10,8 @@ from ..model.config import PRESETS, VAE_STRIDE
 from ..model.settings import parse_overrides, read_settings, with_settings
 from .lora import LoraConfig
 from .parallel import PRECISIONS
-from .recycling import RecyclingConfig
-from .trainee import OptimConfig
+from .stages.recycling import RecyclingConfig
+from .trained_network import OptimConfig
 
 
 @dataclass(frozen=True, kw_only=True)

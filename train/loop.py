@@ -23,14 +23,14 @@ import torch.distributed.checkpoint as dcp
 from PIL import Image
 from torch import Tensor, nn
 
-from ..model.cards import BASE, card_in
-from ..model.checkpoint import check_tensors, open_student, write_student
+from ..model.checkpoints.published import BASE, card_in
+from ..model.checkpoints.student import check_tensors, open_student, write_student
 from ..model.config import CARD_KEY, PRESETS, StudentCard
 from ..model.wan import WanModel
 from .log import RunLog
 from .lora import LoraConfig, add_lora, merge_lora, save_lora
 from .parallel import PRECISIONS, Parallel, shard
-from .trainee import Trainee
+from .trained_network import TrainedNetwork
 
 log = logging.getLogger("context_forcing")
 
@@ -87,7 +87,7 @@ class Stage(ABC):
     def __init__(self, config: Any, parallel: Parallel):
         parallel.samples(config.batch)  # refuses a batch that does not divide
         self.config, self.parallel = config, parallel
-        self.trainees: dict[str, Trainee] = {}
+        self.trained: dict[str, TrainedNetwork] = {}
         self.begun_from: StudentCard | None = None
 
     @abstractmethod
@@ -121,7 +121,7 @@ class Stage(ABC):
 
     def save(self, path: Path, name: str, card: StudentCard, step: int, seconds: float, revision: str) -> Path:
         """A trained network with its card, to a file."""
-        trainee, lora = self.trainees[name], self.config.lora
+        trainee, lora = self.trained[name], self.config.lora
         weights = trainee.weights()
         if self.begun_from:
             revision = f"{self.begun_from.revision}; then {revision}"
@@ -156,7 +156,7 @@ class Checkpoints:
         return found[-1] if found else None
 
     def _tensors(self) -> dict:
-        return {name: trainee.state() for name, trainee in self.stage.trainees.items()}
+        return {name: trainee.state() for name, trainee in self.stage.trained.items()}
 
     def save(self, step: int, seconds: float, revision: str) -> None:
         """Write the state before `step`; older ones go."""
@@ -171,7 +171,7 @@ class Checkpoints:
         torch.save(self.stage.extra_state(), part / f"rank{self.parallel.rank}.pt")
         self._together()
         if self.parallel.is_main:
-            progress = {name: trainee.progress() for name, trainee in self.stage.trainees.items()}
+            progress = {name: trainee.progress() for name, trainee in self.stage.trained.items()}
             state = {"stage": self.name, "step": step, "seconds": seconds, "revision": revision, "config": self.config,
                      "world_size": self.parallel.world_size, "progress": progress}  # fmt: skip
             (part / "run.json").write_text(json.dumps(state, indent=1))
@@ -191,7 +191,9 @@ class Checkpoints:
             raise ValueError(f"resume: there is no checkpoint in {self.folder}; start without --resume")
         run = json.loads((path / "run.json").read_text())
         # Settings that there were not yet when it was begun were as they are by default.
-        plain = {f.name: f.default for f in dataclasses.fields(self.stage.config) if f.default is not dataclasses.MISSING}
+        plain = {
+            f.name: f.default for f in dataclasses.fields(self.stage.config) if f.default is not dataclasses.MISSING
+        }
         begun = plain | run["config"]
         for name, value in self.config.items():
             if name not in MAY_CHANGE and _fixed(begun.get(name)) != _fixed(value):
@@ -207,7 +209,7 @@ class Checkpoints:
         tensors = self._tensors()
         with _quiet():
             dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
-        for name, trainee in self.stage.trainees.items():
+        for name, trainee in self.stage.trained.items():
             trainee.load_state(tensors[name])
             trainee.load_progress(run["progress"][name])
         if with_banks:
@@ -279,7 +281,7 @@ def train(stage: Stage, name: str, resume: bool) -> Path:
             values = stage.step(step)
             run_log.step(step, **values)
 
-            for learner, trainee in stage.trainees.items():
+            for learner, trainee in stage.trained.items():
                 if trainee.skipped_now and parallel.is_main:
                     log.warning("step %d, %s: gradient %g: not applied", step, learner, trainee.norm)
                 if trainee.skipped > config.max_skipped:

@@ -5,7 +5,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from .parallel import like, whole
+from .parallel import distribute_like, full_tensor
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
@@ -47,10 +47,12 @@ class Muon(torch.optim.Optimizer):
                         state["momentum"] = torch.zeros_like(parameter)
                     state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                     updates.append(parameter.grad.lerp(state["momentum"], group["momentum"]))
-                update = torch.stack([whole(update) for update in updates])
+                update = torch.stack([full_tensor(update) for update in updates])
                 update = orthogonalise(self._working(update)) * (0.2 * max(shape) ** 0.5)
                 for parameter, delta in zip(parameters, update):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * like(delta, parameter))
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(
+                        group["lr"] * distribute_like(delta, parameter)
+                    )
 
     @staticmethod
     def _working(matrices: Tensor) -> Tensor:

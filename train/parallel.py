@@ -99,7 +99,7 @@ def shard(net: nn.Module, parallel: Parallel, dtype: torch.dtype) -> nn.Module:
     return net
 
 
-def gather_no_more(net: nn.Module) -> None:
+def reshard(net: nn.Module) -> None:
     """Give up gathered weights: before the sharded ones are updated or read, else passes would go on with old ones."""
     for module in net.modules():
         if isinstance(module, FSDPModule):
@@ -120,12 +120,12 @@ def entry(net: nn.Module, recompute: bool = False) -> Call:
     return call
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor with all its shards."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(tensor: Tensor, reference: Tensor) -> Tensor:
+def distribute_like(tensor: Tensor, reference: Tensor) -> Tensor:
     """A whole tensor laid out as `reference` is, in its dtype; every rank keeps its own part, nothing is sent."""
     tensor = tensor.to(reference.dtype)
     if not isinstance(reference, DTensor):
@@ -135,4 +135,4 @@ def like(tensor: Tensor, reference: Tensor) -> Tensor:
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], limit: float) -> float:
     """Scale gradients so that their norm over all shards is at most `limit`; returns the norm before."""
-    return whole(nn.utils.clip_grad_norm_(list(parameters), limit)).item()
+    return full_tensor(nn.utils.clip_grad_norm_(list(parameters), limit)).item()

@@ -7,13 +7,12 @@ import imageio_ffmpeg
 import pytest
 import torch
 import yaml
-from PIL import Image
-from safetensors.torch import load_file, save_file
-
 from context_forcing.memory import Memory, MemoryConfig
 from context_forcing.memory.snapshot import save_memory
-from context_forcing.model.checkpoint import save_student
+from context_forcing.model.checkpoints.student import save_student
 from context_forcing.model.config import StudentCard
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 SCENE = {"prompt": "a meadow by day, the camera pans right", "seconds": 0.75}
 STORY = {"size": [48, 32], "seed": 4, "segments": [SCENE]}
@@ -313,9 +312,9 @@ def test_a_memory_is_continued_as_it_was_made(generate, tmp_path, make_net):
 
 @pytest.fixture
 def interrupt_after_two_chunks(monkeypatch):
-    from context_forcing.model.pipeline import Pipeline
+    from context_forcing.video.pipeline import Pipeline
 
-    tell = Pipeline.tell
+    tell = Pipeline.generate
 
     def interrupted(self, *args, **kwargs):
         for i, memory in enumerate(tell(self, *args, **kwargs)):
@@ -323,7 +322,7 @@ def interrupt_after_two_chunks(monkeypatch):
                 raise KeyboardInterrupt
             yield memory
 
-    monkeypatch.setattr(Pipeline, "tell", interrupted)
+    monkeypatch.setattr(Pipeline, "generate", interrupted)
 
 
 def stopped(generate, *options):
@@ -389,8 +388,6 @@ def test_a_dry_run_prints_settings_and_costs_as_they_are(run, tmp_path):
     assert code == 0, err
     assert "self_attn.q" in run.out and "together" in run.out and "[bold]" not in run.out
     assert not list(tmp_path.iterdir())
-
-
 
 
 def test_what_a_released_memory_cannot_do_is_said_before_anything_is_made(generate, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from context_forcing import cli
-from context_forcing.model.checkpoint import read_card
+from context_forcing.model.checkpoints.student import read_card
 from safetensors.torch import save_file
 
 STORY = {"size": [48, 32], "seed": 4, "segments": [{"prompt": "A meadow by day.", "seconds": 0.75}]}

@@ -13,9 +13,9 @@ import torch
 import yaml
 from context_forcing import cli
 from context_forcing.memory import MemoryConfig
-from context_forcing.model.checkpoint import save_student
+from context_forcing.model.checkpoints.student import save_student
 from context_forcing.model.config import StudentCard
-from context_forcing.model.journal import Journal
+from context_forcing.video.journal import Journal
 from safetensors.torch import load_file, save_file
 
 STORY = {

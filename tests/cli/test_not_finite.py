@@ -5,13 +5,12 @@ import dataclasses
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
-
 from context_forcing.memory import MemoryConfig
 from context_forcing.memory.snapshot import load_memory, save_memory
-from context_forcing.model.checkpoint import save_student
+from context_forcing.model.checkpoints.student import save_student
 from context_forcing.model.config import StudentCard
 from context_forcing.model.sampler import seeded_noise
+from safetensors.torch import load_file
 
 NAN = float("nan")
 

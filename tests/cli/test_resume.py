@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from context_forcing.model.checkpoints.student import load_student, save_student
+from context_forcing.model.codecs.base import normalise
+from context_forcing.model.codecs.demo_vae import load_demo_codec
+from context_forcing.video.mp4 import read_runs, to_pixels
 from PIL import Image
 from safetensors.torch import load_file
-
-from context_forcing.model.checkpoint import load_demo_codec, load_student, save_student
-from context_forcing.model.codec import normalise
-from context_forcing.model.video import read_runs, to_pixels
 
 MEADOW = "A meadow under a clear sky by day. The camera pans right."
 DUSK = "A meadow under a clear sky at dusk. The camera stays."

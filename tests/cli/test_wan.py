@@ -1,20 +1,18 @@
 """`generate` with a student in Wan's layout: its own text encoder and VAE, out of a ComfyUI models folder."""
 
-
 import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
 import yaml
+from context_forcing.memory import MemoryConfig
+from context_forcing.model.checkpoints.student import save_student
+from context_forcing.model.codecs.base import normalise
+from context_forcing.model.codecs.wan_vae import load_wan_vae
+from context_forcing.model.config import StudentCard
+from context_forcing.video.mp4 import to_pixels
 from PIL import Image
 from safetensors.torch import load_file, save_file
-
-from context_forcing.memory import MemoryConfig
-from context_forcing.model.checkpoint import save_student
-from context_forcing.model.codec import normalise
-from context_forcing.model.config import StudentCard
-from context_forcing.model.video import to_pixels
-from context_forcing.model.wan_vae import load_wan_vae
 
 pytest.importorskip("sentencepiece")
 pytest.importorskip("ftfy")
@@ -110,11 +108,11 @@ def test_a_video_begins_with_what_the_vae_makes_of_a_picture(generate, models, t
 
 
 def test_a_killed_run_goes_on_with_the_same_parts_only(generate, models, monkeypatch, wan_vae_state):
-    from context_forcing.model.pipeline import Pipeline
+    from context_forcing.video.pipeline import Pipeline
 
     succeeded(generate(PROMPTS, "film", *wan(models)))
     whole = frames_of("film.mp4")
-    tell = Pipeline.tell
+    tell = Pipeline.generate
 
     def interrupted(self, *args, **kwargs):
         for i, memory in enumerate(tell(self, *args, **kwargs)):
@@ -123,7 +121,7 @@ def test_a_killed_run_goes_on_with_the_same_parts_only(generate, models, monkeyp
             yield memory
 
     with monkeypatch.context() as patch:
-        patch.setattr(Pipeline, "tell", interrupted)
+        patch.setattr(Pipeline, "generate", interrupted)
         assert generate(PROMPTS, "film", *wan(models))[0] != 0
     save_file({key: -value for key, value in wan_vae_state.items()}, "other.safetensors")
     code, err = generate(PROMPTS, "film", *wan(models), "--resume", "--vae", "other.safetensors")

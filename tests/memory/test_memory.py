@@ -2,11 +2,10 @@
 
 import dataclasses
 
+import context_forcing.memory.memory as memory_module
 import numpy as np
 import pytest
 import torch
-
-import context_forcing.memory.memory as memory_module
 from context_forcing.memory import Memory, MemoryConfig
 from context_forcing.memory.config import CLEAN_POLICIES
 from context_forcing.memory.memory import key_similarity
@@ -47,7 +46,7 @@ def make(**settings):
 
 def bytes_of(memory):
     tensors = [t for held in memory.remembered.values() for t in (held.keys, held.values)]
-    return [t.clone() for t in (*tensors, *memory.film)]
+    return [t.clone() for t in (*tensors, *memory.latent_chunks)]
 
 
 @pytest.mark.parametrize("policy", CLEAN_POLICIES)
@@ -101,7 +100,7 @@ def test_memories_share_storage():
     for frame in both:
         assert past.remembered[frame].keys.data_ptr() == future.remembered[frame].keys.data_ptr()
         assert past.remembered[frame].values.data_ptr() == future.remembered[frame].values.data_ptr()
-    for old, new in zip(past.film, future.film):
+    for old, new in zip(past.latent_chunks, future.latent_chunks):
         assert old.data_ptr() == new.data_ptr()
 
 
@@ -125,7 +124,7 @@ def test_bytes_are_flat_once_full():
 
 def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        make().film = ()
+        make().latent_chunks = ()
 
 
 @pytest.mark.parametrize(
@@ -140,9 +139,9 @@ def test_other_sizes_are_refused(shape):
 def test_latents_of_absolute_frames():
     keys = views_of_a_walk(60, seed=1)
     memory = remember(make(), keys, 60)
-    whole = torch.cat(memory.film, dim=2)
+    whole = torch.cat(memory.latent_chunks, dim=2)
     for frames in (memory.slots.all, (7,), (40, 2, 13)):
-        assert torch.equal(memory.latents(frames), whole[:, :, list(frames)])
+        assert torch.equal(memory.latents_of(frames), whole[:, :, list(frames)])
 
 
 def test_to_converts_keys_and_leaves_the_film():
@@ -150,7 +149,7 @@ def test_to_converts_keys_and_leaves_the_film():
     half = memory.to("cpu", torch.bfloat16)
     assert {held.keys.dtype for held in half.remembered.values()} == {torch.bfloat16}
     assert {held.values.dtype for held in half.remembered.values()} == {torch.bfloat16}
-    assert {chunk.dtype for chunk in half.film} == {torch.float32}
+    assert {chunk.dtype for chunk in half.latent_chunks} == {torch.float32}
     assert {held.keys.dtype for held in memory.remembered.values()} == {torch.float32}
 
 

@@ -4,12 +4,11 @@ import random
 from dataclasses import astuple
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from context_forcing.memory import MemoryConfig
 from context_forcing.memory.config import CLEAN_POLICIES, EVICTIONS
 from context_forcing.memory.policy import Slots, advance
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 SIZES = [
     dict(sink=3, slow=12, fast=6, chunk=3),
@@ -108,9 +107,9 @@ def test_positions_stay_in_the_window_for_5000_chunks(policy):
 
 def test_the_past_is_not_touched():
     config = MemoryConfig()
-    before = Slots(sink=(0, 1, 2), slow=(3,), fast=(4, 5, 6), likeness=(0.5, 0.5, 0.5))
+    before = Slots(sink=(0, 1, 2), slow=(3,), fast=(4, 5, 6), similarity_to_previous=(0.5, 0.5, 0.5))
     advance(before, config, range(7, 10), lambda _, others: [0.1] * len(others))
-    assert before == Slots(sink=(0, 1, 2), slow=(3,), fast=(4, 5, 6), likeness=(0.5, 0.5, 0.5))
+    assert before == Slots(sink=(0, 1, 2), slow=(3,), fast=(4, 5, 6), similarity_to_previous=(0.5, 0.5, 0.5))
 
 
 def returning_to_a_place(policy):

@@ -6,11 +6,10 @@ import random
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-
 from context_forcing.memory.snapshot import DIGEST_KEY, HEADER_KEY, digest, load_memory, save_memory
 from context_forcing.model.sampler import seeded_noise
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 STUDENT = "0123456789abcdef"
 SIGMAS = (1.0, 0.6)
@@ -184,7 +183,7 @@ SUBTLE_EDITS = {
     "frame twice": lambda h: h["slots"]["slow"].append(h["slots"]["sink"][0]),
     "out of order": lambda h: h["slots"]["fast"].reverse(),
     "sink and slow exchanged": lambda h: h["slots"].update(sink=h["slots"]["slow"], slow=h["slots"]["sink"]),
-    "no likeness": lambda h: h["slots"].update(likeness=[]),
+    "no likeness": lambda h: h["slots"].update(similarity_to_previous=[]),
     "decisions missing": lambda h: h["decisions"].pop(),
     "decision as text": lambda h: h["decisions"][0].__setitem__(1, "yes"),
     "other prompt": lambda h: h["segments"][0].__setitem__(1, "another prompt"),
@@ -204,7 +203,7 @@ FORGERIES = {
     "unknown form": (lambda h: h.update(form="loose"), "form"),
     "negative chunk": (lambda h: h.update(chunks=[12, -2]), "chunks"),
     "frame twice": (lambda h: h["slots"]["slow"].__setitem__(0, h["slots"]["sink"][0]), "slots"),
-    "no likeness": (lambda h: h["slots"].update(likeness=[]), "slots"),
+    "no likeness": (lambda h: h["slots"].update(similarity_to_previous=[]), "slots"),
 }
 
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-
 from context_forcing.model.causal import MemoryAttention, TextContext, causal_forward, compiled, embed_text
 from context_forcing.model.rope import rotary_table, rotate
 
@@ -28,10 +27,10 @@ class BlockCausal:
         self.table = rotary_table(torch.arange(num_frames), *GRID, HEAD_DIM)
         chunk_of = (torch.arange(num_frames) // chunk).repeat_interleave(TOKENS)
         self.mask = chunk_of[None, :] <= chunk_of[:, None]
-        self.kept = []
+        self.new_kv = []
 
     def __call__(self, layer, q, k, v):
-        self.kept.append((k, v))
+        self.new_kv.append((k, v))
         q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (rotate(q, self.table), rotate(k, self.table), v))
         scores = (q @ k.mT) / HEAD_DIM**0.5
         out = scores.masked_fill(~self.mask, -torch.inf).softmax(-1) @ v
@@ -58,7 +57,7 @@ def test_cached_rollout_is_one_block_causal_pass(net, make_sampler, empty_memory
     assert relative(torch.cat(flows, dim=2), expected) < 1e-5
     assert memory.slots.all == tuple(range(12))
     for frame, held in memory.remembered.items():
-        for layer, (k, v) in enumerate(whole.kept):
+        for layer, (k, v) in enumerate(whole.new_kv):
             assert relative(held.keys[layer], k[:, frame]) < 1e-5
             assert relative(held.values[layer], v[:, frame]) < 1e-5
 
@@ -235,7 +234,7 @@ def test_blocks_compile_once_whatever_the_memory_holds(make_net, make_sampler, e
     def rollout(sampler):
         memory = empty_memory(sink=1, slow=2, fast=4)
         *_, memory = sampler.rollout(memory, 4, sigmas=(1.0, 0.5), noise=noise)
-        return torch.cat(memory.film, dim=2)
+        return torch.cat(memory.latent_chunks, dim=2)
 
     with torch.inference_mode():
         plain = rollout(make_sampler(net))

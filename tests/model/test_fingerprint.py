@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from context_forcing.model.fingerprint import fingerprint
 
 

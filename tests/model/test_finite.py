@@ -4,17 +4,16 @@ import dataclasses
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from context_forcing.memory.memory import all_finite
 from context_forcing.memory.snapshot import load_memory, save_memory
 from context_forcing.model.causal import compiled, embed_text, sinusoid
 from context_forcing.model.finite import NotFiniteError
 from context_forcing.model.flow import TIMESTEPS
 from context_forcing.model.offload import Offload
-from context_forcing.model.sampler import LAYOUTS, CausalSampler, seeded_noise
-from context_forcing.model.segment import segment
-from context_forcing.train.student import Student
+from context_forcing.model.sampler import KV_PLACEMENTS, CausalSampler, seeded_noise
+from context_forcing.model.segment import generate_segment
+from context_forcing.train.stages.student import Student
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
 NAN = float("nan")
@@ -94,10 +93,10 @@ def test_a_weight_is_named(bad_net, make_sampler, begun, same_memory, weight, na
 
 
 @pytest.mark.parametrize("settings", [CLEAN, RELEASED], ids=["clean", "released"])
-@pytest.mark.parametrize("how", [*LAYOUTS, "offload", "compiled"])
+@pytest.mark.parametrize("how", [*KV_PLACEMENTS, "offload", "compiled"])
 def test_however_it_runs(bad_net, make_sampler, empty_memory, settings, how):
     bad_net.blocks[2].ffn[0].weight.data[0, 0] = float("inf")
-    options = {"layout": how} if how in LAYOUTS else {}
+    options = {"kv_placement": how} if how in KV_PLACEMENTS else {}
     if how == "compiled":
         options["call"] = compiled(backend="eager")
     sampler = make_sampler(bad_net, **options)
@@ -149,18 +148,18 @@ def test_what_was_finished_before_stays(bad_net, make_sampler, empty_memory):
     assert all(tensor.isfinite().all() for tensor in memory.tensors())
 
 
-@pytest.mark.parametrize("num_given", [1, 2, 5])
-def test_a_start_image(net, make_sampler, empty_memory, num_given):
+@pytest.mark.parametrize("num_start_frames", [1, 2, 5])
+def test_a_start_image(net, make_sampler, empty_memory, num_start_frames):
     """Refused where it is given; and where it came in otherwise, in the chunk it belongs to."""
     memory = empty_memory(**CLEAN)
-    clip = torch.randn(1, 16, num_given, 4, 6)
-    given = memory.give(clip)
+    clip = torch.randn(1, 16, num_start_frames, 4, 6)
+    given = memory.with_start_latents(clip)
     clip[0, 3, -1, 0, 0] = float("inf")
     with pytest.raises(ValueError, match="^latents: NaN or infinity in those of the start image or clip"):
-        memory.give(clip)
-    said = refusal(make_sampler(net), dataclasses.replace(given, given=clip))
+        memory.with_start_latents(clip)
+    said = refusal(make_sampler(net), dataclasses.replace(given, start_latents=clip))
     frames = {1: "chunk 1 (latent frames 0-1)", 2: "chunk 1 (latent frames 0-1)", 5: "chunk 3 (latent frames 4-5)"}
-    assert said.startswith(f"{frames[num_given]}: NaN or infinity in the start image or clip; check the file")
+    assert said.startswith(f"{frames[num_start_frames]}: NaN or infinity in the start image or clip; check the file")
 
 
 def test_a_memory(bad_net, make_sampler, begun, tmp_path):
@@ -187,11 +186,11 @@ def test_a_released_memory(bad_net, make_sampler, begun):
 
 def test_frames_that_are_written_anew(net, make_sampler, empty_memory):
     memory = roll(make_sampler(net), empty_memory(**CLEAN), 3)
-    film = (memory.film[0], memory.film[1], memory.film[2] * NAN)
+    film = (memory.latent_chunks[0], memory.latent_chunks[1], memory.latent_chunks[2] * NAN)
     with pytest.raises(
         NotFiniteError, match="^remembered latent frames [0-9]-[0-9], the commit pass: NaN or infinity in its lat"
     ):
-        make_sampler(net).recache(dataclasses.replace(memory, film=film))
+        make_sampler(net).recache(dataclasses.replace(memory, latent_chunks=film))
 
 
 def test_a_chunk_of_an_earlier_run(net, make_sampler, empty_memory):
@@ -206,7 +205,7 @@ def test_a_prompt(net, make_sampler, empty_memory):
     text[0, 2, 3] = NAN
     sampler_of = lambda text: CausalSampler(net=net, text=embed_text(net, text), device=CPU, dtype=torch.float32)
     with pytest.raises(ValueError, match="^text: NaN or infinity in the embeddings of the prompt 'a meadow'"):
-        next(segment(sampler_of, memory, text, prompt="a meadow", seed=0, num_chunks=1, sigmas=SIGMAS))
+        next(generate_segment(sampler_of, memory, text, prompt="a meadow", seed=0, num_chunks=1, sigmas=SIGMAS))
     assert "in the prompt in layer blocks.0, not in its weights" in refusal(sampler_of(text), memory)
     begun = memory.begin("a meadow", 0, text)
     assert "): NaN or infinity in the prompt's embeddings;" in refusal(sampler_of(text), begun)
@@ -271,7 +270,7 @@ def test_training_has_a_rule_of_its_own(bad_net, empty_memory):
     student = Student(bad_net, torch.randn(1, 5, 32), CPU, torch.float32, direct)
     memory = empty_memory(**CLEAN)
     noise = seeded_noise(5, memory.latent_size)
-    context = student.go_on(memory, 1, SIGMAS, noise)
+    context = student.rollout(memory, 1, SIGMAS, noise)
     rolled = student.target(context, 1, 1, SIGMAS, noise, with_gradient=True)
     rolled.target_BCTHW.sum().backward()
     assert rolled.memory.num_frames == 4 and bad_net.head.head.weight.grad.isnan().any()

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-
 from context_forcing.model.config import StudentCard
-from context_forcing.model.flow import add_noise, warp, warped_sigmas, x0_from_flow
+from context_forcing.model.flow import add_noise, shift_sigma, warped_sigmas, x0_from_flow
 
 
 def test_the_four_steps_of_self_forcing():
@@ -18,7 +17,7 @@ def test_shift_one_changes_nothing():
 
 def test_warp_keeps_the_ends_and_the_order():
     s = torch.linspace(0, 1, 101, dtype=torch.float64)
-    warped = warp(s, 5.0)
+    warped = shift_sigma(s, 5.0)
     assert warped[0] == 0 and warped[-1] == 1
     assert (warped.diff() > 0).all() and (warped[1:-1] > s[1:-1]).all()
 

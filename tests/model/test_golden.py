@@ -4,9 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
-
 from context_forcing.memory import Memory, MemoryConfig, empty_memory
 from context_forcing.memory.config import MEMORY_PRESETS
 from context_forcing.model.causal import MemoryAttention, causal_forward, embed_text
@@ -14,6 +11,8 @@ from context_forcing.model.config import WanConfig
 from context_forcing.model.flow import warped_sigmas
 from context_forcing.model.sampler import CausalSampler
 from context_forcing.model.wan import WanModel
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EVERYTHING = MemoryConfig(sink=3, slow=0, fast=18)
@@ -76,7 +75,7 @@ def test_rollout(net, name, steps, shift):
 
     for memory in sampler.rollout(memory, g["noise"].shape[1] // 3, sigmas=sigmas, noise=noise):
         pass
-    made = torch.cat(memory.film, dim=2)[:, :, given:]
+    made = torch.cat(memory.latent_chunks, dim=2)[:, :, given:]
     assert relative(made, to_ours(g["latents"])) < 1e-5
 
 
@@ -93,4 +92,4 @@ def test_released_memory(net):
     for chunk, memory in enumerate(sampler.rollout(memory, 12, sigmas=sigmas, noise=noise)):
         found = [[*layer.frames, *[-1] * (21 - len(layer.frames))] for layer in memory.layers]
         assert found == g["sources"][chunk].tolist()
-    assert relative(torch.cat(memory.film, dim=2), g["latents"].movedim(1, 2)) < 1e-5
+    assert relative(torch.cat(memory.latent_chunks, dim=2), g["latents"].movedim(1, 2)) < 1e-5

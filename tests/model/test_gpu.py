@@ -4,11 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-
-from context_forcing.model.pipeline import Pipeline
-from context_forcing.model.sampler import LAYOUTS, seeded_noise
-from context_forcing.model.story import parse_story
-from context_forcing.model.text import encode_demo_text
+from context_forcing.model.codecs.demo_text import encode_demo_text
+from context_forcing.model.sampler import KV_PLACEMENTS, seeded_noise
+from context_forcing.video.pipeline import Pipeline
+from context_forcing.video.story import parse_story
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,10 +19,10 @@ STORY = parse_story({"segments": [{"prompt": "A meadow. The camera pans right.",
 def film(device, dtype):
     pipeline = Pipeline.load(None, torch.device(device), dtype)
     memory = pipeline.empty_memory()
-    for memory in pipeline.tell(STORY, memory):
+    for memory in pipeline.generate(STORY, memory):
         pass
-    pixels = torch.cat(list(pipeline.decode(memory.film)), dim=2).cpu()
-    return torch.cat(memory.film, dim=2), pixels
+    pixels = torch.cat(list(pipeline.decode(memory.latent_chunks)), dim=2).cpu()
+    return torch.cat(memory.latent_chunks, dim=2), pixels
 
 
 def test_float32_equals_the_cpu():
@@ -49,12 +48,12 @@ def test_layouts_make_the_same_film_and_keep_the_memory_where_they_say():
     pipeline = Pipeline.load(None, torch.device("cuda"), torch.float32)
     memory = pipeline.empty_memory()
     text, films = encode_demo_text("A meadow. The camera pans right."), []
-    for layout in LAYOUTS:
-        sampler = dataclasses.replace(pipeline.sampler(text), layout=layout)
+    for layout in KV_PLACEMENTS:
+        sampler = dataclasses.replace(pipeline.sampler(text), kv_placement=layout)
         for after in sampler.rollout(memory, 9, sigmas=pipeline.card.sigmas, noise=seeded_noise(3, memory.latent_size)):
             pass
         where = "cpu" if layout == "from RAM" else "cuda"
         assert {held.keys.device.type for held in after.remembered.values()} == {where}
-        films.append(torch.cat(after.film, dim=2))
+        films.append(torch.cat(after.latent_chunks, dim=2))
     for film_of_layout in films[1:]:
         assert (film_of_layout - films[0]).norm() / films[0].norm() < 1e-4

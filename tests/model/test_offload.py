@@ -4,19 +4,18 @@ import dataclasses
 
 import pytest
 import torch
-
 from context_forcing.memory import MemoryConfig
-from context_forcing.model.checkpoint import save_student
+from context_forcing.model.checkpoints.student import save_student
 from context_forcing.model.config import StudentCard
 from context_forcing.model.offload import Offload
-from context_forcing.model.pipeline import Pipeline
-from context_forcing.model.story import Scene, Story
+from context_forcing.video.pipeline import Pipeline
+from context_forcing.video.story import SegmentSpec, Story
 
 CPU = torch.device("cpu")
 STORY = Story(
     segments=(
-        Scene(prompt="a meadow by day", seconds=2.25),
-        Scene(prompt="a desert at night", seconds=1.5, change="recache"),
+        SegmentSpec(prompt="a meadow by day", seconds=2.25),
+        SegmentSpec(prompt="a desert at night", seconds=1.5, change="recache"),
     )
 )
 
@@ -34,7 +33,7 @@ def test_results_are_those_without_bit_for_bit(student, same_memory):
     made = []
     for offload in (False, True):
         pipeline = Pipeline.load(student, CPU, torch.float32, offload=offload)
-        *_, memory = pipeline.tell(STORY, pipeline.empty_memory())
+        *_, memory = pipeline.generate(STORY, pipeline.empty_memory())
         made.append(memory)
     assert same_memory(*made)
 
@@ -57,7 +56,7 @@ def test_every_pass_over_a_block_runs_on_copies_of_its_weights(student):
         return call(module, inside, *args)
 
     pipeline = dataclasses.replace(pipeline, call=watched)
-    next(pipeline.tell(STORY, pipeline.empty_memory()))
+    next(pipeline.generate(STORY, pipeline.empty_memory()))
     # The prompt's keys, two denoising steps and the commit pass.
     assert used == [0, 1, 2] * 4
     assert own == {weight.data_ptr() for weight in pipeline.net.blocks.parameters()}, "they are back"
@@ -85,6 +84,6 @@ def test_on_a_gpu_too(student, same_memory):
     for offload in (False, True):
         pipeline = Pipeline.load(student, torch.device("cuda"), torch.float32, offload=offload)
         assert {weight.device.type for weight in pipeline.net.blocks.parameters()} == {"cpu" if offload else "cuda"}
-        *_, memory = pipeline.tell(STORY, pipeline.empty_memory())
+        *_, memory = pipeline.generate(STORY, pipeline.empty_memory())
         made.append(memory.to("cpu", torch.float32))
     assert same_memory(*made)

@@ -2,11 +2,10 @@
 
 import math
 
-import pytest
-import torch
-
 import context_forcing.model.causal as causal
 import context_forcing.model.sampler as sampler_module
+import pytest
+import torch
 from context_forcing.memory import MemoryConfig
 from context_forcing.memory.snapshot import load_memory, save_memory
 from context_forcing.model.rope import rotary_table
@@ -23,7 +22,7 @@ def roll(sampler, memory, num_chunks, seed=5, sigmas=SIGMAS):
 
 
 def film(memory):
-    return torch.cat(memory.film, dim=2)
+    return torch.cat(memory.latent_chunks, dim=2)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,7 @@ def test_a_first_chunk_has_steps_of_its_own(net, make_sampler, empty_memory):
         memory = roll(sampler, memory, 1, sigmas=SIGMAS[:1])
         counts.append(len(passes) - sum(counts))
     assert counts == [len(SIGMAS) + 1, 2, 2], "with the commit"
-    assert torch.equal(memory.film[0], roll(make_sampler(net), empty_memory(**SMALL), 1).film[0])
+    assert torch.equal(memory.latent_chunks[0], roll(make_sampler(net), empty_memory(**SMALL), 1).latent_chunks[0])
     one = roll(make_sampler(net), roll(make_sampler(net), empty_memory(**SMALL), 1), 2, sigmas=SIGMAS[:1])
     assert torch.equal(film(memory), film(one))
 
@@ -240,7 +239,7 @@ def test_working_bytes_grow_with_the_memory_not_the_video(net, empty_memory, six
 
 
 def test_other_sizes_need_no_change(net, make_sampler):
-    from context_forcing.model.pipeline import new_memory
+    from context_forcing.video.pipeline import new_memory
 
     config = MemoryConfig(sink=1, slow=1, fast=3, chunk=2, window=6)
     memory = roll(make_sampler(net), new_memory(config, 48, 32), 3, sigmas=(1.0,))
@@ -260,7 +259,7 @@ def test_euler_follows_the_flow_and_draws_noise_once(net, make_sampler, empty_me
         drawn.append(step)
         return noise(frame, step)
 
-    made = film(sampler.make_chunk(memory, SIGMAS, counted))
+    made = film(sampler.generate_chunk(memory, SIGMAS, counted))
     assert set(drawn) == {0}
 
     attend = sampler._attend(memory, sampler.view(memory), memory.config.chunk)

@@ -7,7 +7,7 @@ import torch
 from context_forcing.memory.memory import CHANGES
 from context_forcing.model.causal import embed_text
 from context_forcing.model.sampler import CausalSampler
-from context_forcing.model.segment import between, segment, used_rows
+from context_forcing.model.segment import between, generate_segment, used_rows
 
 SIGMAS = (1.0, 0.6)
 SIZES = dict(sink=2, slow=4, fast=4, chunk=2, window=10, slow_similarity_threshold=0.9999)
@@ -28,7 +28,7 @@ def tell(net):
 
     def go(memory, prompt, num_chunks, seed=3, **settings):
         go.texts = []
-        *_, memory = segment(
+        *_, memory = generate_segment(
             sampler_of, memory, prompt, prompt="", seed=seed, num_chunks=num_chunks, sigmas=SIGMAS, **settings
         )
         return memory
@@ -45,11 +45,11 @@ def begun(tell, empty_memory):
 
 
 def film(memory):
-    return torch.cat(memory.film, 2)
+    return torch.cat(memory.latent_chunks, 2)
 
 
 def tail(memory, chunks=1):
-    return torch.cat(memory.film[-chunks:], 2)
+    return torch.cat(memory.latent_chunks[-chunks:], 2)
 
 
 def keys(memory):
@@ -103,7 +103,7 @@ def test_recache_writes_every_remembered_frame_under_the_new_prompt(tell, begun,
         stale, fresh = before.remembered[frame], after.remembered[frame]
         assert not torch.allclose(fresh.keys[-1], stale.keys[-1], atol=1e-4), f"frame {frame} is stale"
         assert fresh.keys.abs().sum() > 0 and fresh.values.abs().sum() > 0
-    assert after.slots == before.slots and after.film == before.film
+    assert after.slots == before.slots and after.latent_chunks == before.latent_chunks
 
 
 def test_recache_under_the_same_prompt_finds_what_was_never_out_of_sight(tell, net, empty_memory):
@@ -130,10 +130,10 @@ def test_recache_is_causal(tell, begun, net):
     sampler = CausalSampler(net=net, text=embed_text(net, text(1)), device=torch.device("cpu"), dtype=torch.float32)
     before = sampler.recache(begun)
     last = begun.slots.all[-1]
-    chunks = list(begun.film)
+    chunks = list(begun.latent_chunks)
     chunks[last // 2] = chunks[last // 2].clone()
     chunks[last // 2][:, :, last % 2] += 1
-    after = sampler.recache(dataclasses.replace(begun, film=tuple(chunks)))
+    after = sampler.recache(dataclasses.replace(begun, latent_chunks=tuple(chunks)))
     together = begun.slots.all[-2:]  # a pass of two frames
     for frame in begun.slots.all:
         assert torch.equal(keys(after)[frame], keys(before)[frame]) == (frame not in together)
@@ -207,7 +207,7 @@ def test_padding_is_no_part_of_a_prompt():
 
 def test_finished_chunks_are_committed_not_made_again(tell, begun, same_memory, monkeypatch):
     whole = tell(begun, text(1), 5, change="recache", blend=2)
-    made = whole.film[5:8]
+    made = whole.latent_chunks[5:8]
     denoised = []
     real = CausalSampler.denoise
     monkeypatch.setattr(
@@ -223,10 +223,10 @@ def test_finished_chunks_are_committed_not_made_again(tell, begun, same_memory, 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
 def test_a_video_goes_on_from_what_it_is_given(tell, empty_memory, count):
     given = torch.randn(1, 16, count, 4, 6)
-    memory = empty_memory(**SIZES).give(given)
+    memory = empty_memory(**SIZES).with_start_latents(given)
     after = tell(memory, text(0), 3)
     assert torch.equal(film(after)[:, :, :count], given), "to the bit"
-    assert after.given is None and after.num_frames == count // 2 * 2 + 6
+    assert after.start_latents is None and after.num_frames == count // 2 * 2 + 6
     free = tell(empty_memory(**SIZES), text(0), 3)
     assert not torch.allclose(film(after)[:, :, count : count + 2], film(free)[:, :, count : count + 2], atol=1e-3)
 
@@ -237,7 +237,7 @@ def test_given_frames_are_clean_at_every_step_and_the_others_see_them(tell, empt
     forward = net.patch_embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0][:, :, 0].clone()))
     times = net.time_embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0][0, :, 0].clone()))
     try:
-        tell(empty_memory(**SIZES).give(given), text(0), 1)
+        tell(empty_memory(**SIZES).with_start_latents(given), text(0), 1)
     finally:
         forward.remove()
         times.remove()
@@ -248,7 +248,7 @@ def test_given_frames_are_clean_at_every_step_and_the_others_see_them(tell, empt
 
 
 def test_splitting_after_given_frames_changes_nothing(tell, empty_memory, same_memory):
-    memory = empty_memory(**SIZES).give(torch.randn(1, 16, 5, 4, 6))
+    memory = empty_memory(**SIZES).with_start_latents(torch.randn(1, 16, 5, 4, 6))
     whole = tell(memory, text(0), 4)
     parts = tell(tell(memory, text(0), 1), text(0), 3)
     assert same_memory(*(dataclasses.replace(each, segments=()) for each in (whole, parts)))
@@ -256,11 +256,13 @@ def test_splitting_after_given_frames_changes_nothing(tell, empty_memory, same_m
 
 def test_frames_are_given_to_empty_memories_of_their_size(begun, empty_memory):
     with pytest.raises(ValueError, match="10 latent frames already"):
-        begun.give(torch.zeros(1, 16, 1, 4, 6))
+        begun.with_start_latents(torch.zeros(1, 16, 1, 4, 6))
     with pytest.raises(ValueError, match="does not fit"):
-        empty_memory(**SIZES).give(torch.zeros(1, 16, 1, 4, 4))
+        empty_memory(**SIZES).with_start_latents(torch.zeros(1, 16, 1, 4, 4))
     with pytest.raises(ValueError, match="given what its video begins with already"):
-        empty_memory(**SIZES).give(torch.zeros(1, 16, 1, 4, 6)).give(torch.zeros(1, 16, 1, 4, 6))
+        empty_memory(**SIZES).with_start_latents(torch.zeros(1, 16, 1, 4, 6)).with_start_latents(
+            torch.zeros(1, 16, 1, 4, 6)
+        )
 
 
 # Compact memories
@@ -292,4 +294,4 @@ def test_another_student_s_memory_is_refused(net, begun):
         net=net, text=embed_text(net, text(0)), device=torch.device("cpu"), dtype=torch.float32, student="you"
     )
     with pytest.raises(ValueError, match="another student"):
-        sampler.ready(begun)
+        sampler.prepare(begun)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from context_forcing.model.config import PRESETS, WanConfig
 from context_forcing.model.wan import WanModel
 

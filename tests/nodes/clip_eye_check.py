@@ -42,11 +42,13 @@ def main() -> None:
     part = load_pack(checkout, pack)
     part("nodes")
     clip_vision = small_clip_vision()
-    eye = part("nodes.consistency").clip_eye(clip_vision)
+    eye = part("nodes.consistency").clip_extractor(clip_vision)
     picture = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8).repeat(8, 0).repeat(8, 1)
     films = {"still": [picture] * 4, "turning": [np.roll(picture, 8 * step, 1) for step in range(4)]}
-    watch = part("model.consistency").watch
-    found = {name: watch(frames, 1.0, {"clip": eye}, 1.0).similarity["clip"] for name, frames in films.items()}
+    measure_consistency = part("video.consistency").measure_consistency
+    found = {
+        name: measure_consistency(frames, 1.0, {"clip": eye}, 1.0).similarity["clip"] for name, frames in films.items()
+    }
     own = clip_vision.encode_image(torch.from_numpy(picture[None]).float() / 255)["image_embeds"][0]
     found["difference"] = (eye([picture])[0] - own / own.norm()).abs().max().item()
     print(json.dumps(found))

@@ -41,8 +41,8 @@ def main() -> None:
     part = load_pack(checkout, pack)
     part("nodes")
     decode_stream = part("nodes.video").decode_stream
-    codec = part("model.codec")
-    demo = part("nodes.demo").DemoVAE(part("model.checkpoint").load_demo_codec())
+    codec = part("model.codecs.demo_vae")
+    demo = part("nodes.demo").DemoVAE(part("model.checkpoints.student").load_demo_codec())
     latents = torch.randn((1, 16, 10, 4, 6), generator=torch.Generator().manual_seed(1))
     found = {}
     for name, vae in (("demo", demo), ("wan", small_wan_vae())):

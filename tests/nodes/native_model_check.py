@@ -22,13 +22,14 @@ args.cpu = True
 import comfy.model_management as mm  # noqa: E402
 import comfy.sd  # noqa: E402
 import folder_paths  # noqa: E402
-import nodes  # noqa: E402
 import torch  # noqa: E402
 from comfy_api.torch_helpers import set_torch_compile_wrapper  # noqa: E402
 from comfy_extras.nodes_lora_debug import LoraLoaderBypassModelOnly  # noqa: E402
 from comfy_extras.nodes_model_advanced import ModelComputeDtype, ModelSamplingSD3  # noqa: E402
 from pack import load_pack  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+
+import nodes  # noqa: E402
 
 FOLDER = Path(folder)
 SIZES = dict(dim=256, ffn_dim=320, num_heads=2, num_layers=2)
@@ -47,8 +48,8 @@ class Bench:
     def __init__(self):
         self.part = part = load_pack(checkout, pack)
         part("nodes")
-        self.student = part("nodes.types")
-        self.settings = part("nodes.settings").ContextForcingStudentSettings.execute
+        self.student = part("nodes.handle")
+        self.settings = part("nodes.student_settings").ContextForcingStudentSettings.execute
         self.sampler = part("nodes.sampler").ContextForcingSampler.execute
         self.memory = part("nodes.memory").ContextForcingMemory.execute
         self.wan, self.config = part("model.wan"), part("model.config")
@@ -91,16 +92,16 @@ class Bench:
         net.load_state_dict({key: value.float() for key, value in state.items()})
         net = net.to(dtype)
         card = self.config.StudentCard(shift=shift)
-        memory = part("model.pipeline").new_memory(part("memory.config").MemoryConfig(sink=1, slow=2, fast=4), 48, 32)
+        memory = part("video.pipeline").new_memory(part("memory.config").MemoryConfig(sink=1, slow=2, fast=4), 48, 32)
         made = part("model.sampler").CausalSampler
         sampler_of = lambda text: made(
             net=net, text=part("model.causal").embed_text(net, text.to(dtype)), device=torch.device("cpu"), dtype=dtype,
             student=part("model.fingerprint").fingerprint(net),
         )  # fmt: skip
-        *_, memory = part("model.segment").segment(
+        *_, memory = part("model.segment").generate_segment(
             sampler_of, memory, self.positive[0][0], prompt="", seed=5, num_chunks=3, sigmas=card.sigmas
         )
-        return part("model.codec").denormalise(torch.cat(memory.film, dim=2)), memory
+        return part("model.codecs.demo_vae").denormalise(torch.cat(memory.latent_chunks, dim=2)), memory
 
 
 def difference(made, expected):
@@ -493,7 +494,7 @@ def packed(bench):
     held = first.memory.remembered[0]
     return {
         "difference": difference(made, expected), "same student": first.memory.student == second.memory.student,
-        "classes": sorted({type(tensor).__name__ for tensor in (held.keys, held.values, first.memory.film[0], made)}),
+        "classes": sorted({type(tensor).__name__ for tensor in (held.keys, held.values, first.memory.latent_chunks[0], made)}),
         "weight": type(net.blocks[0].ffn[0].weight).__name__,
     }  # fmt: skip
 

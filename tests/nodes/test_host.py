@@ -9,15 +9,15 @@ from pathlib import Path
 import imageio_ffmpeg
 import pytest
 import torch
-from context_forcing.model.checkpoint import DEMO_STUDENT, read_card
-from context_forcing.model.codec import normalise
+from context_forcing.model.checkpoints.student import DEMO_STUDENT, read_card
+from context_forcing.model.codecs.base import normalise
 from context_forcing.model.config import WanConfig
-from context_forcing.model.video import default_scale
 from context_forcing.model.wan import WanModel
+from context_forcing.video.mp4 import default_scale
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ..model.published import diffusers, quantise
+from ..model.checkpoints.published import diffusers, quantise
 from .graph import CHUNK_FRAMES, CHUNK_SECONDS, PROMPTS, Graph, failure, latents, nodes, only, succeeded
 from .host import CHECKOUT, NODE_IDS, PACK
 

@@ -129,7 +129,7 @@ def test_change_and_blend_are_those_of_generate(host, graph, demo, tmp_path):
     for prompt, each in zip(PROMPTS, settings):
         memory = graph.sampler(demo, graph.text(demo, prompt), memory, seconds=3.0, **each)
         saved.append(graph.save(memory))
-    from context_forcing.model.codec import normalise
+    from context_forcing.model.codecs.base import normalise
 
     made = normalise(latents(host, succeeded(host.run(graph.prompt)), *saved))
     torch.testing.assert_close(made, film, rtol=0, atol=1e-5 * film.abs().max().item())
@@ -186,7 +186,7 @@ def test_latents_are_taken_over_without_decoding(host, graph, demo):
     kept = graph.add("ContextForcingSaveMemory", memory=[on, 0], filename_prefix=f"{FOLDER}/taken", form="exact")
     saved = graph.save(source)
     run = succeeded(host.run(graph.prompt))
-    from context_forcing.model.codec import normalise
+    from context_forcing.model.codecs.base import normalise
 
     film = load_file(host.base / "output" / saved_memory(host, run, kept).removesuffix(" [output]"))["film"]
     given = normalise(latents(host, run, saved))

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from context_forcing.model.codecs.umt5 import load_umt5
+from context_forcing.model.codecs.wan_vae import load_wan_vae
 from safetensors.torch import load_file
-
-from context_forcing.model.umt5 import load_umt5
-from context_forcing.model.wan_vae import load_wan_vae
 
 pytestmark = pytest.mark.host
 

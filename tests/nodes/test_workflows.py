@@ -6,7 +6,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from context_forcing.model.checkpoint import DEMO_STUDENT, read_card
+from context_forcing.model.checkpoints.student import DEMO_STUDENT, read_card
 from PIL import Image
 from safetensors.torch import load_file
 

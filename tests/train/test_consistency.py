@@ -5,9 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-
-from context_forcing.model.video import write_video
-from context_forcing.train.consistency import Eye, Preparation, evaluate_videos, read_frames, watch
+from context_forcing.train.evaluation.consistency import (
+    Preparation,
+    PretrainedFeatures,
+    evaluate_videos,
+    measure_video,
+    read_frames,
+)
+from context_forcing.video.mp4 import write_video
 
 FPS = 8
 CPU = torch.device("cpu")
@@ -79,14 +84,14 @@ def test_frames_come_back_as_written(films):
 
 
 def test_a_still_picture_is_consistent_and_does_not_move(films):
-    found = watch(films / "still.mp4", "still", {"colour": MeanColour()}, 1.0)
+    found = measure_video(films / "still.mp4", "still", {"colour": MeanColour()}, 1.0)
     assert found.times == (0, 1, 2, 3) and found.num_frames == 4 * FPS
     assert found.similarity["colour"] == pytest.approx([1] * 4, abs=1e-4)
     assert max(found.motion) < 0.05
 
 
 def test_a_picture_that_turns_is_told_by_its_angle_and_its_motion(films):
-    found = watch(films / "turning.mp4", "turning", {"colour": MeanColour()}, 0.5)
+    found = measure_video(films / "turning.mp4", "turning", {"colour": MeanColour()}, 0.5)
     share = np.arange(8) * 4 / (4 * FPS - 1)
     expected = (1 - share) / np.hypot(1 - share, share)
     assert found.times == tuple(np.arange(8) / 2)
@@ -96,7 +101,7 @@ def test_a_picture_that_turns_is_told_by_its_angle_and_its_motion(films):
 
 
 def test_a_look_may_fall_between_frames(films):
-    found = watch(films / "turning.mp4", "turning", {"colour": MeanColour()}, 0.3)
+    found = measure_video(films / "turning.mp4", "turning", {"colour": MeanColour()}, 0.3)
     assert found.times == tuple(np.floor(np.arange(14) * 0.3 * FPS + 0.5) / FPS)
 
 
@@ -123,10 +128,10 @@ def test_features_are_those_of_the_model_in_the_folder(models, architecture, fea
     import transformers
 
     folder = models[architecture]
-    eye = Eye("dino" if "Dino" in architecture else "clip", folder, CPU, torch.float32)
-    assert eye.feature == feature
+    extractor = PretrainedFeatures("dino" if "Dino" in architecture else "clip", folder, CPU, torch.float32)
+    assert extractor.feature == feature
     picture = np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8)
-    features = eye([picture, picture[:, ::-1]])
+    features = extractor([picture, picture[:, ::-1]])
     assert features.shape == (2, width) and features.norm(dim=1) == pytest.approx([1, 1])
     net = getattr(transformers, architecture).from_pretrained(folder).eval()
     pixels = Preparation.load("clip", folder)(picture)[None]
@@ -173,15 +178,15 @@ def test_weights_that_are_not_whole_are_refused(models, tmp_path):
     config["architectures"] = ["CLIPVisionModelWithProjection"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="clip: the weights in .* lack 1 tensors, visual_projection.weight"):
-        Eye("clip", tmp_path, CPU, torch.float32)
+        PretrainedFeatures("clip", tmp_path, CPU, torch.float32)
 
 
 def test_folders_that_hold_something_else_are_refused(tmp_path):
     with pytest.raises(ValueError, match="dino: .*config.json cannot be read"):
-        Eye("dino", tmp_path, CPU, torch.float32)
+        PretrainedFeatures("dino", tmp_path, CPU, torch.float32)
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertModel"]}))
     with pytest.raises(ValueError, match="dino: .* holds BertModel; it must be one of Dinov2Model"):
-        Eye("dino", tmp_path, CPU, torch.float32)
+        PretrainedFeatures("dino", tmp_path, CPU, torch.float32)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 32, "image_mean": [0, 0, 0]}))
     with pytest.raises(ValueError, match="dino: .*preprocessor_config.json has no 'image_std'"):
         Preparation.load("dino", tmp_path)
@@ -192,9 +197,9 @@ def test_what_cannot_be_watched_is_refused(films, tmp_path):
     with pytest.raises(ValueError, match="ffmpeg finds no video"):
         read_frames(tmp_path / "text.mp4")
     with pytest.raises(ValueError, match="every: 9 s; .* has 4 s"):
-        watch(films / "still.mp4", "still", {}, 9.0)
+        measure_video(films / "still.mp4", "still", {}, 9.0)
     with pytest.raises(ValueError, match="every: 0.01 s .* 0.125 is the least"):
-        watch(films / "still.mp4", "still", {}, 0.01)
+        measure_video(films / "still.mp4", "still", {}, 0.01)
     for videos, clip, match in (
         ([films / "still.mp4"], None, "clip, dino: none given"),
         ([], tmp_path, "clip: for videos only"),

@@ -9,19 +9,18 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-
 from context_forcing import cli
-from context_forcing.model.codec import WAN_MEAN, WAN_STD
-from context_forcing.model.text import encode_demo_text
-from context_forcing.model.umt5 import clean_text
-from context_forcing.model.video import VideoError, check_video, read_runs, write_video
-from context_forcing.train import encode as encode_module
-from context_forcing.train.data import random_clip
-from context_forcing.train.encode import EncodeSettings, SetEncoder, WanEncoder, encode
-from context_forcing.train.shards import MANIFEST, ShardedClips, open_shard, read_manifest
-from context_forcing.train.sources import Source, list_sources
+from context_forcing.model.codecs.base import WAN_MEAN, WAN_STD
+from context_forcing.model.codecs.demo_text import encode_demo_text
+from context_forcing.model.codecs.umt5 import clean_text
+from context_forcing.train.data import encode as encode_module
+from context_forcing.train.data.clips import random_clip
+from context_forcing.train.data.encode import EncodeSettings, SetEncoder, WanEncoder, encode
+from context_forcing.train.data.shards import MANIFEST, ShardedClips, open_shard, read_manifest
+from context_forcing.train.data.sources import Source, list_sources
 from context_forcing.train.world import render_pixel_frames, upscale
 from context_forcing.train.world.camera import frame_moves
+from context_forcing.video.mp4 import VideoError, check_video, read_runs, write_video
 
 CLIP = 13
 """Pixel frames of a clip of four latent frames."""

@@ -7,21 +7,20 @@ import json
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
-
 from context_forcing.cli import app
 from context_forcing.memory import MemoryConfig
-from context_forcing.model.checkpoint import save_student
+from context_forcing.model.checkpoints.student import save_student
 from context_forcing.model.config import StudentCard
-from context_forcing.model.pipeline import Pipeline
-from context_forcing.model.story import Scene as Segment
-from context_forcing.model.story import Story
-from context_forcing.train import evaluate as command
-from context_forcing.train.evaluate import Plan, evaluate, long_paths, parse_entrants, reach_frames
-from context_forcing.train.judge import QUARTERS, LongTrial, Trial, World, judge
-from context_forcing.train.rollout import Camera, branches
-from context_forcing.train.summary import Record, bootstrap, effective_context, shuffled_rate, sum_up
+from context_forcing.train.evaluation import evaluate as command
+from context_forcing.train.evaluation.evaluate import Plan, evaluate, long_paths, parse_entrants, reach_frames
+from context_forcing.train.evaluation.judge import QUARTERS, LongTrial, Trial, World, judge
+from context_forcing.train.evaluation.rollout import Camera, branches
+from context_forcing.train.evaluation.summary import Record, bootstrap, effective_context, shuffled_rate, sum_up
 from context_forcing.train.world import ALL_STYLES, Scene, benchmark_script, caption, frame_moves, render_latent_frames
+from context_forcing.video.pipeline import Pipeline
+from context_forcing.video.story import SegmentSpec as Segment
+from context_forcing.video.story import Story
+from typer.testing import CliRunner
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +50,7 @@ def told(pipeline, memory, style, seed, moves):
     """The film of a script as `context-forcing generate` makes it."""
     runs = [(move, len(list(run))) for move, run in itertools.groupby(moves)]
     segments = tuple(Segment(prompt=caption(style, move), seconds=0.75 * count) for move, count in runs)
-    for memory in pipeline.tell(Story(segments=segments, seed=seed), memory):
+    for memory in pipeline.generate(Story(segments=segments, seed=seed), memory):
         pass
     return memory
 

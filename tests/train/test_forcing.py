@@ -5,14 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-
 from context_forcing.memory import Memory, MemoryConfig
 from context_forcing.model.causal import MemoryAttention, causal_forward, embed_text
 from context_forcing.model.sampler import CausalSampler
 from context_forcing.train.config import CONFIGS, load_config
-from context_forcing.train.data import make_batch, memory_layout, random_clip
-from context_forcing.train.forcing import CLEAN, TeacherForcing, interleave, noisy_part
-from context_forcing.train.pretrain import Draws, column_weights, teacher_forced_flow, training_loss
+from context_forcing.train.data.clips import make_batch, memory_layout, random_clip
+from context_forcing.train.stages.forcing import CLEAN, TeacherForcing, interleave, noisy_part
+from context_forcing.train.stages.pretrain import Draws, column_weights, teacher_forced_flow, training_loss
 
 CHUNK, NUM_CHUNKS, GRID = 2, 7, (2, 3)
 SETTINGS = [
@@ -155,7 +154,7 @@ def test_layouts_hold_what_a_memory_can(config):
 
 
 def test_batches_are_a_function_of_their_seed():
-    from context_forcing.model.checkpoint import load_demo_codec
+    from context_forcing.model.codecs.demo_vae import load_demo_codec
 
     make = lambda seed: make_batch(load_demo_codec(), MemoryConfig(), seed=seed, size=2, num_chunks=4, text_dropout=0.1)
     a, again, other = make((1, 1, 5)), make((1, 1, 5)), make((1, 1, 6))
@@ -169,7 +168,7 @@ def test_batches_are_a_function_of_their_seed():
 
 def test_steps_lower_the_loss():
     """The same batch and noise again and again: what the optimisers are for."""
-    from context_forcing.model.checkpoint import load_demo_codec
+    from context_forcing.model.codecs.demo_vae import load_demo_codec
     from context_forcing.model.config import WanConfig
     from context_forcing.model.wan import WanModel
     from context_forcing.train.optim import build_optimizers

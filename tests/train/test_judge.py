@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
-
-from context_forcing.model.pipeline import Pipeline
-from context_forcing.train.judge import QUARTERS, World, judge, judge_long, stations_in_view, turns
+from context_forcing.train.evaluation.judge import QUARTERS, World, judge, judge_long, stations_in_view, turns
 from context_forcing.train.world import ALL_STYLES, Scene, benchmark_script, frame_moves, render_latent_frames
+from context_forcing.video.pipeline import Pipeline
 
 TRIP = [0, 1, 1, 1, 0, -1, -1, -1]
 LONG = TRIP * QUARTERS

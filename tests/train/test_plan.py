@@ -4,9 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-
 from context_forcing.memory import Memory, MemoryConfig
 from context_forcing.model.config import PRESETS, WanConfig
 from context_forcing.model.sampler import seeded_noise
@@ -15,7 +12,9 @@ from context_forcing.train import plan_stage
 from context_forcing.train.config import CONFIGS, NetworkConfig, load_config
 from context_forcing.train.parallel import entry
 from context_forcing.train.plan import block_flop, plan
-from context_forcing.train.student import Student
+from context_forcing.train.stages.student import Student
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def figure(made, what):
@@ -56,11 +55,11 @@ def test_arithmetic_is_what_torch_counts(monkeypatch):
     student = Student(net, torch.ones(1, 8, 16), torch.device("cpu"), torch.float32, entry(net))
     memory = Memory(config=MemoryConfig(policy="uniform", uniform_stride=1), latent_size=config.latent_size)
     noise = seeded_noise(0, config.latent_size)
-    memory = student.go_on(memory, 7, (1.0, 0.5), noise)
+    memory = student.rollout(memory, 7, (1.0, 0.5), noise)
     assert len(memory.slots.all) == 18
     # The count knows plain products, not the CPU's fused attention.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        student.go_on(memory, 1, (1.0, 0.8, 0.6, 0.4), noise)
+        student.rollout(memory, 1, (1.0, 0.8, 0.6, 0.4), noise)
     assert 5 * block_flop(sizes, 3 * 32, 21 * 32) == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 

@@ -6,9 +6,8 @@ import threading
 
 import pytest
 import torch
-
-from context_forcing.train import shards
-from context_forcing.train.shards import MANIFEST, Header, ShardedClips, ShardWriter, read_manifest
+from context_forcing.train.data import shards
+from context_forcing.train.data.shards import MANIFEST, Header, ShardedClips, ShardWriter, read_manifest
 
 HEADER = Header(
     source="/videos", model="demo", vae="v", text_encoder="t", dtype="fp16", fps=16, size=(16, 16), frames=3

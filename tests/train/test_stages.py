@@ -10,29 +10,28 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import save_file
-
 from context_forcing.memory import Memory, MemoryConfig
 from context_forcing.model.causal import embed_text
-from context_forcing.model.checkpoint import load_student, read_card
-from context_forcing.model.containers import read_safetensors
+from context_forcing.model.checkpoints.containers import read_safetensors
+from context_forcing.model.checkpoints.student import load_student, read_card
 from context_forcing.model.config import PRESETS, WanConfig
-from context_forcing.model.pipeline import Pipeline
 from context_forcing.model.sampler import CausalSampler, seeded_noise
 from context_forcing.model.wan import WanModel
 from context_forcing.train import run_stage
 from context_forcing.train.config import TEACHER_SEES, load_config
-from context_forcing.train.distill import DistillStage
 from context_forcing.train.log import OF_THE_MACHINE
 from context_forcing.train.loop import Checkpoints, load_network, rng_of
 from context_forcing.train.parallel import Parallel, entry, start_parallel
-from context_forcing.train.pretrain import PretrainStage
-from context_forcing.train.recycling import ErrorBank, RecyclingConfig
-from context_forcing.train.score import NOTHING, Score
-from context_forcing.train.student import Student
-from context_forcing.train.teacher import TeacherStage
-from context_forcing.train.trainee import HISTORY, OptimConfig, Trainee
-from context_forcing.train.vae import VaeStage
+from context_forcing.train.stages.codec import VaeStage
+from context_forcing.train.stages.distill import DistillStage
+from context_forcing.train.stages.pretrain import PretrainStage
+from context_forcing.train.stages.recycling import ErrorBank, RecyclingConfig
+from context_forcing.train.stages.score import NOTHING, Score
+from context_forcing.train.stages.student import Student
+from context_forcing.train.stages.teacher import TeacherStage
+from context_forcing.train.trained_network import HISTORY, OptimConfig, TrainedNetwork
+from context_forcing.video.pipeline import Pipeline
+from safetensors.torch import save_file
 
 TINY = WanConfig(dim=32, ffn_dim=64, num_heads=1, num_layers=2)
 SIGMAS = (1.0, 0.8, 0.5)
@@ -135,7 +134,7 @@ def test_scores_are_given_exactly_what_the_student_remembers(tiny, sees, togethe
     stage = DistillStage(load_config("contextual", "smoke", settings), ALONE)
     text = stage.prompts.text(0, 6)
     rolled = stage.roll(text, 4, 2, 1, 0, False)
-    film = torch.cat(rolled.memory.film, dim=2)
+    film = torch.cat(rolled.memory.latent_chunks, dim=2)
     pieces = list(rolled.windows(together or 2))
     assert torch.equal(torch.cat([target for _, target in pieces], dim=2), rolled.target_BCTHW)
     for chunk, (memory, target) in zip((4, 5) if together else (4,), pieces, strict=True):
@@ -169,23 +168,23 @@ def test_a_training_rollout_is_the_sampler_s_rollout(net, exit_step):
     sampler = student.sampler(0)
     with torch.no_grad():
         *_, expected = sampler.rollout(empty(), 5, sigmas=SIGMAS, noise=noise)
-    context = student.go_on(empty(), 3, SIGMAS, noise)
+    context = student.rollout(empty(), 3, SIGMAS, noise)
     rolled = student.target(context, 2, exit_step, SIGMAS, noise, with_gradient=False)
-    assert torch.equal(torch.cat(rolled.memory.film, 2), torch.cat(expected.film, 2))
+    assert torch.equal(torch.cat(rolled.memory.latent_chunks, 2), torch.cat(expected.latent_chunks, 2))
     assert rolled.memory.slots == expected.slots and rolled.contexts[0] is context
-    last_step = torch.equal(rolled.target_BCTHW, torch.cat(rolled.memory.film[3:], 2))
+    last_step = torch.equal(rolled.target_BCTHW, torch.cat(rolled.memory.latent_chunks[3:], 2))
     assert last_step == (exit_step == len(SIGMAS) - 1)
 
 
 def test_gradients_are_in_the_exit_step_only_and_change_nothing(learner):
     student, noise = student_of(learner), seeded_noise(3, (16, 4, 6))
-    context = student.go_on(empty(), 3, SIGMAS, noise)
+    context = student.rollout(empty(), 3, SIGMAS, noise)
     plain = student.target(context, 2, 1, SIGMAS, noise, with_gradient=False)
     rolled = student.target(context, 2, 1, SIGMAS, noise, with_gradient=True)
     assert rolled.target_BCTHW.requires_grad and not plain.target_BCTHW.requires_grad
     assert torch.equal(rolled.target_BCTHW, plain.target_BCTHW)
     assert not any(frame.keys.requires_grad for frame in rolled.memory.remembered.values())
-    assert not any(part.requires_grad for part in rolled.memory.film)
+    assert not any(part.requires_grad for part in rolled.memory.latent_chunks)
     rolled.target_BCTHW.square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in learner.parameters())
 
@@ -193,7 +192,7 @@ def test_gradients_are_in_the_exit_step_only_and_change_nothing(learner):
 def bytes_saved(student, context_chunks):
     """Bytes that the backward pass of a target keeps, weights not counted."""
     noise = seeded_noise(3, (16, 4, 6))
-    context = student.go_on(empty(policy="uniform", uniform_stride=1), context_chunks, SIGMAS, noise)
+    context = student.rollout(empty(policy="uniform", uniform_stride=1), context_chunks, SIGMAS, noise)
     weights = {p.untyped_storage().data_ptr() for p in student.net.parameters()}
     kept = {}
 
@@ -219,7 +218,7 @@ def test_recomputing_gives_the_same_gradients(learner):
     noise, grads = seeded_noise(3, (16, 4, 6)), []
     for recompute in (False, True):
         student = student_of(learner, num_texts=7, recompute=recompute)
-        context = student.go_on(empty(), 5, SIGMAS, noise)
+        context = student.rollout(empty(), 5, SIGMAS, noise)
         rolled = student.target(context, 2, 1, SIGMAS, noise, with_gradient=True)
         rolled.target_BCTHW.square().mean().backward()
         grads.append([p.grad.clone() for p in learner.parameters()])
@@ -234,7 +233,7 @@ def test_recomputing_saves_memory(learner):
 
 def test_a_view_laid_out_anew_is_the_same_view(net):
     student = student_of(net)
-    memory = student.go_on(empty(), 5, SIGMAS, seeded_noise(3, (16, 4, 6)))
+    memory = student.rollout(empty(), 5, SIGMAS, seeded_noise(3, (16, 4, 6)))
     sampler = student.sampler(0)
     eager, lazy = sampler.view(memory), sampler.view(memory, lazy=True)
     assert eager.num_frames == lazy.num_frames and len(lazy.keys) == len(eager.keys) == 2
@@ -314,7 +313,7 @@ def losses_of(folder):
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("stop_at", [2, 3])
 def test_a_killed_stage_resumes_to_the_same_network(tiny, tmp_path, monkeypatch, name, stop_at):
-    monkeypatch.setattr("context_forcing.train.trainee.HISTORY", 2)
+    monkeypatch.setattr("context_forcing.train.trained_network.HISTORY", 2)
     settings = ["steps=5", "batch=1", "sample_every=9"]
     if name == "teacher":
         settings += ["recycling.learn_clean_share=1.0", "recycling.share=1.0", "optim.ema_from=1", "plain_share=0.3"]
@@ -431,7 +430,7 @@ def test_two_processes_equal_one(tmp_path, name):
 def trainee_of(**settings):
     net = torch.nn.Linear(2, 1, bias=False)
     torch.nn.init.ones_(net.weight)
-    return Trainee(net, OptimConfig(lr=0.1, **settings), ALONE)
+    return TrainedNetwork(net, OptimConfig(lr=0.1, **settings), ALONE)
 
 
 def give(trainee, gradient):
@@ -489,9 +488,9 @@ def test_the_bank_keeps_errors_by_noise_level_and_no_more_than_it_may():
 def test_spoilt_contexts_are_spoilt_and_clean_ones_are_not(tiny):
     stage = TeacherStage(load_config("teacher", "smoke", ["recycling.clean_share=0.5", "recycling.share=1.0"]), ALONE)
     context = random(1, 16, 6, 8, 16)
-    assert torch.equal(stage.spoil(context, rng_of(0))[0], context), "an empty bank spoils nothing"
+    assert torch.equal(stage.add_errors(context, rng_of(0))[0], context), "an empty bank spoils nothing"
     stage.bank.add(0.5, torch.ones(16, 3, 8, 16), 3, rng_of(0))
-    outcomes = [stage.spoil(context, rng_of(k)) for k in range(60)]
+    outcomes = [stage.add_errors(context, rng_of(k)) for k in range(60)]
     spoilt = [made for made, clean in outcomes if not clean]
     assert 15 < len(spoilt) < 45 and all(torch.equal(made, context) for made, clean in outcomes if clean)
     assert all(torch.allclose(made[:, :, 1:], context[:, :, 1:] + 1) for made in spoilt)
@@ -645,7 +644,7 @@ def test_adapters_begin_with_nothing_and_export_merged_and_alone(tiny, files, tm
     whole = files[1].partition("=")[2]
     settings = ["steps=3", "lora.rank=4", f"lora.alpha={alpha}", f"init={whole}", f"out={tmp_path / 'lora'}"]
     stage = TeacherStage(load_config("teacher", "smoke", settings), ALONE)
-    assert all(".lora_" in name for name, _ in stage.trainees["teacher"].trained())
+    assert all(".lora_" in name for name, _ in stage.trained["teacher"].trained())
     latents, text = stage.clips.sample(0)
     begun = WanModel(TINY)
     begun.load_state_dict(read_safetensors(whole)[0])
@@ -702,7 +701,7 @@ def test_export_writes_what_the_run_wrote(tiny, tmp_path):
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory):
     """A set of four clips of 12 latent frames, and one of three prompts, as `context-forcing encode` writes them."""
-    from context_forcing.train.shards import Header, ShardWriter
+    from context_forcing.train.data.shards import Header, ShardWriter
 
     root = tmp_path_factory.mktemp("sets")
     common = dict(source="made up", model="demo", text_encoder="demo", dtype="fp16")

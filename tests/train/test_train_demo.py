@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from context_forcing.model.checkpoint import read_card
-from context_forcing.model.pipeline import Pipeline
-from context_forcing.model.story import Scene, Story
+from context_forcing.model.checkpoints.student import read_card
+from context_forcing.video.pipeline import Pipeline
+from context_forcing.video.story import SegmentSpec, Story
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,6 +27,6 @@ def test_every_stage_from_one_script(tmp_path):
     card = read_card(student)
     assert (card.stage, card.train_steps) == ("contextual", 4 + 4 + 4), "pretrain, local, contextual"
     pipeline = Pipeline.load(student, torch.device("cpu"), torch.float32)
-    scene = Scene(prompt="A meadow by day. The camera stays.", seconds=0.75)
-    (memory,) = pipeline.tell(Story(segments=(scene,)), pipeline.empty_memory())
-    assert memory.film[0].isfinite().all() and memory.film[0].std() > 0
+    scene = SegmentSpec(prompt="A meadow by day. The camera stays.", seconds=0.75)
+    (memory,) = pipeline.generate(Story(segments=(scene,)), pipeline.empty_memory())
+    assert memory.latent_chunks[0].isfinite().all() and memory.latent_chunks[0].std() > 0

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
-
-from context_forcing.model.text import WORDS, canonical_words
+from context_forcing.model.codecs.demo_text import WORDS, canonical_words
 from context_forcing.train.world import (
     ALL_STYLES,
     CHUNK,
@@ -22,8 +21,8 @@ from context_forcing.train.world import (
     frame_moves,
     headings,
     landmarks_in_view,
-    panorama,
     pacing_script,
+    panorama,
     parse_prompt,
     random_script,
     random_styles,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ...model.text import canonical_words
+from ...model.codecs.demo_text import canonical_words
 
 GROUNDS = ("meadow", "desert", "snow")
 WEATHERS = ("clear", "cloudy", "foggy")

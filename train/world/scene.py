@@ -7,8 +7,16 @@ from typing import NamedTuple
 import numpy as np
 
 from .background import background
-from .geometry import LANDMARK, LANDMARK_COLUMNS, LANDMARK_TOP, NUM_STATIONS, RING_COLUMNS, STATION_COLUMNS, TOKEN
-from .geometry import VIEW_COLUMNS
+from .geometry import (
+    LANDMARK,
+    LANDMARK_COLUMNS,
+    LANDMARK_TOP,
+    NUM_STATIONS,
+    RING_COLUMNS,
+    STATION_COLUMNS,
+    TOKEN,
+    VIEW_COLUMNS,
+)
 from .palette import mix
 from .prompts import Style
 from .sprites import NUM_CLASSES, NUM_COLOURS, NUM_SHAPES, sprite

@@ -1,0 +1,72 @@
+"""`context-forcing convert`, and the options that say how a student file is to be read."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+Weights = Annotated[
+    str,
+    typer.Option("--weights", help="Which set a training checkpoint gives: auto, generator or generator_ema."),
+]
+Card = Annotated[
+    str,
+    typer.Option("--card", help="The published student it is: self-forcing, longlive, ... auto: what is in the file."),
+]
+Settings = Annotated[
+    Optional[list[str]],
+    typer.Option("--set", help="Replace a field of its card: steps=1000,500, shift=3, memory.slow=0. Repeatable."),
+]
+Loras = Annotated[
+    Optional[list[str]],
+    typer.Option("--lora", help="A LoRA to merge, FILE or FILE:strength. Repeatable."),
+]
+
+
+def reading(weights: str, card: str, settings: list[str] | None, loras: list[str] | None) -> dict:
+    """These options as `open_student` takes them."""
+    from ..model.checkpoints.lora import parse_lora
+
+    overrides = [part for text in settings or () for part in re.split(r"\s+(?=[\w.]+=)", text)]
+    return {"weights": weights, "card": card, "overrides": overrides, "loras": [parse_lora(x) for x in loras or ()]}
+
+
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(help="A student as published: .safetensors, .pt, parts, a folder of diffusers or Wan."),
+    ],
+    output: Annotated[
+        Optional[Path], typer.Option("--output", "-o", help="The student to write, .safetensors, with its card.")
+    ] = None,
+    inspect: Annotated[bool, typer.Option("--inspect", help="Only say what it is, or why it cannot be used.")] = False,
+    weights: Weights = "auto",
+    card: Card = "auto",
+    settings: Settings = None,
+    lora: Loras = None,
+    dtype: Annotated[str, typer.Option(help="keep, bf16, fp16 or fp32.")] = "keep",
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+) -> None:
+    """Turn any published Wan 2.1 student into one file with a card, or say what a file is."""
+    from ..model.checkpoints import convert as made
+
+    if inspect == (output is not None):
+        raise ValueError("output: give the file to write with -o, or --inspect to only look")
+    how = reading(weights, card, settings, lora)
+    if inspect:
+        rows = made.inspect(source, **how)
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for what, says in rows:
+            table.add_row(what, Text(says, style="bold red" if what == "refused" else "", overflow="fold"))
+        Console().print(table)
+        if rows[-1][0] == "refused":
+            raise typer.Exit(2)
+        return
+    student = made.convert(source, output, dtype, force, **how)
+    if student.card_choice.note:
+        Console(stderr=True).print(Text(student.card_choice.note), soft_wrap=True)
+    Console().print(Text(f"{output}: {student.card.name}, {output.stat().st_size / 1e9:.2f} GB"), soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Published files to state dicts and student cards."""

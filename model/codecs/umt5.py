@@ -1,0 +1,296 @@
+"""UMT5's encoder, Wan 2.1's text encoder (method.md 1.6), one layer after another over all prompts.
+
+Weights stay as they are in the file, mapped: of UMT5-XXL's 11 GB one layer at a time is brought to the device, in
+float32, and let go. So it needs no memory to speak of, and prompts that are encoded together or apart are equal to
+the bit.
+
+Shapes: L tokens of a prompt, D width, N heads, E head dim.
+"""
+
+import html
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..checkpoints.locate import read_tensors, subfolder
+from ..checkpoints.student import check_tensors
+from ..fingerprint import fingerprint
+from .demo_text import TEXT_DIM, TEXT_LEN
+
+log = logging.getLogger("context_forcing")
+
+Tokenize = Callable[[str], list[int]]
+"""Text -> token numbers, without the one that ends it."""
+
+EOS = 1
+EPS = 1e-6
+MAX_DISTANCE = 128
+"""Positions further apart than this are equally far."""
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+PUBLISHED = "umt5_xxl_fp16.safetensors, models_t5_umt5-xxl-enc-bf16.pth or a diffusers folder text_encoder"
+
+
+class SelfAttention(nn.Module):
+    """Weights of self-attention with a learned bias per distance."""
+
+    def __init__(self, dim: int, inner: int, num_heads: int, num_buckets: int):
+        super().__init__()
+        self.q = nn.Linear(dim, inner, bias=False)
+        self.k = nn.Linear(dim, inner, bias=False)
+        self.v = nn.Linear(dim, inner, bias=False)
+        self.o = nn.Linear(inner, dim, bias=False)
+        self.relative_attention_bias = nn.Embedding(num_buckets, num_heads)
+
+
+class FeedForward(nn.Module):
+    """Weights of a gated feed-forward."""
+
+    def __init__(self, dim: int, inner: int):
+        super().__init__()
+        self.wi_0 = nn.Linear(dim, inner, bias=False)
+        self.wi_1 = nn.Linear(dim, inner, bias=False)
+        self.wo = nn.Linear(inner, dim, bias=False)
+
+
+class UMT5Encoder(nn.Module):
+    """The tree, parameter names exactly those of transformers' and ComfyUI's files."""
+
+    def __init__(self, vocabulary: int, dim: int, inner: int, num_heads: int, num_buckets: int, ff: int, layers: int):
+        super().__init__()
+        self.shared = nn.Embedding(vocabulary, dim)
+        norm = lambda: nn.RMSNorm(dim, eps=EPS)
+        attention = lambda: nn.ModuleDict(
+            {"SelfAttention": SelfAttention(dim, inner, num_heads, num_buckets), "layer_norm": norm()}
+        )
+        feed_forward = lambda: nn.ModuleDict({"DenseReluDense": FeedForward(dim, ff), "layer_norm": norm()})
+        block = lambda: nn.ModuleDict({"layer": nn.ModuleList([attention(), feed_forward()])})
+        self.encoder = nn.ModuleDict(
+            {"block": nn.ModuleList([block() for _ in range(layers)]), "final_layer_norm": norm()}
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoder:
+    """Prompts -> text embeddings. `scales` are factors of weights in fp8, by the weight's name."""
+
+    net: UMT5Encoder
+    scales: Mapping[str, Tensor]
+    tokenize: Tokenize
+    device: torch.device
+
+    @property
+    def name(self) -> str:
+        """Fingerprint of the weights."""
+        return fingerprint(self.net)
+
+    def tokens(self, prompt: str) -> list[int]:
+        """Cleaned, cut to 512 with the end marked."""
+        tokens = self.tokenize(clean_text(prompt))
+        if len(tokens) >= TEXT_LEN:
+            log.warning("prompt: %d tokens, the first %d count: %.60s ...", len(tokens) + 1, TEXT_LEN - 1, prompt)
+        return [*tokens[: TEXT_LEN - 1], EOS]
+
+    @torch.inference_mode()
+    def encode(self, prompts: Iterable[str]) -> list[Tensor]:
+        """float32 rows [L, 4096] of each prompt, L <= 512, without padding, on the CPU.
+
+        Padding is hidden from the words by UMT5's attention mask: without it the rows are the same, and fewer.
+        """
+        tokens = [torch.tensor(self.tokens(prompt)) for prompt in prompts]
+        if max(int(number.max()) for number in tokens) >= self.net.shared.num_embeddings:
+            raise ValueError("text-encoder: its tokenizer has more words than its weights; give a pair that fits")
+        rows = [self.net.shared.weight[number.to(self.net.shared.weight.device)] for number in tokens]
+        rows = [self._ready("shared.weight", x) for x in rows]
+        for number, block in enumerate(self.net.encoder["block"]):
+            prefix = f"encoder.block.{number}."
+            weights = {name: self._ready(prefix + name, weight) for name, weight in block.named_parameters()}
+            rows = [_block(weights, x) for x in rows]
+        final = self._ready("encoder.final_layer_norm.weight", self.net.encoder["final_layer_norm"].weight)
+        return [_norm(x, final).cpu() for x in rows]
+
+    def _ready(self, name: str, weight: Tensor) -> Tensor:
+        weight = weight.to(self.device).float()
+        return weight * self.scales[name].to(weight) if name in self.scales else weight
+
+
+def _norm(x_LD: Tensor, weight_D: Tensor) -> Tensor:
+    return F.rms_norm(x_LD, weight_D.shape, weight_D, EPS)
+
+
+def _block(weights: Mapping[str, Tensor], x_LD: Tensor) -> Tensor:
+    attention = {name: weights[f"layer.0.SelfAttention.{name}.weight"] for name in "qkvo"}
+    bias = weights["layer.0.SelfAttention.relative_attention_bias.weight"]
+    num_buckets, num_heads = bias.shape
+    y = _norm(x_LD, weights["layer.0.layer_norm.weight"])
+    q, k, v = (rearrange(F.linear(y, attention[name]), "L (N E) -> 1 N L E", N=num_heads) for name in "qkv")
+    bias_1NLL = bias[distance_buckets(len(x_LD), num_buckets).to(bias.device)].movedim(-1, 0)[None]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_1NLL.contiguous(), scale=1.0)
+    x = x_LD + F.linear(rearrange(y, "1 N L E -> L (N E)"), attention["o"])
+    wi_0, wi_1, wo = (weights[f"layer.1.DenseReluDense.{name}.weight"] for name in ("wi_0", "wi_1", "wo"))
+    y = _norm(x, weights["layer.1.layer_norm.weight"])
+    return x + F.linear(F.gelu(F.linear(y, wi_0), approximate="tanh") * F.linear(y, wi_1), wo)
+
+
+def distance_buckets(num_tokens: int, num_buckets: int) -> Tensor:
+    """Bucket of the distance from each token (row) to each (column): half for those before, half for those after.
+
+    Of a half, the first half are single distances, the rest grow with the logarithm up to MAX_DISTANCE.
+    """
+    position = torch.arange(num_tokens)
+    distance = position[None] - position[:, None]
+    half = num_buckets // 2
+    single = half // 2
+    far = distance.abs().clamp(min=1).float() / single
+    far = single + (far.log() / math.log(MAX_DISTANCE / single) * (half - single)).long()
+    near = torch.where(distance.abs() < single, distance.abs(), far.clamp(max=half - 1))
+    return near + half * (distance > 0)
+
+
+def clean_text(prompt: str) -> str:
+    """As Wan cleans a prompt before its tokenizer; ComfyUI does not (method.md 1.6)."""
+    ftfy, *_ = _libraries()
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
+
+
+def _libraries():
+    try:
+        import ftfy
+        import sentencepiece
+        import tokenizers
+    except ImportError as error:
+        raise ValueError(f"text-encoder: {error.name} is not installed; pip install 'context-forcing[wan]'") from None
+    return ftfy, sentencepiece, tokenizers
+
+
+def load_umt5(
+    path: str | Path, device: torch.device, tokenizer: Path | None = None, resident: bool = False
+) -> TextEncoder:
+    """From ComfyUI's files, fp8 ones too, Wan's own, or a folder in diffusers' layout.
+
+    The tokenizer is the one within ComfyUI's file, else that of the folder `tokenizer`, else of one beside the file.
+    `resident` keeps the weights on the device, for many prompts one by one. Raises ValueError, one line.
+    """
+    _libraries()
+    path = subfolder(Path(path), "text_encoder")
+    state = dict(read_tensors(path))
+    state.pop("encoder.embed_tokens.weight", None)
+    spiece = state.pop("spiece_model", None)
+    state, scales = _dequantised(state, path)
+    state = {from_wan(key): value for key, value in state.items()}
+    if reason := why_no_umt5(state):
+        raise ValueError(f"{path}: {reason}; give {PUBLISHED}")
+    if odd := [key for key, value in state.items() if value.dtype not in FLOATS]:
+        raise ValueError(f"{path}: {odd[0]} is stored as {state[odd[0]].dtype}; give one in fp32, fp16, bf16 or fp8")
+    with torch.device("meta"):
+        net = UMT5Encoder(*_sizes(state))
+    check_tensors(net, state, path)
+    net.load_state_dict(state, strict=True, assign=True)
+    if spiece is not None:
+        tokenize = _sentencepiece(spiece.numpy().tobytes(), path)
+    else:
+        tokenize = find_tokenizer(path, tokenizer)
+    net = net.eval().requires_grad_(False)
+    return TextEncoder(net=net.to(device) if resident else net, scales=scales, tokenize=tokenize, device=device)
+
+
+def why_no_umt5(state: Mapping[str, Tensor]) -> str:
+    """Empty for tensors of UMT5-XXL's encoder, as far as a look tells; else what they are not."""
+    keys = {from_wan(key): key for key in state}
+    for name in ("shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"):
+        if name not in keys:
+            return f"not a UMT5 encoder, {name} is missing (its first tensor is {next(iter(state), 'nothing')})"
+    bias = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
+    blocks = {key.split(".")[2] for key in keys if key.startswith("encoder.block.")}
+    if any(bias.format(number) not in keys for number in blocks):
+        return "a T5 without relative positions in every layer, not UMT5"
+    if (width := state[keys["shared.weight"]].shape[-1]) != TEXT_DIM:
+        return f"has width {width}, Wan 2.1 takes {TEXT_DIM}"
+    return ""
+
+
+def _sizes(state: Mapping[str, Tensor]) -> tuple[int, ...]:
+    block = "encoder.block.0.layer."
+    num_buckets, num_heads = state[block + "0.SelfAttention.relative_attention_bias.weight"].shape
+    layers = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("encoder.block."))
+    inner = len(state[block + "0.SelfAttention.q.weight"])
+    ff = len(state.get(block + "1.DenseReluDense.wo.weight", torch.empty(0, 0)).T)
+    return (*state["shared.weight"].shape, inner, num_heads, num_buckets, ff, layers)
+
+
+def _dequantised(state: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights, and the factors of those in ComfyUI's scaled fp8, in either of its spellings."""
+    weights, scales = {}, {}
+    for key, value in state.items():
+        layer, _, last = key.rpartition(".")
+        if last == "comfy_quant":
+            format = json.loads(bytes(value.tolist())).get("format")
+            if format not in ("float8_e4m3fn", "float8_e5m2"):
+                raise ValueError(f"{path}: {layer} is quantised as {format}; give the fp16, bf16 or fp8 file")
+        elif last in ("scale_weight", "weight_scale"):
+            if value.numel() != 1:
+                raise ValueError(f"{path}: {key} scales by row; take umt5_xxl_fp16 or fp8_e4m3fn_scaled")
+            scales[from_wan(f"{layer}.weight")] = value
+        elif last not in ("scale_input", "input_scale", "scaled_fp8"):
+            weights[key] = value
+    return weights, scales
+
+
+FROM_WAN = {
+    "norm1": "layer.0.layer_norm", "norm2": "layer.1.layer_norm", "attn.q": "layer.0.SelfAttention.q",
+    "attn.k": "layer.0.SelfAttention.k", "attn.v": "layer.0.SelfAttention.v", "attn.o": "layer.0.SelfAttention.o",
+    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+    "ffn.gate.0": "layer.1.DenseReluDense.wi_0", "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+    "ffn.fc2": "layer.1.DenseReluDense.wo",
+}  # fmt: skip
+
+
+def from_wan(key: str) -> str:
+    """The name in transformers' layout of a tensor in Wan's own; a name that it has not stays."""
+    if key in ("token_embedding.weight", "norm.weight"):
+        return "shared.weight" if key.startswith("token") else "encoder.final_layer_norm.weight"
+    start, _, rest = key.partition(".")
+    number, _, name = rest.partition(".")
+    name = FROM_WAN.get(name.removesuffix(".weight"))
+    return f"encoder.block.{number}.{name}.weight" if start == "blocks" and name else key
+
+
+def find_tokenizer(weights: Path, folder: Path | None) -> Tokenize:
+    """The tokenizer of a folder, else one that lies by the weights as Wan's and diffusers' do. Raises ValueError."""
+    by = weights.parent
+    folders = [folder] if folder else [weights, by / "tokenizer", by / "google" / "umt5-xxl", by]
+    for place in folders:
+        if (place / "tokenizer.json").is_file():
+            return _tokenizers(place / "tokenizer.json")
+        if (place / "spiece.model").is_file():
+            return _sentencepiece((place / "spiece.model").read_bytes(), place / "spiece.model")
+    raise ValueError(
+        f"{weights}: has no tokenizer within, and there is no tokenizer.json or spiece.model in"
+        f" {', '.join(map(str, folders))}; put google/umt5-xxl's there, or give ComfyUI's umt5_xxl_fp16.safetensors"
+    )
+
+
+def _sentencepiece(proto: bytes, path: Path) -> Tokenize:
+    _, library, _ = _libraries()
+    try:
+        return library.SentencePieceProcessor(model_proto=proto).encode
+    except RuntimeError as error:
+        raise ValueError(f"{path}: its tokenizer is no SentencePiece model ({error})") from None
+
+
+def _tokenizers(path: Path) -> Tokenize:
+    *_, library = _libraries()
+    text = path.read_text(encoding="utf-8")
+    if not text.startswith("{"):
+        raise ValueError(f"{path}: not the JSON of a tokenizer")
+    tokenizer = library.Tokenizer.from_str(text)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids

@@ -1,0 +1,323 @@
+"""Wan 2.1's VAE, parameter names exactly those of Wan2.1_VAE.pth, run as a stream (method.md 1.6).
+
+Time is causal: a convolution sees the frames before its own and none after. What it saw last is its `Past`, carried
+from piece to piece, and every piece is one latent frame: one pixel frame for the first, four for each later one. So a
+film does not depend on how it is cut into chunks, to the bit, and memory use does not depend on its length.
+
+Shapes: B batch, C channels, T frames, h w rows and columns at the resolution of the layer.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..checkpoints.locate import read_config, read_tensors, subfolder
+from ..checkpoints.student import check_tensors
+from ..units import LATENT_CHANNELS
+from .base import WAN_MEAN, WAN_STD, check_pixels
+
+Past = dict[nn.Module, Tensor | None]
+"""Layer -> the last frames that it saw."""
+
+MULTIPLES = (1, 2, 4, 4)
+"""Widths of the levels, in units of the first."""
+PREFIX = "model."
+"""Some files have it before every name."""
+HALVES_TIME = (False, True, True)
+"""Which steps down also halve the frame rate."""
+
+
+class CausalConv3d(nn.Conv3d):
+    """Sees, in time, its own frame and the `kernel - 1` frames before; zeros before the first."""
+
+    def __init__(self, in_dim: int, out_dim: int, kernel: tuple[int, int, int]):
+        super().__init__(in_dim, out_dim, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        num_before = self.kernel_size[0] - 1
+        if num_before:
+            before = past.get(self)
+            if before is None:
+                before = x.new_zeros(*x.shape[:2], num_before, *x.shape[3:])
+            x = torch.cat([before, x], dim=2)
+            past[self] = x[:, :, -num_before:].clone()
+        return super().forward(x)
+
+
+class RMSNorm(nn.Module):
+    """Unit root mean square over channels; `spatial` axes follow them."""
+
+    def __init__(self, dim: int, spatial: int = 3):
+        super().__init__()
+        self.scale = dim**0.5
+        self.gamma = nn.Parameter(torch.ones(dim, *[1] * spatial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1) * self.scale * self.gamma
+
+
+class ResidualBlock(nn.Module):
+    """Two causal convolutions and a skip."""
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.residual = nn.Sequential(
+            RMSNorm(in_dim), nn.SiLU(), CausalConv3d(in_dim, out_dim, (3, 3, 3)),
+            RMSNorm(out_dim), nn.SiLU(), nn.Identity(), CausalConv3d(out_dim, out_dim, (3, 3, 3)),
+        )  # fmt: skip
+        self.shortcut = CausalConv3d(in_dim, out_dim, (1, 1, 1)) if in_dim != out_dim else None
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        skip = x if self.shortcut is None else self.shortcut(x, past)
+        return skip + run(self.residual, x, past)
+
+
+class AttentionBlock(nn.Module):
+    """Attention of a single head within each frame."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = RMSNorm(dim, spatial=2)
+        self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
+        self.proj = nn.Conv2d(dim, dim, 1)
+
+    def _frames(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.to_qkv(self.norm(x)), "b (s C) h w -> s b 1 (h w) C", s=3)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(y, "b 1 (h w) C -> b C h w", h=x.shape[2]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + each_frame(self._frames, x)
+
+
+class Downsample(nn.Module):
+    """Half the rows and columns, and with `in_time` half the frames; the first frame of a video stays one."""
+
+    def __init__(self, dim: int, in_time: bool):
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
+        self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if in_time else None
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        x = each_frame(self.resample, x)
+        if self.time_conv is None:
+            return x
+        before, past[self] = past.get(self), x[:, :, -1:].clone()
+        return x if before is None else self.time_conv(torch.cat([before, x], dim=2))
+
+
+class Upsample(nn.Module):
+    """Twice the rows and columns, half the channels, and with `in_time` two frames of each but a video's first."""
+
+    def __init__(self, dim: int, in_time: bool):
+        super().__init__()
+        self.resample = nn.Sequential(
+            nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(dim, dim // 2, 3, padding=1)
+        )
+        self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if in_time else None
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        if self.time_conv is not None:
+            if self in past:
+                x = rearrange(self.time_conv(x, past), "B (k C) T h w -> B C (T k) h w", k=2)
+            past[self] = None  # the first frame is through, and is not what the second one's convolution sees
+        return each_frame(self.resample, x)
+
+
+STREAMED = (CausalConv3d, ResidualBlock, Downsample, Upsample)
+
+
+def run(layers: Iterable[nn.Module], x: Tensor, past: Past) -> Tensor:
+    """Layers one after another, with their past where they have one."""
+    for layer in layers:
+        x = layer(x, past) if isinstance(layer, STREAMED) else layer(x)
+    return x
+
+
+def each_frame(function, x_BCThw: Tensor) -> Tensor:
+    """A function of pictures [b, C, h, w] over the frames of a video."""
+    y = function(rearrange(x_BCThw, "B C T h w -> (B T) C h w"))
+    return rearrange(y, "(B T) C h w -> B C T h w", T=x_BCThw.shape[2])
+
+
+def _middle(dim: int) -> nn.Sequential:
+    return nn.Sequential(ResidualBlock(dim, dim), AttentionBlock(dim), ResidualBlock(dim, dim))
+
+
+def _head(dim: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(RMSNorm(dim), nn.SiLU(), CausalConv3d(dim, out_dim, (3, 3, 3)))
+
+
+class Encoder(nn.Module):
+    """Pixels of one latent frame -> mean and log variance [B, 2 * 16, 1, h, w]."""
+
+    def __init__(self, dim: int, num_blocks: int):
+        super().__init__()
+        widths = [dim * multiple for multiple in (1, *MULTIPLES)]
+        self.conv1 = CausalConv3d(3, dim, (3, 3, 3))
+        layers = []
+        for level, (in_dim, out_dim) in enumerate(zip(widths, widths[1:])):
+            layers += [ResidualBlock(out_dim if i else in_dim, out_dim) for i in range(num_blocks)]
+            layers += [Downsample(out_dim, in_time) for in_time in HALVES_TIME[level : level + 1]]
+        self.downsamples = nn.Sequential(*layers)
+        self.middle = _middle(widths[-1])
+        self.head = _head(widths[-1], 2 * LATENT_CHANNELS)
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        return run([self.conv1, *self.downsamples, *self.middle, *self.head], x, past)
+
+
+class Decoder(nn.Module):
+    """One latent frame -> its pixels, [B, 3, 1 or 4, H, W]."""
+
+    def __init__(self, dim: int, num_blocks: int):
+        super().__init__()
+        widths = [dim * multiple for multiple in (*MULTIPLES, MULTIPLES[-1])][::-1]
+        self.conv1 = CausalConv3d(LATENT_CHANNELS, widths[0], (3, 3, 3))
+        self.middle = _middle(widths[0])
+        layers, steps = [], HALVES_TIME[::-1]
+        for level, (in_dim, out_dim) in enumerate(zip(widths, widths[1:])):
+            in_dim = in_dim // 2 if level else in_dim  # the step up before has halved it
+            layers += [ResidualBlock(out_dim if i else in_dim, out_dim) for i in range(num_blocks + 1)]
+            layers += [Upsample(out_dim, in_time) for in_time in steps[level : level + 1]]
+        self.upsamples = nn.Sequential(*layers)
+        self.head = _head(widths[-1], 3)
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        return run([self.conv1, *self.middle, *self.upsamples, *self.head], x, past)
+
+
+class WanVAE(nn.Module):
+    """A Codec (codec.py). Runs in the dtype of its weights."""
+
+    def __init__(self, dim: int = 96, num_blocks: int = 2):
+        super().__init__()
+        self.encoder = Encoder(dim, num_blocks)
+        self.conv1 = CausalConv3d(2 * LATENT_CHANNELS, 2 * LATENT_CHANNELS, (1, 1, 1))
+        self.conv2 = CausalConv3d(LATENT_CHANNELS, LATENT_CHANNELS, (1, 1, 1))
+        self.decoder = Decoder(dim, num_blocks)
+
+    def encode(self, pixels_BCTHW: Tensor) -> Tensor:
+        """The means of the latents. Raises ValueError unless T = 1 + 4k and H, W are multiples of 8."""
+        check_pixels(pixels_BCTHW)
+        past: Past = {}
+        pixels = pixels_BCTHW.to(self.conv1.weight.dtype)
+        pieces = [pixels[:, :, :1], *pixels[:, :, 1:].split(4, dim=2)] if pixels.shape[2] > 1 else [pixels]
+        latents = [self.conv1(self.encoder(piece, past), past).chunk(2, dim=1)[0] for piece in pieces]
+        return torch.cat(latents, dim=2).float()
+
+    def decode(self, raw_BCthw: Tensor) -> Tensor:
+        """VAE-space latents -> pixels [B, 3, 4t - 3, H, W]."""
+        return torch.cat(list(self.decode_stream([raw_BCthw])), dim=2)
+
+    def decode_stream(self, raw_chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Decode consecutive chunks of one film; yields the pixels of every latent frame."""
+        past: Past = {}
+        for raw in raw_chunks:
+            for latent in raw.to(self.conv2.weight.dtype).split(1, dim=2):
+                yield self.decoder(self.conv2(latent, past), past).float().clamp(-1, 1)
+
+
+def load_wan_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> WanVAE:
+    """From Wan2.1_VAE.pth, ComfyUI's wan_2.1_vae.safetensors, or a folder in diffusers' layout.
+
+    Raises ValueError, one line, for anything else.
+    """
+    path = subfolder(Path(path), "vae")
+    state = {key.removeprefix(PREFIX): value for key, value in read_tensors(path).items()}
+    if path.is_dir():
+        _check_statistics(read_config(path), path)
+        state = {from_diffusers(key, state): value for key, value in state.items()}
+    if reason := why_no_wan_vae(state):
+        raise ValueError(
+            f"{path}: {reason}; give Wan 2.1's: Wan2.1_VAE.pth, wan_2.1_vae.safetensors or a diffusers folder vae"
+        )
+    with torch.device("meta"):
+        net = WanVAE(state["encoder.conv1.weight"].shape[0], _num_blocks(state))
+    check_tensors(net, state, path)
+    net.load_state_dict({key: value.to(dtype) for key, value in state.items()}, strict=True, assign=True)
+    return net.eval().requires_grad_(False)
+
+
+def why_no_wan_vae(state: dict[str, Tensor]) -> str:
+    """Empty for tensors of a Wan 2.1 VAE in Wan's own layout, as far as a look tells; else what they are not."""
+    shapes = {key.removeprefix(PREFIX): value.shape for key, value in state.items()}
+    for key in ("encoder.conv1.weight", "decoder.conv1.weight", "conv2.weight"):
+        if key not in shapes:
+            return f"not a Wan VAE, {key} is missing (its first tensor is {next(iter(state), 'nothing')})"
+    channels = shapes["conv2.weight"][0]
+    if channels != LATENT_CHANNELS:
+        return f"a VAE with {channels} latent channels, such as Wan 2.2's, where Wan 2.1 has {LATENT_CHANNELS}"
+    return ""
+
+
+def _num_blocks(state: dict[str, Tensor]) -> int:
+    """Residual blocks of an encoder level: as many as there are before the first step down."""
+    steps = [int(key.split(".")[2]) for key in state if key.startswith("encoder.downsamples.") and ".resample." in key]
+    return min(steps, default=1)
+
+
+def _check_statistics(config: dict, path: Path) -> None:
+    """Latents are normalised with Wan 2.1's statistics: a VAE with others (Wan 2.2's) is refused."""
+    for name, expected in (("latents_mean", WAN_MEAN), ("latents_std", WAN_STD)):
+        found = config.get(name, expected)
+        if len(found) != len(expected) or any(abs(x - y) > 1e-3 for x, y in zip(found, expected)):
+            raise ValueError(f"{path}: {name} is not that of Wan 2.1's VAE; give Wan 2.1's")
+
+
+RESIDUAL = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6",
+            "conv_shortcut": "shortcut"}  # fmt: skip
+OUTER = {"conv_in": "conv1", "norm_out": "head.0", "conv_out": "head.2", "quant_conv": "conv1",
+         "post_quant_conv": "conv2"}  # fmt: skip
+
+
+def from_diffusers(key: str, state: dict[str, Tensor]) -> str:
+    """The name in Wan's layout of a tensor of diffusers' AutoencoderKLWan; a name that it has not stays."""
+    match key.split("."):
+        case [("quant_conv" | "post_quant_conv") as name, last]:
+            return f"{OUTER[name]}.{last}"
+        case [side, ("conv_in" | "norm_out" | "conv_out") as name, last]:
+            return f"{side}.{OUTER[name]}.{last}"
+        case [side, "mid_block", "resnets", number, name, last] if name in RESIDUAL:
+            return f"{side}.middle.{2 * int(number)}.{RESIDUAL[name]}.{last}"
+        case [side, "mid_block", "attentions", "0", *rest]:
+            return ".".join([side, "middle.1", *rest])
+        case ["encoder", "down_blocks", number, name, *rest]:
+            return ".".join(["encoder.downsamples", number, RESIDUAL.get(name, name), *rest])
+        case ["decoder", "up_blocks", level, kind, number, name, *rest]:
+            resnets = [other for other in state if other.startswith("decoder.up_blocks.0.resnets.")]
+            in_level = 1 + max(int(other.split(".")[4]) for other in resnets)
+            place = int(level) * (in_level + 1) + (int(number) if kind == "resnets" else in_level)
+            return ".".join(["decoder.upsamples", str(place), RESIDUAL.get(name, name), *rest])
+    return key
+
+
+def decode_wan_stream(vae: nn.Module, raw_chunks: Iterable[Tensor], num_caches: int) -> Iterator[Tensor]:
+    """Decode consecutive chunks with a module tree of Wan's VAE, the feature cache carried from chunk to chunk.
+
+    The decoder's cache keeps two frames of the chunk it is given and nothing older, so after the first latent frame
+    it must be fed two at a time or more (comfyui.md 5): an odd frame waits for the next chunk, or for the end.
+    """
+    cache = [None] * num_caches
+    waiting, started = None, False
+
+    def feed(raw: Tensor) -> Tensor:
+        out = vae.decoder(vae.conv2(raw), feat_cache=cache, feat_idx=[0])
+        return torch.cat(out, dim=2) if isinstance(out, (list, tuple)) else out
+
+    for raw in raw_chunks:
+        if not started:
+            started = True
+            yield feed(raw[:, :, :1])
+            raw = raw[:, :, 1:]
+        waiting = raw if waiting is None else torch.cat([waiting, raw], dim=2)
+        whole = waiting.shape[2] - waiting.shape[2] % 2
+        for pair in waiting[:, :, :whole].split(2, dim=2) if whole else ():
+            yield feed(pair)
+        waiting = waiting[:, :, whole:]
+    if waiting is not None and waiting.shape[2]:
+        yield feed(waiting)

@@ -1,0 +1,136 @@
+"""A video that stands under its name is whole: ffmpeg ended well, every frame is there, all of it on the disk."""
+
+import os
+import stat
+
+import imageio_ffmpeg
+import pytest
+import torch
+from context_forcing.video.mp4 import VideoError, check_whole, hold_output, part_name, read_runs, write_video
+
+SHORT, LONG = 6, 150
+"""Frames: those that fit into a pipe, and more than ffmpeg takes before it writes."""
+
+FULL = "trap '' XFSZ; ulimit -f 4"
+"""The system lets ffmpeg write 2 kB, then tells it that there is no more room."""
+
+
+def noise(num_frames, size=(32, 48)):
+    return torch.rand(1, 3, num_frames, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def write(path, num_frames, **settings):
+    return write_video(path, noise(num_frames).split(5, dim=2), **{"fps": 16, **settings})
+
+
+@pytest.mark.parametrize("fps", [16, 16.0, 23.976, 24000 / 1001, 1, 240, 0.5, 16.123457])
+def test_every_speed_passes_its_own_check(tmp_path, fps):
+    assert write(tmp_path / "film.mp4", 33, fps=fps) == 33
+    assert [path.name for path in tmp_path.iterdir()] == ["film.mp4"]
+
+
+def test_ffmpeg_gets_the_arguments_that_imageio_gave_it(tmp_path):
+    """So that films are the same to the byte."""
+    write(tmp_path / "film.mp4", 20, scale=2, crf=20)
+    writer = imageio_ffmpeg.write_frames(
+        str(tmp_path / "other.mp4"), (96, 64), fps=16, codec="libx264", pix_fmt_out="yuv420p", macro_block_size=1,
+        quality=None, output_params=["-crf", "20", "-movflags", "+faststart"], ffmpeg_log_level="error",
+    )  # fmt: skip
+    writer.send(None)
+    for frame in noise(20)[0].movedim(0, -1).add(1).mul(127.5).round().clamp(0, 255).byte().numpy():
+        writer.send(frame.repeat(2, axis=0).repeat(2, axis=1))
+    writer.close()
+    assert (tmp_path / "film.mp4").read_bytes() == (tmp_path / "other.mp4").read_bytes()
+
+
+FAULTS = {
+    "disk full at the end": (SHORT, (FULL, ":"), "File too large (exit status"),
+    "disk full in the middle": (LONG, (FULL, ":"), "File too large (exit status"),
+    "killed at the end": (SHORT, (":", "kill -9 $$"), "ffmpeg: ended by signal 9, Killed"),
+    "killed in the middle": (LONG, ("head -c 100000 >/dev/null; kill -9 $$", ":"), "ended by signal 9, Killed"),
+    "killed at once": (SHORT, ("kill -9 $$", ":"), "ended by signal 9, Killed"),
+    "a status alone": (SHORT, (":", "status=3"), "ffmpeg: exit status 3"),
+    "gone in the middle": (LONG, ("exit 0", ":"), "ffmpeg: exit status 0"),
+    "half a file": (SHORT, (":", 'head -c 3000 "$file" >"$file.x"; mv "$file.x" "$file"'), "does not decode"),
+    "nothing in it": (SHORT, (":", ': >"$file"'), "does not decode"),
+    "no file": (SHORT, (":", 'rm "$file"'), "does not decode"),
+    "a frame too few": (
+        SHORT, (":", '"$ffmpeg" -v error -i "$file" -frames:v 5 "$file.mp4"; mv "$file.mp4" "$file"'),
+        "has 5 frames, 6 were made",
+    ),
+    "too long": (
+        SHORT, (":", '"$ffmpeg" -v error -itsscale 2 -i "$file" -c copy "$file.mp4"; mv "$file.mp4" "$file"'),
+        "s long, 0.375 s were made",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("num_frames, does, words", FAULTS.values(), ids=FAULTS)
+def test_what_is_not_whole_does_not_get_its_name(tmp_path, ffmpeg_that, num_frames, does, words):
+    """One line: which file, why, and what to do. What stood there before stays."""
+    path = tmp_path / "film.mp4"
+    path.write_bytes(b"the film of yesterday")
+    ffmpeg_that(*does)
+    with pytest.raises(ValueError) as error:
+        write(path, num_frames)
+    said = str(error.value)
+    assert str(path) in said and words in said and "then run it again" in said and "\n" not in said
+    assert path.read_bytes() == b"the film of yesterday" and not part_name(path).exists()
+
+
+def test_no_ffmpeg_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="none: No such file or directory"):
+        write(tmp_path / "film.mp4", SHORT)
+
+
+def test_errors_of_the_source_are_its_own(tmp_path):
+    def pixels():
+        yield noise(5)
+        raise BrokenPipeError("mine")
+
+    with pytest.raises(BrokenPipeError, match="mine"):
+        write_video(tmp_path / "film.mp4", pixels(), fps=16)
+    assert not list(tmp_path.iterdir())
+
+
+def test_much_that_ffmpeg_says_blocks_nothing(tmp_path, ffmpeg_that, caplog):
+    ffmpeg_that('yes "[mp4 @ 0x1] something odd" | head -c 300000 >&2')
+    assert write(tmp_path / "film.mp4", SHORT) == SHORT
+    assert "film.mp4: ffmpeg: something odd" in caplog.text
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+def test_a_video_has_the_rights_of_any_new_file(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with hold_output(tmp_path / "film.mp4"):
+            write(tmp_path / "film.mp4", SHORT)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "film.mp4").stat().st_mode) == 0o640
+
+
+def test_a_whole_video_is_measured(tmp_path):
+    path = tmp_path / "film.mp4"
+    write(path, 40)
+    check_whole(path, 40, 16)
+    assert sum(map(len, read_runs(path, 16, (48, 32), 16))) == 40
+    for num_frames, fps, words in ((41, 16, "has 40 frames, 41"), (40, 15, r"is 2.500 s long, 2.667 s")):
+        with pytest.raises(VideoError, match=words):
+            check_whole(path, num_frames, fps)
+
+
+def test_a_place_is_held(tmp_path):
+    path = tmp_path / "film.mp4"
+    part_name(path).write_bytes(b"of a run that was killed")
+    with hold_output(path), pytest.raises(ValueError, match=rf"written by another process \(pid {os.getpid()} on"):
+        assert not part_name(path).exists()
+        with hold_output(path):
+            pass
+    assert not list(tmp_path.iterdir())
+    for name, words in (("film.avi", "must end in .mp4"), ("missing/film.mp4", "cannot be written"), ("", "folder")):
+        (tmp_path / "folder.mp4").mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match=words), hold_output(tmp_path / (name or "folder.mp4")):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.mp4"]

@@ -1,0 +1,123 @@
+"""Stories: read as written, or refused by field, value and remedy."""
+
+import pytest
+from context_forcing.model.codecs.demo_text import canonical_words, encode_demo_text, unknown_words
+from context_forcing.model.units import check_size
+from context_forcing.video.story import MAX_SEED, SegmentSpec, load_story, parse_story
+
+SCENE = {"prompt": "a meadow", "seconds": 3}
+
+
+def refused(raw):
+    with pytest.raises(ValueError) as caught:
+        parse_story(raw)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_whole_story():
+    story = parse_story(
+        {"size": [128, 64], "fps": 24, "seed": 5, "segments": [SCENE, {"prompt": "", "seconds": 0.5, "seed": 9}]}
+    )
+    assert (story.size, story.fps, story.seed) == ((128, 64), 24, 5)
+    assert story.segments == (SegmentSpec(prompt="a meadow", seconds=3.0), SegmentSpec(prompt="", seconds=0.5, seed=9))
+    assert story.num_chunks(16, 3) == 4 + 1
+    assert parse_story({"segments": [SCENE]}).size is None
+
+
+def test_with_seed_replaces_every_seed():
+    story = parse_story({"seed": 5, "segments": [SCENE, {**SCENE, "seed": 9}]}).with_seed(7)
+    assert story.seed == 7 and all(scene.seed is None for scene in story.segments)
+
+
+@pytest.mark.parametrize(
+    "raw, field, value",
+    [
+        (None, "story", "None"),
+        ([SCENE], "story", "mapping"),
+        ("text", "story", "text"),
+        ({}, "segments", "at least one"),
+        ({"segments": []}, "segments", "at least one"),
+        ({"segments": None}, "segments", "at least one"),
+        ({"segments": SCENE}, "segments", "list"),
+        ({"segments": [SCENE], "length": 3}, "story", "length"),
+        ({"segments": [SCENE], 3: 3}, "story", "3"),
+        ({"segments": [SCENE, "a meadow"]}, "segments[1]", "a meadow"),
+        ({"segments": [SCENE, {"prompt": "x"}]}, "segments[1].seconds", "missing"),
+        ({"segments": [{"seconds": 1}]}, "segments[0].prompt", "missing"),
+        ({"segments": [{**SCENE, "second": 3}]}, "segments[0]", "second"),
+        ({"segments": [{**SCENE, "prompt": 5}]}, "segments[0].prompt", "5"),
+        ({"segments": [{**SCENE, "prompt": None}]}, "segments[0].prompt", "None"),
+        ({"segments": [{**SCENE, "seconds": 0}]}, "segments[0].seconds", "0"),
+        ({"segments": [{**SCENE, "seconds": -2}]}, "segments[0].seconds", "-2"),
+        ({"segments": [{**SCENE, "seconds": "3"}]}, "segments[0].seconds", "'3'"),
+        ({"segments": [{**SCENE, "seconds": True}]}, "segments[0].seconds", "True"),
+        ({"segments": [{**SCENE, "seconds": float("nan")}]}, "segments[0].seconds", "nan"),
+        ({"segments": [{**SCENE, "seconds": float("inf")}]}, "segments[0].seconds", "inf"),
+        ({"segments": [{**SCENE, "seed": -1}]}, "segments[0].seed", "-1"),
+        ({"segments": [SCENE], "seed": 1.5}, "seed", "1.5"),
+        ({"segments": [SCENE], "seed": MAX_SEED + 1}, "seed", str(MAX_SEED + 1)),
+        ({"segments": [SCENE], "fps": 0}, "fps", "0"),
+        ({"segments": [SCENE], "fps": "16"}, "fps", "'16'"),
+        ({"segments": [SCENE], "fps": None}, "fps", "None"),
+        ({"segments": [SCENE], "size": [130, 64]}, "size", "130"),
+        ({"segments": [SCENE], "size": [128, 63]}, "size", "63"),
+        ({"segments": [SCENE], "size": [0, 64]}, "size", "0"),
+        ({"segments": [SCENE], "size": [128, -64]}, "size", "-64"),
+        ({"segments": [SCENE], "size": [128]}, "size", "[128]"),
+        ({"segments": [SCENE], "size": "128x64"}, "size", "128x64"),
+        ({"segments": [SCENE], "size": [128.0, 64]}, "size", "128.0"),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_bad_stories(raw, field, value):
+    message = refused(raw)
+    assert message.startswith(field) and value in message
+
+
+def test_the_nearest_size_is_named():
+    with pytest.raises(ValueError, match="width 130 .* 128 is the nearest"):
+        check_size(130, 64)
+    with pytest.raises(ValueError, match="height 3 .* 16 is the nearest"):
+        check_size(128, 3)
+    check_size(832, 480)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"segments: [", b"a: b: c", b"\xff\xfe\x00\xd8", b"\t- x", b"!!python/object:os.system {}", b"", b"5", b"\x00"],
+    ids=repr,
+)
+def test_not_yaml(tmp_path, content):
+    path = tmp_path / "story.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        load_story(path)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(str(path))
+
+
+def test_an_impossible_date(tmp_path):
+    path = tmp_path / "story.yaml"
+    path.write_text("segments: [{prompt: 2024-99-99, seconds: 3}]")
+    with pytest.raises(ValueError) as caught:
+        load_story(path)
+    assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("name", ["none.yaml", "."])
+def test_unreadable(tmp_path, name):
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_story(tmp_path / name)
+
+
+def test_prompts_that_name_the_same_concepts_are_the_same():
+    import torch
+
+    a = encode_demo_text("A sunny MEADOW by day. The camera pans left.")
+    b = encode_demo_text("the camera is panning leftwards; daylight, clear, grassland")
+    assert torch.equal(a, b) and a.shape == (1, 512, 4096)
+    assert not torch.equal(a, encode_demo_text("A sunny meadow by day. The camera pans right."))
+    assert a.ne(0).any(-1).sum() == 5
+    assert not encode_demo_text("").any()
+    assert canonical_words("dunes, dunes!") == ["desert", "desert"]
+    assert unknown_words("a dragon over the meadow, a dragon") == ["dragon"]

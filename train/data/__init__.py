@@ -1,0 +1,1 @@
+"""Training data: clips drawn on the fly, encoded sets."""

@@ -1,0 +1,1 @@
+"""Measuring students: recall over gaps, drift, consistency."""

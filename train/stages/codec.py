@@ -1,0 +1,100 @@
+"""Stage `vae`: the demo codec's statistics, then its decoder (demo_world.md 2)."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from ...model.codecs.demo_vae import NUM_CHROMA, NUM_LUMA, DemoCodec
+from ..config import VaeConfig
+from ..loop import Stage, rng_of
+from ..parallel import Parallel
+from ..trained_network import TrainedNetwork
+from ..world import FRAMES_PER_LATENT, RING_COLUMNS, TOKEN, Scene, panorama, random_style, view
+
+STATISTICS_CLIPS = 400
+STYLE_CHANGES = 0.1
+"""Share of samples in which weather, ground or time changes with the latent frame."""
+AC_SCALE = 2.0
+"""Alternating coefficients at half the scale of the means: they matter less to the eye."""
+
+
+def draw_steps(rng: np.random.Generator, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Art pixels in [-1, 1]: the frame before a latent frame [B, H, W, 3], and its four frames [B, 4, H, W, 3]."""
+    clips = []
+    for _ in range(size):
+        scene, style = Scene.sample(rng), random_style(rng)
+        after = panorama(scene, style)
+        before = panorama(scene, random_style(rng)) if rng.random() < STYLE_CHANGES else after
+        offset, move = int(rng.integers(RING_COLUMNS)) * TOKEN, int(rng.integers(-1, 2))
+        step = move * TOKEN // FRAMES_PER_LATENT
+        clips.append([view(before, offset)] + [view(after, offset + step * (k + 1)) for k in range(FRAMES_PER_LATENT)])
+    clip = torch.from_numpy(np.array(clips)).float() / 127.5 - 1
+    return clip[:, 0], clip[:, 1:]
+
+
+def fit_statistics(codec: DemoCodec, seed: int) -> None:
+    """Mean and scale of every coefficient over the world."""
+    _, frames = draw_steps(np.random.default_rng((seed, 0)), STATISTICS_CLIPS)
+    coefficients = codec.encode_art(frames[:, -1:]).flatten(2).transpose(1, 2).flatten(0, 1)
+    codec.mean.copy_(coefficients.mean(0))
+    scale = coefficients.std(0) * AC_SCALE
+    scale[[0, NUM_LUMA, NUM_LUMA + NUM_CHROMA]] /= AC_SCALE
+    codec.scale.copy_(scale)
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Decibels between frames in [-1, 1]."""
+    return (10 * torch.log10(4 / F.mse_loss(a, b))).item()
+
+
+class VaeStage(Stage):
+    """The decoder; the encoder is fixed. It is small: one process."""
+
+    def __init__(self, config: VaeConfig, parallel: Parallel):
+        super().__init__(config, parallel)
+        if parallel.world_size > 1:
+            raise ValueError(f"vae: it learns in one process, not in {parallel.world_size}; start it without torchrun")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.codec = DemoCodec(config.width, config.num_blocks)
+        fit_statistics(self.codec, config.data_seed)
+        self.codec.to(parallel.device)
+        self.trained = {"codec": TrainedNetwork(self.codec, config.optim, parallel)}
+
+    def step(self, step: int) -> dict[str, float]:
+        """One update on random pairs of frames."""
+        config, device = self.config, self.parallel.device
+        before, frames = draw_steps(np.random.default_rng((config.data_seed, 1, step)), config.batch)
+        latents = self.codec.encode_art(torch.stack([before, frames[:, -1]], dim=1).to(device))
+        noise = torch.randn(latents.shape, generator=rng_of(config.seed, step)).to(device)
+        drawn = self._draw(latents + config.latent_noise * noise)
+        loss = F.l1_loss(drawn, frames.to(device))
+        loss.backward()
+        figures = {"loss": loss.item(), "psnr": psnr(drawn.detach(), frames.to(device))}
+        return {**figures, **self.trained["codec"].update(loss.item(), self.rate(step))}
+
+    def _draw(self, latents_BCthw: torch.Tensor) -> torch.Tensor:
+        return self.codec.draw_frames(latents_BCthw[:, :, 0], latents_BCthw[:, :, 1])
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """PSNR in decibels of drawn frames that were not trained on."""
+        before, frames = draw_steps(np.random.default_rng((self.config.data_seed, 2)), 64)
+        latents = self.codec.encode_art(torch.stack([before, frames[:, -1]], dim=1).to(self.parallel.device))
+        return {"psnr": round(psnr(self._draw(latents).cpu(), frames), 2)}
+
+    def export(self, folder: Path, step: int, seconds: float, revision: str) -> Path:
+        """The codec with its card."""
+        path = folder / "demo_codec.safetensors"
+        card = {
+            "kind": "demo codec", "revision": revision, "config": dataclasses.asdict(self.config), "train_steps": step,
+            "train_seconds": round(seconds), **self.validate(),
+        }  # fmt: skip
+        weights = {name: value.contiguous() for name, value in self.trained["codec"].weights().items()}
+        save_file(weights, path, {"context_forcing": json.dumps(card)})
+        return path

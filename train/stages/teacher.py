@@ -1,0 +1,128 @@
+"""Stage `teacher`: a network learns to continue a video from remembered frames (method.md 5.2).
+
+It is shown what a memory holds after the first part of a clip, a little spoilt, and learns the flow of what follows,
+all frames at once.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...memory.memory import Memory
+from ...model.config import StudentCard
+from ...model.flow import add_noise, shift_sigma
+from ..config import TeacherConfig
+from ..data.clips import clips_of
+from ..loop import Stage, load_network, rng_of
+from ..parallel import PRECISIONS, Parallel, entry
+from ..trained_network import TrainedNetwork
+from .recycling import ErrorBank
+from .score import Score
+from .student import Student
+
+POLICIES = ("novel", "clean", "uniform", "fifo")
+"""Memories of every kind are shown, so that the teacher serves students of every kind."""
+
+
+class TeacherStage(Stage):
+    """One network, its clips and its error bank."""
+
+    def __init__(self, config: TeacherConfig, parallel: Parallel):
+        super().__init__(config, parallel)
+        net, self.begun_from = load_network(config.init, config, parallel, config.lora)
+        self.trained = {"teacher": TrainedNetwork(net, config.optim, parallel)}
+        self.score = Score(net, PRECISIONS[config.precision], entry(net, config.recompute))
+        self.clips = clips_of(config)
+        self.bank = ErrorBank(config.recycling)
+
+    def step(self, step: int) -> dict[str, float]:
+        """One update on a global batch."""
+        config, samples = self.config, self.parallel.samples(self.config.batch)
+        # As many context chunks for every sample and rank: all must make the same passes.
+        context_chunks = self._context_chunks(step)
+        total, held = 0.0, 0
+        for number in samples:
+            generator = rng_of(config.seed, 0, step, number)
+            latents, text = self.clips.sample(step * config.batch + number)
+            latents, text = latents.to(self.parallel.device), text.to(self.parallel.device)
+            if torch.rand((), generator=generator) < config.text_dropout:
+                text = self.clips.empty.to(text)
+            memory = self.remember(latents, text, context_chunks, generator)
+            loss, error, sigma, clean = self.loss(memory, latents, text, generator)
+            (loss / len(samples)).backward()
+            kept = not clean or torch.rand((), generator=generator) < config.recycling.learn_clean_share
+            if kept and error.isfinite().all():
+                self.bank.add(sigma, error[0], config.memory.chunk, generator)
+            total, held = total + loss.item() / len(samples), held + len(memory.slots.all) / len(samples)
+        total = self.parallel.mean(total)
+        frames = config.batch * (context_chunks + config.target_chunks) * config.memory.chunk
+        figures = {"loss": total, **self.trained["teacher"].update(total, self.rate(step)), "remembered": held}
+        return {**figures, "tokens": frames * config.frame_tokens}
+
+    def _context_chunks(self, step: int) -> int:
+        generator = rng_of(self.config.seed, 1, step)
+        if torch.rand((), generator=generator) < self.config.plain_share:
+            return 0
+        most = self.config.num_chunks - self.config.target_chunks
+        return int(torch.randint(1, most + 1, (), generator=generator))
+
+    @torch.no_grad()
+    def remember(self, latents: Tensor, text: Tensor, num_chunks: int, generator: torch.Generator) -> Memory:
+        """What a memory of a random kind holds of a clip's first chunks, decided on this network's own keys."""
+        policy = POLICIES[int(torch.randint(len(POLICIES), (), generator=generator))]
+        memory = Memory(
+            config=dataclasses.replace(self.config.memory, policy=policy), latent_size=_latent_size(latents)
+        )
+        student = Student(self.score.net, text, self.parallel.device, self.score.dtype, self.score.call)
+        return student.encode_clip(memory, latents[:, :, : num_chunks * self.config.memory.chunk])
+
+    def loss(
+        self, memory: Memory, latents: Tensor, text: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, float, bool]:
+        """Flow error of the target; the error of x0, its noise level, and whether the context was clean."""
+        config, device = self.config, latents.device
+        first, chunk = memory.num_frames, config.memory.chunk
+        target = latents[:, :, first : first + config.target_chunks * chunk]
+        context, clean = self.add_errors(memory.latents_of(memory.slots.all).to(device), generator)
+        sigma = float(shift_sigma(torch.rand((), generator=generator), config.shift))
+        noise = torch.randn(target.shape, generator=generator).to(device)
+        texts = lambda frames: text if len(text) == 1 else text[[frame // chunk for frame in frames]]
+        view = self.score.remember(context, texts(memory.slots.all))
+        target_text = texts(range(first, first + target.shape[2], chunk))
+        flow = self.score.flow(view, add_noise(target, noise, sigma), sigma, target_text)
+        difference = flow - (noise - target)
+        return difference.square().mean(), -sigma * difference.detach(), sigma, clean
+
+    def add_errors(self, context: Tensor, generator: torch.Generator) -> tuple[Tensor, bool]:
+        """Add recycled errors to remembered frames [1, C, M, H, W]; the very first frame is spared half of the time."""
+        settings = self.config.recycling
+        clean = bool(torch.rand((), generator=generator) < settings.clean_share)
+        error = self.bank.draw(context.shape[2], generator) if context.shape[2] else None
+        if error is None or clean or torch.rand((), generator=generator) >= settings.share:
+            return context, True
+        error = error.to(context.device)
+        if torch.rand((), generator=generator) < 0.5:
+            error[:, :1] = 0
+        return context + error, False
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """This rank's errors."""
+        return self.bank.state()
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        self.bank.load_state(state)
+
+    def export(self, folder: Path, step: int, seconds: float, revision: str) -> Path:
+        """The teacher with its card; its steps are those of an undistilled model."""
+        card = StudentCard(
+            name=f"{self.config.preset} context teacher", base=self.config.preset, stage="teacher",
+            steps=tuple(1000 * (1 - k / 20) for k in range(20)), shift=self.config.shift, solver="euler",
+            memory=self.config.memory, size=self.clips.size, data=self.clips.describe(),
+        )  # fmt: skip
+        return self.save(folder / "teacher.safetensors", "teacher", card, step, seconds, revision)
+
+
+def _latent_size(latents_BCTHW: Tensor) -> tuple[int, int, int]:
+    return latents_BCTHW.shape[1], latents_BCTHW.shape[3], latents_BCTHW.shape[4]

@@ -1,0 +1,153 @@
+"""How far pictures stay what the first was, by features of any kind, beside their motion.
+
+A still picture is perfectly consistent, so no similarity is given without the motion of the same pictures.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from .sheet import FAINT, LEFT, RIGHT, Axes, Sheet, at_time
+
+FeatureExtractor = Callable[[Sequence[np.ndarray]], Tensor]
+"""uint8 pictures [H, W, 3] -> features of unit length [N, features], float32, on the CPU."""
+
+LOOKS_AT_ONCE = 16
+COLOUR_LEVELS = 16
+LINES = ((11, 111, 184), (217, 87, 26), (44, 138, 75))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencyCurve:
+    """Pictures over time; `times`, `similarity` and `motion` are as long as each other."""
+
+    fps: float
+    num_frames: int
+    """Pixel frames."""
+    times: tuple[float, ...]
+    """Seconds of the frames looked at."""
+    similarity: dict[str, tuple[float, ...]]
+    """Eye -> cosine of each frame's feature with the first frame's."""
+    motion: tuple[float, ...]
+    """Mean absolute difference of consecutive pixel frames since the frame looked at before, in % of the full range
+    (all pixels and colours; no optical flow). 0 for the first."""
+
+
+def measure_consistency(
+    frames: Iterable[np.ndarray],
+    fps: float,
+    extractors: Mapping[str, FeatureExtractor],
+    every: float,
+    what: str = "the video",
+) -> ConsistencyCurve:
+    """Look at frames, uint8 [H, W, 3], every so many seconds as they stream; what is held does not grow with them.
+
+    Raises ValueError, calling them `what`, where there are fewer than two to look at.
+    """
+    step = every * fps
+    if step < 1:
+        raise ValueError(
+            f"every: {every:g} s is less than a frame of {what} ({fps:g} a second); {1 / fps:g} is the least"
+        )
+    times, motion, waiting, changes, before = [], [], [], [], None
+    features: dict[str, list[Tensor]] = {name: [] for name in extractors}
+
+    def look() -> None:
+        for name, extractor in extractors.items():
+            features[name].append(extractor(waiting))
+        waiting.clear()
+
+    count = 0
+    for count, frame in enumerate(frames, 1):
+        if before is not None:
+            changes.append(np.abs(frame.astype(np.int16) - before).mean() / 2.55)
+        before = frame.astype(np.int16)
+        if count - 1 == math.floor(len(times) * step + 0.5):
+            times.append((count - 1) / fps)
+            motion.append(float(np.mean(changes)) if changes else 0.0)
+            waiting.append(frame)
+            changes.clear()
+            if len(waiting) == LOOKS_AT_ONCE:
+                look()
+    if waiting:
+        look()
+    if len(times) < 2:
+        raise ValueError(f"every: {every:g} s; {what} has {count / fps:g} s, too short for two looks")
+    similarity = {}
+    for name, found in features.items():
+        whole = torch.cat(found)
+        similarity[name] = tuple((whole @ whole[0]).tolist())
+    return ConsistencyCurve(fps=fps, num_frames=count, times=tuple(times), similarity=similarity, motion=tuple(motion))
+
+
+def palette(pictures: Sequence[np.ndarray]) -> Tensor:
+    """An eye that sees which colours there are and how much of each, not where: cosines are Bhattacharyya's.
+
+    Square roots of histograms of 16 levels a channel, blurred by two levels, so that a shade's difference counts little.
+    """
+    found = []
+    for picture in pictures:
+        red, green, blue = (picture.reshape(-1, 3) // (256 // COLOUR_LEVELS)).astype(np.int64).T
+        counts = np.bincount((red * COLOUR_LEVELS + green) * COLOUR_LEVELS + blue, minlength=COLOUR_LEVELS**3)
+        found.append(torch.from_numpy(counts).float().view(1, *(3 * [COLOUR_LEVELS])))
+    blurred = torch.stack(found)
+    for _ in range(2):
+        blurred = F.avg_pool3d(blurred, 3, stride=1, padding=1)
+    return F.normalize(blurred.sqrt().flatten(1), dim=-1)
+
+
+def describe(curve: ConsistencyCurve) -> str:
+    """A line a figure: mean, least and when; motion as well."""
+    whole = curve.num_frames / curve.fps
+    lines = [f"{curve.num_frames} frames ({whole:.1f} s), {len(curve.times)} looked at"]
+    for name, values in curve.similarity.items():
+        least = int(np.argmin(values))
+        lines.append(
+            f"{name}: similarity to the first frame {np.mean(values[1:]):.3f} on average, least {values[least]:.3f} at"
+            f" {at_time(curve.times[least], whole)}, {values[-1]:.3f} at the end"
+        )
+    moved = curve.motion[1:]
+    lines.append(f"motion: {np.mean(moved):.2f} % mean change frame to frame, {min(moved):.2f} to {max(moved):.2f} %")
+    return "\n".join(lines)
+
+
+def draw_consistency(curve: ConsistencyCurve) -> Image.Image:
+    """Similarity to the first frame over time, a panel an eye, above the motion of the same frames."""
+    sheet = Sheet()
+    sheet.text(describe(curve), size=16)
+    sheet.text("A still picture is perfectly consistent: read the curves together.", 13, FAINT)
+    for i, (name, values) in enumerate(curve.similarity.items()):
+        low = min(0.9, *values)
+        _panel(sheet, f"{name}: cosine to the first frame", curve.times, values, (low - 0.1 * (1 - low), 1.0), LINES[i])
+    # The first frame has none before it.
+    high = 1.1 * max(1.0, *curve.motion)
+    _panel(sheet, "motion: mean change frame to frame, % of the full range", curve.times[1:], curve.motion[1:],
+           (0.0, high), LINES[-1])  # fmt: skip
+    return sheet.finished()
+
+
+def _panel(
+    sheet: Sheet,
+    title: str,
+    times: Sequence[float],
+    values: Sequence[float],
+    limits: tuple[float, float],
+    colour: tuple[int, int, int],
+) -> None:
+    sheet.room(10)
+    sheet.text(title, 14)
+    top = sheet.room(200) + 8
+    axes = Axes(top=top, bottom=top + 160, seconds=times[-1], low=limits[0], high=limits[1])
+    axes.levels(sheet.draw)
+    sheet.draw.line((LEFT, axes.bottom, RIGHT, axes.bottom), FAINT)
+    axes.clock(sheet.draw)
+    points = [(axes.x(at), axes.y(value)) for at, value in zip(times, values)]
+    sheet.draw.line(points, colour, 2, joint="curve")
+    for x, y in points if len(points) <= 150 else ():
+        sheet.draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
