@@ -3,11 +3,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3 || command -v pyth
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast train-demo clean
+.PHONY: demo test test-fast lint train-demo clean
 
 $(VENV)/ready: pyproject.toml requirements.txt constraints-test.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-test.txt --editable '.[headless,train,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-test.txt --editable '.[dev]'
 	touch $@
 
 demo: $(VENV)/ready
@@ -16,6 +16,11 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
 
 test-fast: $(VENV)/ready
 	$(BIN)/python -m pytest -m "not slow and not host"
