@@ -74,7 +74,7 @@ def sampler_for(
     mm.load_models_gpu([model], memory_required=needed)
     shared = dict(
         net=net, device=device, dtype=dtype, solver=card.solver, first_sigmas=card.first_sigmas,
-        attention=attention_of(model, attention), layout=layout, call=call_of(model), student=student_of(model),
+        attention=attention_of(model, attention), kv_placement=layout, call=call_of(model), student=student_of(model),
         on_pass=mm.throw_exception_if_processing_interrupted, **options,
     )  # fmt: skip
     return lambda text: CausalSampler(text=embed_text(net, text.to(device, dtype)), **shared)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make <comfyui>/.venv: a CPU-only Python environment in which ComfyUI boots with this pack, for `pytest -m host`.
-# Safe to run again.
+# Makes <comfyui>/.venv: a CPU-only Python environment in which ComfyUI starts with this pack, for `pytest -m host`.
+# It can be run again.
 #   scripts/install_comfyui_env.sh [PATH_OF_COMFYUI]      default: $COMFYUI_PATH, else ~/comfy/ComfyUI
 # Environment: PYTHON (default python3.11), TORCH_VERSION (default 2.13.0), PIP_ARGS (extra pip arguments,
 # e.g. "--extra-index-url https://download.pytorch.org/whl/cpu" where the default index only has CUDA builds).
@@ -17,7 +17,7 @@ py="$venv/bin/python"
 read -r -a pip_args <<<"${PIP_ARGS:-}"
 
 if [ -x "$py" ] && [ ! -f "$venv/made_by_context_forcing" ]; then
-    echo "$venv is somebody's own environment; left as it is"
+    echo "$venv was not made by this script and is not changed; tests/host needs pytest and ftfy in it"
     exit 0
 fi
 "$python" -m venv "$venv"
@@ -33,8 +33,9 @@ grep -vE '^(torch|torchvision|torchaudio|torchsde)([^A-Za-z0-9_-].*)?$' "$comfyu
 pip "$torch" -r "$requirements"
 # ComfyUI imports these at boot; here without their dependencies (trampoline is torchsde's).
 pip --no-deps torchsde trampoline torchaudio
-# What this pack asks ComfyUI's Manager for.
+# The packages that ComfyUI's Manager installs for this pack, then those of tests/host.
 pip "$torch" -r "$pack/requirements.txt"
+pip pytest ftfy
 
 # CUDA builds of torchvision and torchaudio cannot load their libraries beside a CPU torch.
 "$py" - <<'PY'
@@ -69,9 +70,9 @@ if not _has_ops():
 ''')
 PY
 
-# Proof: the hard imports work, and torch is the one that was asked for.
+# Check that the hard imports work and that torch has the requested version.
 "$py" - <<'PY'
-import av, imageio_ffmpeg, kornia, spandrel, sqlalchemy, torch, torchaudio, torchsde, torchvision, yaml
+import av, ftfy, imageio_ffmpeg, kornia, pytest, spandrel, sqlalchemy, torch, torchaudio, torchsde, torchvision, yaml
 
 print("torch", torch.__version__, "torchvision", torchvision.__version__, "torchaudio", torchaudio.__version__)
 PY
