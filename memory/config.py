@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .fields import checked_fields
+
 CLEAN_POLICIES = ("novel", "clean", "fifo", "uniform")
 """Those that decide once per frame, on keys of clean latents."""
 RELEASED = "released"
@@ -84,14 +86,9 @@ class MemoryConfig:
         return self.sink + self.slow + self.fast - self.chunk
 
     @classmethod
-    def from_dict(cls, raw: Mapping) -> "MemoryConfig":
-        """Raises ValueError for unknown fields."""
-        if not isinstance(raw, Mapping):
-            raise ValueError(f"memory: {raw!r} is not a mapping of settings")
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(raw) - known):
-            raise ValueError(f"memory: unknown fields {unknown}; known are {sorted(known)}")
-        return cls(**raw)
+    def from_dict(cls, raw: object) -> "MemoryConfig":
+        """A config from a mapping. Raises ValueError for an unknown field or an impossible value."""
+        return cls(**checked_fields(cls, raw, "memory"))
 
 
 MEMORY_PRESETS: Mapping[str, MemoryConfig] = {
@@ -105,14 +102,19 @@ MEMORY_PRESETS: Mapping[str, MemoryConfig] = {
 (method.md 3.5)."""
 
 
+def memory_preset(name: str) -> MemoryConfig:
+    """A memory by name. Raises ValueError for an unknown name."""
+    if name not in MEMORY_PRESETS:
+        raise ValueError(f"memory: {name!r} is not one of {', '.join(MEMORY_PRESETS)}")
+    return MEMORY_PRESETS[name]
+
+
 def named_memory(name: str, trained: MemoryConfig) -> MemoryConfig:
     """A memory by name for a student that was trained with `trained`.
 
     Raises ValueError for an unknown name, or one that needs positions the student was never trained with.
     """
-    if name not in MEMORY_PRESETS:
-        raise ValueError(f"memory: {name!r} is not one of {', '.join(MEMORY_PRESETS)}")
-    chosen = MEMORY_PRESETS[name]
+    chosen = memory_preset(name)
     if chosen.window > trained.window:
         raise ValueError(f"memory: {name} needs a window of {chosen.window} frames, the student has {trained.window}")
     return dataclasses.replace(chosen, chunk=trained.chunk)

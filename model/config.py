@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..memory.config import MemoryConfig
+from ..memory.fields import checked_fields
 from .flow import SOLVERS, warped_sigmas
 
 CARD_KEY = "context_forcing"
@@ -38,11 +39,19 @@ class WanConfig:
             raise ValueError(f"num_heads: {self.num_heads} must divide dim {self.dim} into even head dims")
 
 
-PRESETS: Mapping[str, WanConfig] = {
-    "demo": WanConfig(dim=128, ffn_dim=512, num_heads=2, num_layers=4),
+PUBLISHED_SIZES: Mapping[str, WanConfig] = {
     "wan2.1-1.3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "wan2.1-14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
 }
+PRESETS: Mapping[str, WanConfig] = {
+    "demo": WanConfig(dim=128, ffn_dim=512, num_heads=2, num_layers=4),
+    **PUBLISHED_SIZES,
+}
+
+
+def published_size(config: WanConfig) -> str | None:
+    """The name of the published Wan 2.1 that has these sizes."""
+    return next((name for name, sizes in PUBLISHED_SIZES.items() if sizes == config), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,18 +110,12 @@ class StudentCard:
 
     @classmethod
     def from_json(cls, text: str) -> "StudentCard":
-        """Read a card. Raises ValueError for unknown fields, so that a newer card is not half understood."""
+        """A card from JSON text. Raises ValueError for an unknown field or an impossible value."""
         try:
             raw = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"student card: not JSON ({error})") from None
-        if not isinstance(raw, dict):
-            raise ValueError("student card: not a JSON object")
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(raw) - known):
-            raise ValueError(f"student card: unknown fields {unknown}; the file was made by a newer version")
-        memory = MemoryConfig.from_dict(raw.pop("memory", {}))
-        for name in ("steps", "first_steps", "size"):
-            if isinstance(raw.get(name), list):
-                raw[name] = tuple(raw[name])
-        return cls(memory=memory, **raw)
+        fields = checked_fields(cls, raw, "student card")
+        if "memory" in fields:
+            fields["memory"] = MemoryConfig.from_dict(fields["memory"])
+        return cls(**fields)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from ..memory.config import MEMORY_PRESETS
+from ..memory.config import memory_preset
+from ..memory.fields import check_keys
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict:
@@ -46,9 +47,7 @@ def _expand(key: str, value):
     """A memory by name as its settings."""
     if key != "memory" or not isinstance(value, str):
         return value
-    if value not in MEMORY_PRESETS:
-        raise ValueError(f"memory: {value!r} is not one of {', '.join(MEMORY_PRESETS)}")
-    return dataclasses.asdict(MEMORY_PRESETS[value])
+    return dataclasses.asdict(memory_preset(value))
 
 
 def read_settings(path: Path, names: Sequence[str]) -> tuple[str, dict]:
@@ -70,27 +69,17 @@ def with_settings(config, tree: dict, before: str = ""):
 
     Raises ValueError for an unknown key or a value of another type.
     """
-    known, values = {f.name for f in dataclasses.fields(config)}, {}
-    for key, value in tree.items():
+    values = {}
+    for key, value in check_keys(type(config), tree, before.rstrip(".")).items():
         name = f"{before}{key}"
-        if key not in known:
-            raise ValueError(f"{name}: unknown key; known are {', '.join(sorted(known))}")
         current, value = getattr(config, key), _expand(key, value)
         if dataclasses.is_dataclass(current):
-            if not isinstance(value, dict):
-                raise ValueError(
-                    f"{name}: {value!r} is not a mapping; give its parts, for example {name}.{_first(current)}=..."
-                )
             values[key] = with_settings(current, value, f"{name}.")
         elif isinstance(value, dict):
             raise ValueError(f"{name}: it has no parts; give {name}=value")
         else:
             values[key] = _typed(name, value, current)
     return dataclasses.replace(config, **values)
-
-
-def _first(config) -> str:
-    return dataclasses.fields(config)[0].name
 
 
 def _typed(name: str, value, current):

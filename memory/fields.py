@@ -1,0 +1,35 @@
+"""Mappings read from files -> keyword arguments of dataclasses."""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+
+
+def check_keys(cls: type, raw: object, where: str) -> Mapping:
+    """The mapping `raw` itself. Raises ValueError unless it is one and all its keys are fields of the dataclass `cls`.
+
+    `where` is the name of `raw` in messages; empty for a mapping without a name.
+    """
+    known = ", ".join(field.name for field in dataclasses.fields(cls))
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"{where}: {raw!r} is not a mapping; known keys are {known}")
+    if unknown := [key for key in raw if key not in known.split(", ")]:
+        raise ValueError(f"{where}{'.' * bool(where)}{unknown[0]}: unknown key; known keys are {known}")
+    return raw
+
+
+def checked_fields(cls: type, raw: object, where: str) -> dict[str, typing.Any]:
+    """Keyword arguments for the dataclass `cls` from a mapping as JSON or YAML gives it; `cls` checks the values.
+
+    A list becomes a tuple where the field is one. Raises ValueError, beginning with `where`, for an unknown key and for
+    a missing one that has no default.
+    """
+    values = dict(check_keys(cls, raw, where))
+    for field in dataclasses.fields(cls):
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and field.name not in values:
+            raise ValueError(f"{where}.{field.name}: missing")
+        is_tuple = tuple in map(typing.get_origin, (field.type, *typing.get_args(field.type)))
+        if is_tuple and isinstance(values.get(field.name), list):
+            values[field.name] = tuple(values[field.name])
+    return values
