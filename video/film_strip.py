@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..model.codecs.base import denormalise
 from ..model.codecs.demo_vae import DemoCodec
-from ..train.world import upscale
 from .mp4 import to_uint8
 
 
@@ -22,6 +21,6 @@ def film_strip(
     frames = [to_uint8(run) for run in codec.decode_stream(denormalise(chunk.to(device)) for chunk in film)]
     pixels = np.concatenate(frames)
     picked = np.linspace(0, len(pixels) - 1, columns * rows).round().astype(int)
-    shown = upscale(pixels[picked], scale)
+    shown = pixels[picked].repeat(scale, axis=1).repeat(scale, axis=2)
     lines = [np.concatenate(list(shown[i : i + columns]), axis=1) for i in range(0, len(shown), columns)]
     return Image.fromarray(np.concatenate(lines))

@@ -18,8 +18,9 @@ from context_forcing.train.data.clips import random_clip
 from context_forcing.train.data.encode import EncodeSettings, SetEncoder, WanEncoder, encode
 from context_forcing.train.data.shards import MANIFEST, ShardedClips, open_shard, read_manifest
 from context_forcing.train.data.sources import Source, list_sources
-from context_forcing.train.world import render_pixel_frames, upscale
-from context_forcing.train.world.camera import frame_moves
+from context_forcing.train.world.camera import view
+from context_forcing.train.world.geometry import TOKEN
+from context_forcing.train.world.scene import panorama
 from context_forcing.video.mp4 import VideoError, check_video, read_runs, write_video
 
 CLIP = 13
@@ -31,8 +32,11 @@ CAPTION = "A meadow by day. The camera pans right."
 def world_frames(seed, num_frames):
     """True frames of the demo world, uint8 [num_frames, 64, 128, 3]."""
     clip = random_clip(np.random.default_rng(seed), num_frames // 12 + 1, 3, 0.5)
-    frames = render_pixel_frames(clip.scene, clip.styles, frame_moves(clip.moves, 3), 3, clip.start)
-    return upscale(frames[:num_frames], 2)
+    # Between two latent frames the camera turns by at most a token of 8 art pixels, 2 in each of 4 pixel frames.
+    lefts = np.interp(np.arange(num_frames) / 4, np.arange(len(clip.headings)), clip.headings * TOKEN).astype(int)
+    rings = [panorama(clip.scene, style) for style in clip.styles]
+    frames = [view(rings[(i + 3) // 12], left) for i, left in enumerate(lefts)]
+    return np.stack(frames).repeat(2, axis=1).repeat(2, axis=2)
 
 
 def film(path, frames_THWC, fps=16, caption=CAPTION):

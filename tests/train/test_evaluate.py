@@ -16,7 +16,10 @@ from context_forcing.train.evaluation.evaluate import Plan, evaluate, long_paths
 from context_forcing.train.evaluation.judge import QUARTERS, LongTrial, Trial, World, judge
 from context_forcing.train.evaluation.rollout import Camera, branches
 from context_forcing.train.evaluation.summary import Record, bootstrap, effective_context, shuffled_rate, sum_up
-from context_forcing.train.world import ALL_STYLES, Scene, benchmark_script, caption, frame_moves, render_latent_frames
+from context_forcing.train.world.camera import headings, render_latent_frames
+from context_forcing.train.world.prompts import ALL_STYLES, caption
+from context_forcing.train.world.scene import Scene
+from context_forcing.train.world.scripts import benchmark_script
 from context_forcing.video.pipeline import Pipeline
 from context_forcing.video.story import SegmentSpec as Segment
 from context_forcing.video.story import Story
@@ -106,7 +109,7 @@ def test_a_world_that_changed_meanwhile_scores_chance(world):
     for k in range(20):
         art = [
             render_latent_frames(
-                Scene.sample(np.random.default_rng(seed)), [style] * len(script.moves), script.frame_moves, start=7 * k
+                Scene.sample(np.random.default_rng(seed)), [style] * len(script.moves), script.moves, start=7 * k
             )
             for seed in (k, 1000 + k)
         ]
@@ -225,7 +228,7 @@ def test_long_paths_are_the_same_for_all_and_move_in_every_quarter():
     paths = long_paths(plan, fps=16)
     assert paths == long_paths(plan, fps=16) and len(paths) == 6 and len({tuple(path) for path in paths.values()}) == 6
     for path in paths.values():
-        assert len(frame_moves(path)) == 2 * 60 * 16 / 4
+        assert len(headings(path)) == 2 * 60 * 16 / 4
         assert all(any(quarter) for quarter in np.split(np.array(path), QUARTERS))
     with pytest.raises(ValueError, match="minutes.*0.4 is the least"):
         long_paths(Plan(entrants=(), minutes=0.3), fps=16)

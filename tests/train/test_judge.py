@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 from context_forcing.train.evaluation.judge import QUARTERS, World, judge, judge_long, stations_in_view, turns
-from context_forcing.train.world import ALL_STYLES, Scene, benchmark_script, frame_moves, render_latent_frames
+from context_forcing.train.world.camera import render_latent_frames
+from context_forcing.train.world.prompts import ALL_STYLES
+from context_forcing.train.world.scene import Scene
+from context_forcing.train.world.scripts import benchmark_script
 from context_forcing.video.pipeline import Pipeline
 
 TRIP = [0, 1, 1, 1, 0, -1, -1, -1]
@@ -20,7 +23,7 @@ def world():
 def true_film(world, moves, style, seed):
     """A film that begins somewhere on the ring, as generated ones do; `moves` per chunk."""
     scene = Scene.sample(np.random.default_rng(seed))
-    art = render_latent_frames(scene, [style] * len(moves), frame_moves(moves), start=7 * seed)
+    art = render_latent_frames(scene, [style] * len(moves), moves, start=7 * seed)
     return world.encode(art).movedim(0, 1), scene
 
 
@@ -61,7 +64,7 @@ def test_the_first_view_is_the_first_not_the_last_before_leaving(world):
         film, _ = true_film(world, script.moves, style, k)
         # Another scene, at the same headings, up to just before the last look at the targets.
         scene = Scene.sample(np.random.default_rng(1000 + k))
-        art = render_latent_frames(scene, [style] * len(script.moves), script.frame_moves, start=7 * k)
+        art = render_latent_frames(scene, [style] * len(script.moves), script.moves, start=7 * k)
         film[:, : script.target_frame] = world.encode(art).movedim(0, 1)[:, : script.target_frame]
         trial = judge(world, film, script, style)
         targets = [station for station, _ in stations_in_view(script.target_heading + 7 * k)]

@@ -1,38 +1,25 @@
 import numpy as np
 import pytest
 from context_forcing.model.codecs.demo_text import WORDS, canonical_words
-from context_forcing.train.world import (
-    ALL_STYLES,
+from context_forcing.train.evaluation.judge import stations_in_view
+from context_forcing.train.world.background import background
+from context_forcing.train.world.camera import headings, render_latent_frames, view
+from context_forcing.train.world.geometry import (
     CHUNK,
     LANDMARK,
+    LANDMARK_COLUMNS,
     LANDMARK_TOP,
-    NUM_CLASSES,
     NUM_STATIONS,
     RING_COLUMNS,
     RING_WIDTH,
     STATION_COLUMNS,
     TOKEN,
     VIEW_COLUMNS,
-    Scene,
-    Style,
-    background,
-    benchmark_script,
-    caption,
-    frame_moves,
-    headings,
-    landmarks_in_view,
-    pacing_script,
-    panorama,
-    parse_prompt,
-    random_script,
-    random_styles,
-    render_latent_frames,
-    render_pixel_frames,
-    template,
-    templates,
-    upscale,
-    view,
 )
+from context_forcing.train.world.prompts import ALL_STYLES, Style, caption
+from context_forcing.train.world.scene import Scene, panorama, templates
+from context_forcing.train.world.scripts import benchmark_script, pacing_script, random_script, random_styles
+from context_forcing.train.world.sprites import NUM_CLASSES
 
 DAY, NIGHT = Style(), Style(ground="snow", weather="cloudy", time="night")
 FILLER = {"a", "under", "sky", "by", "at", "the", "camera", "field"}
@@ -42,57 +29,54 @@ def make_scene(seed=0):
     return Scene.sample(np.random.default_rng(seed))
 
 
+def stations_touched(heading):
+    """Stations of which any column is in view."""
+    in_view = {(heading + column) % RING_COLUMNS for column in range(VIEW_COLUMNS)}
+    first = {station: station * STATION_COLUMNS for station in range(NUM_STATIONS)}
+    return {s for s in first if in_view & set(range(first[s], first[s] + LANDMARK_COLUMNS))}
+
+
 def test_scripts_of_a_single_chunk():
     rng = np.random.default_rng(0)
     assert all(len(make(rng, 1)) == 1 for make in (random_script, pacing_script) for _ in range(50))
 
 
 def test_headings_ignore_the_first_move_and_add_up_the_rest():
-    assert headings([1, 1, 1, 0, -1, -1, -1]).tolist() == [0, 1, 2, 2, 1, 0, -1]
-    assert headings([1, 1, 1, 0, -1, -1, -1], start=5).tolist() == [5, 6, 7, 7, 6, 5, 4]
+    assert headings([1, 1, 1, 0, -1, -1, -1], 1).tolist() == [0, 1, 2, 2, 1, 0, -1]
+    assert headings([1, 1, 1, 0, -1, -1, -1], 1, start=5).tolist() == [5, 6, 7, 7, 6, 5, 4]
+    assert headings([1, -1, 0], 2).tolist() == [0, 1, 0, -1, -1, -1]
 
 
-@pytest.mark.parametrize("render", [render_latent_frames, render_pixel_frames])
-def test_a_start_heading_turns_the_whole_clip(render):
+def test_a_start_heading_turns_the_whole_clip():
     scene, moves = make_scene(), [0, 1, 1, -1, 0, 0]
-    shifted = render(scene, [DAY, DAY], moves, start=3)
+    shifted, clip = (render_latent_frames(scene, [DAY] * 6, moves, 2, start) for start in (3, 0))
     np.testing.assert_array_equal(shifted[0], view(panorama(scene, DAY), 3 * TOKEN))
-    np.testing.assert_array_equal(shifted[:, :, : -3 * TOKEN], render(scene, [DAY, DAY], moves)[:, :, 3 * TOKEN :])
+    np.testing.assert_array_equal(shifted[:, :, : -3 * TOKEN], clip[:, :, 3 * TOKEN :])
 
 
 @pytest.mark.parametrize("move", [-1, 1])
 def test_latent_frames_shift_by_one_token_column_per_move(move):
-    frames = render_latent_frames(make_scene(), [DAY] * 4, [move] * 12)
+    frames = render_latent_frames(make_scene(), [DAY] * 4, [move] * 4)
     assert frames.shape == (12, 32, 64, 3) and frames.dtype == np.uint8
     for earlier, later in zip(frames, frames[1:]):
         left, right = (earlier, later) if move > 0 else (later, earlier)
         np.testing.assert_array_equal(left[:, TOKEN:], right[:, :-TOKEN])
 
 
-def test_pixel_frames_shift_by_two_art_pixels_and_stay_when_told_to():
-    frames = render_pixel_frames(make_scene(), [DAY, DAY], [0, 1, 1, 0, 0, 0])
-    np.testing.assert_array_equal(frames[0][:, 2:], frames[1][:, :-2])
-    np.testing.assert_array_equal(frames[7][:, 2:], frames[8][:, :-2])
-    assert (frames[8:] == frames[8]).all()
-
-
 def test_a_turn_around_the_ring_ends_where_it_began():
-    frames = render_latent_frames(make_scene(), [DAY] * 17, [0] * 3 + [1] * RING_COLUMNS)
+    frames = render_latent_frames(make_scene(), [DAY] * 17, [0] + [1] * (RING_COLUMNS // CHUNK))
     np.testing.assert_array_equal(frames[2], frames[-1])
     pano = panorama(make_scene(), DAY)
     np.testing.assert_array_equal(view(pano, -TOKEN), view(pano, RING_WIDTH - TOKEN))
     np.testing.assert_array_equal(view(pano, RING_WIDTH - 8)[:, 8:], pano[:, :56])
 
 
-def test_latent_frames_are_every_fourth_pixel_frame_and_styles_switch_with_their_chunk():
-    rng = np.random.default_rng(5)
-    scene, moves = make_scene(5), frame_moves(random_script(rng, 5))
+def test_styles_switch_with_their_chunk():
+    scene, moves = make_scene(5), random_script(np.random.default_rng(5), 5)
     styles = [DAY, DAY, NIGHT, NIGHT, DAY]
-    latent, pixel = (render(scene, styles, moves) for render in (render_latent_frames, render_pixel_frames))
-    assert len(pixel) == 1 + 4 * (len(latent) - 1)
-    np.testing.assert_array_equal(latent, pixel[::4])
-    offset = int(headings(moves)[5]) * TOKEN + 2 * moves[6]
-    np.testing.assert_array_equal(pixel[21], view(panorama(scene, NIGHT), offset))
+    frames = render_latent_frames(scene, styles, moves)
+    for i, heading in enumerate(headings(moves)):
+        np.testing.assert_array_equal(frames[i], view(panorama(scene, styles[i // CHUNK]), heading * TOKEN))
 
 
 def test_a_seed_fixes_everything():
@@ -132,14 +116,11 @@ def test_landmarks_in_view_are_where_they_are_drawn():
     scene = make_scene(7)
     for heading in range(-RING_COLUMNS, 2 * RING_COLUMNS):
         picture = view(panorama(scene, DAY), heading * TOKEN)
-        landmarks = landmarks_in_view(scene, heading)
-        assert 2 <= sum(landmark.fully_visible for landmark in landmarks) <= 3
-        for station, class_id, column, full in landmarks:
-            assert class_id == scene.class_ids[station]
-            assert full == (0 <= column <= VIEW_COLUMNS - 2) and -1 <= column < VIEW_COLUMNS
-            if full:
-                crop = picture[LANDMARK_TOP : LANDMARK_TOP + LANDMARK, column * TOKEN : column * TOKEN + LANDMARK]
-                np.testing.assert_array_equal(crop, template(class_id, DAY, station))
+        landmarks = stations_in_view(heading)
+        assert 2 <= len(landmarks) <= 3
+        for station, column in landmarks:
+            crop = picture[LANDMARK_TOP : LANDMARK_TOP + LANDMARK, column * TOKEN : column * TOKEN + LANDMARK]
+            np.testing.assert_array_equal(crop, templates(DAY, station)[scene.class_ids[station]])
 
 
 def test_classes_stay_apart_in_every_style_even_when_averaged_over_four_pixels():
@@ -152,39 +133,23 @@ def test_classes_stay_apart_in_every_style_even_when_averaged_over_four_pixels()
             assert distance[~np.eye(NUM_CLASSES, dtype=bool)].min() > 10
 
 
-def test_captions_are_understood_and_made_of_known_words():
-    for style in ALL_STYLES:
-        for move in (-1, 0, 1):
-            text = caption(style, move)
-            assert parse_prompt(text, NIGHT if style != NIGHT else DAY) == (style, move)
-            assert set(text.lower().replace(".", "").split()) - FILLER <= set(WORDS)
+def test_captions_are_made_of_known_words_and_all_differ():
+    captions = {caption(style, move) for style in ALL_STYLES for move in (-1, 0, 1)}
+    assert len({tuple(canonical_words(text)) for text in captions}) == 3 * len(ALL_STYLES)
+    for text in captions:
+        assert set(text.lower().replace(".", "").split()) - FILLER <= set(WORDS)
 
 
 @pytest.mark.parametrize(
-    "text, expected",
+    "text, style, move",
     [
-        ("Snowy, misty sunset; panning to the left", (Style(ground="snow", weather="foggy", time="dusk"), -1)),
-        ("a grassy field, overcast at NOON, the camera moves right", (Style(weather="cloudy"), 1)),
-        (
-            "sand dunes in the nighttime, sunny, static camera",
-            (Style(ground="desert", weather="clear", time="night"), 0),
-        ),
-        ("pan left", (DAY, -1)),
-        ("pans right", (DAY, 1)),
-        ("The camera pans left, then stays.", (DAY, 0)),
-        ("a tower on the left", (DAY, 0)),
-        ("flying purple spaghetti", (DAY, 0)),
+        ("Wintry, misty, sunset. Panning leftwards", {"ground": "snow", "weather": "foggy", "time": "dusk"}, -1),
+        ("a grassy field, overcast at NOON, the camera moves right", {"weather": "cloudy"}, 1),
+        ("sand dunes in the nighttime, sunny, static camera", {"ground": "desert", "time": "night"}, 0),
     ],
 )
-def test_synonyms(text, expected):
-    assert parse_prompt(text, DAY) == expected
-
-
-def test_synonyms_reach_the_encoder_as_the_words_of_the_caption():
-    style = Style(ground="snow", weather="foggy", time="dusk")
-    assert canonical_words("Wintry, misty, at sunset. The camera is panning leftwards") == canonical_words(
-        caption(style, -1)
-    )
+def test_synonyms_reach_the_encoder_as_the_words_of_the_caption(text, style, move):
+    assert set(canonical_words(text)) == set(canonical_words(caption(Style(**style), move)))
     assert all(concept in WORDS for concept in WORDS.values())
 
 
@@ -192,18 +157,17 @@ def test_synonyms_reach_the_encoder_as_the_words_of_the_caption():
 @pytest.mark.parametrize("kind, gap", [("dwell", 0), ("dwell", 5), ("wander", 4), ("wander", 28)])
 def test_benchmark_scripts_return_exactly_and_hide_the_targets_between(kind, gap, mirror):
     script = benchmark_script(kind, gap, mirror)
-    path = headings(script.frame_moves)
+    path = headings(script.moves)
     assert script.headings == tuple(path) and len(path) == len(script.moves) * CHUNK
     assert (path[script.return_frame :] == script.target_heading).all()
     assert path[script.target_frame] == script.target_heading == (-6 if mirror else 6)
-    scene = make_scene(1)
-    targets = {landmark.station for landmark in landmarks_in_view(scene, script.target_heading)}
-    assert sum(landmark.fully_visible for landmark in landmarks_in_view(scene, script.target_heading)) == 3
+    targets = stations_touched(script.target_heading)
+    assert len(stations_in_view(script.target_heading)) == 3
     for frame in script.hidden_frames:
-        assert not targets & {landmark.station for landmark in landmarks_in_view(scene, path[frame])}
+        assert not targets & stations_touched(path[frame])
     first = script.hidden_frames[0]
     assert script.hidden_frames == tuple(range(first, first + gap * CHUNK + 3))
-    frames = render_latent_frames(scene, [DAY] * len(script.moves), script.frame_moves)
+    frames = render_latent_frames(make_scene(1), [DAY] * len(script.moves), script.moves)
     np.testing.assert_array_equal(frames[script.target_frame], frames[script.return_frame])
     assert tuple(-move for move in script.moves) == benchmark_script(kind, gap, not mirror).moves
 
@@ -212,7 +176,7 @@ def test_random_clips_return_to_something_that_was_hidden_for_a_chunk():
     returns = 0
     for seed in range(40):
         script = random_script(np.random.default_rng(seed), 12)
-        path = headings(frame_moves(script))
+        path = headings(script)
         assert len(script) == 12 and set(script) <= {-1, 0, 1}
         away = np.abs(path[:, None] - path[None]) >= VIEW_COLUMNS
         returns += any(
@@ -235,14 +199,6 @@ def test_random_styles_change_one_concept_at_most_once():
     assert 40 <= changed <= 80
 
 
-def test_upscale_repeats_pixels():
-    frames = np.arange(12, dtype=np.uint8).reshape(1, 2, 2, 3)
-    big = upscale(frames, 3)
-    assert big.shape == (1, 6, 6, 3)
-    np.testing.assert_array_equal(big[:, ::3, ::3], frames)
-    np.testing.assert_array_equal(big[:, 2::3, 2::3], frames)
-
-
 def test_shared_pictures_cannot_be_written_to():
     for shared in (panorama(make_scene(), DAY), templates(DAY, 0), background(DAY)):
         with pytest.raises(ValueError, match="read-only"):
@@ -255,19 +211,17 @@ def test_shared_pictures_cannot_be_written_to():
         (lambda: Style(ground="sea"), "ground is 'sea'.*'meadow'"),
         (lambda: Style(weather="rain"), "weather is 'rain'"),
         (lambda: Style(time="noon"), "time is 'noon'"),
-        (lambda: Scene(landmarks=((0, 0),)), "landmarks has 1 entries"),
-        (lambda: Scene(landmarks=((9, 0),) * 16), r"landmarks has \(9, 0\)"),
+        (lambda: Scene(class_ids=(0,)), r"class_ids: \(0,\) must be 16"),
+        (lambda: Scene(class_ids=(NUM_CLASSES,) * 16), "class_ids: .* 0 to 23"),
         (lambda: caption(DAY, 2), "move is 2"),
         (lambda: headings([0, 2]), "moves is 2"),
-        (lambda: render_latent_frames(make_scene(), [DAY], [0, 1]), "moves has 2 entries"),
-        (lambda: render_pixel_frames(make_scene(), [], []), "moves has 0 entries"),
+        (lambda: render_latent_frames(make_scene(), [DAY], [0, 1]), "moves: 2 entries for 1 styles"),
+        (lambda: render_latent_frames(make_scene(), [], []), "moves: 0 entries"),
         (lambda: benchmark_script("sleep", 4, False), "kind is 'sleep'"),
         (lambda: benchmark_script("wander", 3, False), "gap_chunks is 3"),
         (lambda: random_script(np.random.default_rng(0), 0), "num_chunks is 0"),
         (lambda: random_styles(np.random.default_rng(0), 0), "num_chunks is 0"),
-        (lambda: template(NUM_CLASSES, DAY, 0), "class_id is 24"),
         (lambda: templates(DAY, 16), "station is 16"),
-        (lambda: upscale(np.zeros((1, 1, 3)), 0), "factor is 0"),
     ],
 )
 def test_bad_values_are_named(call, match):

@@ -13,23 +13,11 @@ from ...memory.config import MemoryConfig
 from ...memory.policy import Slots, advance
 from ...model.codecs.demo_text import TEXT_DIM, canonical_words, concept_embedding
 from ...model.codecs.demo_vae import DemoCodec, load_demo_codec
-from ..world import (
-    ART_SCALE,
-    CHUNK,
-    RING_COLUMNS,
-    VIEW_COLUMNS,
-    VIEW_HEIGHT,
-    VIEW_WIDTH,
-    Scene,
-    Style,
-    caption,
-    headings,
-    pacing_script,
-    random_script,
-    random_styles,
-    render_latent_frames,
-)
-from ..world.camera import frame_moves
+from ..world.camera import headings, render_latent_frames
+from ..world.geometry import ART_SCALE, CHUNK, RING_COLUMNS, VIEW_COLUMNS, VIEW_HEIGHT, VIEW_WIDTH
+from ..world.prompts import Style, caption
+from ..world.scene import Scene
+from ..world.scripts import pacing_script, random_script, random_styles
 from .shards import ClipBatch, ShardedClips
 
 
@@ -48,7 +36,7 @@ class Clip:
 
     @property
     def headings(self) -> np.ndarray:
-        return headings(frame_moves(self.moves, self.chunk), self.start)
+        return headings(self.moves, self.chunk, self.start)
 
     @property
     def captions(self) -> list[str]:
@@ -56,8 +44,7 @@ class Clip:
 
     def art(self) -> np.ndarray:
         """Art pixels of every latent frame, uint8."""
-        moves = frame_moves(self.moves, self.chunk)
-        return render_latent_frames(self.scene, self.styles, moves, self.chunk, self.start)
+        return render_latent_frames(self.scene, self.styles, self.moves, self.chunk, self.start)
 
 
 def random_clip(rng: np.random.Generator, num_chunks: int, chunk: int, pacing: float) -> Clip:

@@ -21,7 +21,9 @@ from ...memory.memory import Memory
 from ...model.device import pick_device
 from ...video.film_strip import film_strip
 from ...video.pipeline import Pipeline
-from ..world import ALL_STYLES, CHUNK, Script, benchmark_script, random_script
+from ..world.geometry import CHUNK
+from ..world.prompts import ALL_STYLES
+from ..world.scripts import Script, benchmark_script, random_script
 from .judge import QUARTERS, World, judge, judge_long
 from .rollout import Camera, branches, film_of
 from .summary import KINDS, LONG, Record, sum_up, tables

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ...video.pipeline import Pipeline
-from ..world import (
+from ..world.background import background
+from ..world.camera import headings, view
+from ..world.geometry import (
     CHUNK,
     LANDMARK_COLUMNS,
     LANDMARK_TOP,
@@ -22,13 +24,10 @@ from ..world import (
     STATION_COLUMNS,
     TOKEN,
     VIEW_COLUMNS,
-    Script,
-    Style,
-    background,
-    frame_moves,
-    headings,
-    templates,
-)  # fmt: skip
+)
+from ..world.prompts import Style
+from ..world.scene import templates
+from ..world.scripts import Script
 
 QUARTERS = 4
 TURNS = (0, 1, -1, 2, -2)
@@ -122,8 +121,8 @@ class World:
         """The rows without landmarks of the true view at every heading, [RING_COLUMNS, C, rows, W]."""
         if style not in self._views:
             ring = np.clip(np.round(background(style)), 0, 255).astype(np.uint8)
-            columns = (np.arange(RING_COLUMNS)[:, None] * TOKEN + np.arange(VIEW_COLUMNS * TOKEN)) % ring.shape[1]
-            self._views[style] = bare_rows(self.encode(ring[:, columns].transpose(1, 0, 2, 3)))
+            views = np.stack([view(ring, heading * TOKEN) for heading in range(RING_COLUMNS)])
+            self._views[style] = bare_rows(self.encode(views))
         return self._views[style]
 
     def start(self, film_CTHW: Tensor, path: np.ndarray, style: Style) -> int:
@@ -214,7 +213,7 @@ def judge_long(world: World, film: Tensor, moves: Sequence[int], style: Style, r
     """
     if len(moves) % QUARTERS or not all(any(quarter) for quarter in np.split(np.array(moves), QUARTERS)):
         raise ValueError(f"moves: {len(moves)} chunks are not {QUARTERS} equal quarters that all move")
-    path, asked = path_of(film), headings(frame_moves(moves))
+    path, asked = path_of(film), headings(moves)
     lead = slice(0, _LEAD_FRAMES, CHUNK)
     start = world.start(film[:, lead], path[lead], style)
     seen = (path + start) % RING_COLUMNS

@@ -10,7 +10,7 @@ from ...model.codecs.demo_text import encode_demo_text
 from ...model.sampler import CausalSampler, seeded_noise
 from ...model.segment import used_rows
 from ...video.pipeline import Pipeline
-from ..world import Style, caption
+from ..world.prompts import Style, caption
 
 Key = TypeVar("Key", bound=Hashable)
 

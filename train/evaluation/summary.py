@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from rich.table import Table
 
-from ..world import NUM_CLASSES
+from ..world.sprites import NUM_CLASSES
 from .judge import QUARTERS, LongTrial, Trial
 
 KINDS = ("dwell", "wander")

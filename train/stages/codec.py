@@ -10,11 +10,15 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from ...model.codecs.demo_vae import NUM_CHROMA, NUM_LUMA, DemoCodec
+from ...model.units import FRAMES_PER_LATENT
 from ..config import VaeConfig
 from ..loop import Stage, rng_of
 from ..parallel import Parallel
 from ..trained_network import TrainedNetwork
-from ..world import FRAMES_PER_LATENT, RING_COLUMNS, TOKEN, Scene, panorama, random_style, view
+from ..world.camera import view
+from ..world.geometry import RING_COLUMNS, TOKEN
+from ..world.scene import Scene, panorama
+from ..world.scripts import random_style
 
 STATISTICS_CLIPS = 400
 STYLE_CHANGES = 0.1

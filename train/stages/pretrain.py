@@ -19,7 +19,7 @@ from ..data.clips import FAST, MEMORY, UNSEEN, Batch, make_batch
 from ..loop import Stage, load_network
 from ..parallel import PRECISIONS, Parallel, entry
 from ..trained_network import TrainedNetwork
-from ..world import VIEW_COLUMNS
+from ..world.geometry import VIEW_COLUMNS
 from .forcing import TeacherForcing, interleave, noisy_part
 
 VALIDATION_SIGMA = 0.95

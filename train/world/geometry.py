@@ -16,5 +16,5 @@ LANDMARK = LANDMARK_COLUMNS * TOKEN
 LANDMARK_TOP = 8
 ART_SCALE = 2
 """Video pixels per art pixel."""
-FRAMES_PER_LATENT = 4
-"""Pixel frames per latent frame, the first latent frame excepted (1)."""
+CHUNK = 3
+"""Latent frames that share a prompt and a move."""

@@ -47,15 +47,8 @@ GROUND = {
 FOREST = {"meadow": (54, 112, 78), "desert": (142, 120, 70), "snow": (88, 124, 136)}
 FLOWERS = ((244, 232, 120), (250, 160, 170), (250, 250, 250))
 
-LANDMARK_COLOURS = ("red", "gold", "green", "cyan", "violet", "pink")
-LANDMARK_RGB = (
-    (220, 44, 40),
-    (250, 186, 20),
-    (30, 150, 52),
-    (20, 176, 226),
-    (104, 52, 206),
-    (250, 104, 190),
-)
+LANDMARK_RGB = ((220, 44, 40), (250, 186, 20), (30, 150, 52), (20, 176, 226), (104, 52, 206), (250, 104, 190))
+"""Red, gold, green, cyan, violet, pink."""
 
 
 def rgb(colour: tuple[float, ...]) -> np.ndarray:

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from ...model.codecs.demo_text import canonical_words
-
 GROUNDS = ("meadow", "desert", "snow")
 WEATHERS = ("clear", "cloudy", "foggy")
 TIMES = ("day", "dusk", "night")
@@ -11,7 +9,6 @@ TIMES = ("day", "dusk", "night")
 _GROUND_PHRASES = {"meadow": "meadow", "desert": "desert", "snow": "snowy field"}
 _TIME_PHRASES = {"day": "by day", "dusk": "at dusk", "night": "at night"}
 _MOVE_PHRASES = {-1: "pans left", 0: "stays", 1: "pans right"}
-_MOVE_OF = {"left": -1, "stay": 0, "right": 1}
 
 
 def check_choice(name: str, value: object, choices: tuple) -> None:
@@ -46,21 +43,3 @@ def caption(style: Style, move: int) -> str:
         f"A {_GROUND_PHRASES[style.ground]} under a {style.weather} sky {_TIME_PHRASES[style.time]}. "
         f"The camera {_MOVE_PHRASES[move]}."
     )
-
-
-def parse_prompt(text: str, default: Style) -> tuple[Style, int]:
-    """Style and move that `text` asks for; the last mention of a concept wins, unnamed ones take `default`.
-
-    A direction counts only beside a word for panning: "the tower on the left" moves nothing. Without a move the
-    camera stays.
-    """
-    chosen = {"ground": default.ground, "weather": default.weather, "time": default.time}
-    words = canonical_words(text)
-    move = 0
-    for word in words:
-        for field, choices in (("ground", GROUNDS), ("weather", WEATHERS), ("time", TIMES)):
-            if word in choices:
-                chosen[field] = word
-        if word == "stay" or (word in _MOVE_OF and "pan" in words):
-            move = _MOVE_OF[word]
-    return Style(**chosen), move

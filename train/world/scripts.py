@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .camera import frame_moves, headings
-from .geometry import RING_COLUMNS, VIEW_COLUMNS
+from .camera import headings
+from .geometry import CHUNK, RING_COLUMNS, VIEW_COLUMNS
 from .prompts import GROUNDS, TIMES, WEATHERS, Style, check_choice
 
-CHUNK = 3
 _LEAD = (0, 1, 1, 0)
 _AWAY = (1, 1, 1)
 _AFTER = (0, 0)
@@ -33,11 +32,6 @@ class Script:
     hidden_frames: tuple[int, ...]
     """Latent frames in which no column of the target view is visible."""
 
-    @property
-    def frame_moves(self) -> tuple[int, ...]:
-        """One move per latent frame."""
-        return tuple(frame_moves(self.moves, CHUNK))
-
 
 def _shares_columns(heading: int, other: int) -> bool:
     distance = (heading - other) % RING_COLUMNS
@@ -56,7 +50,7 @@ def benchmark_script(kind: str, gap_chunks: int, mirror: bool) -> Script:
     back = tuple(-move for move in _AWAY)
     sign = -1 if mirror else 1
     moves = tuple(sign * move for move in _LEAD + _AWAY + gap + back + _AFTER)
-    path = headings(frame_moves(moves, CHUNK)).tolist()
+    path = headings(moves).tolist()
     target_frame = len(_LEAD) * CHUNK - 1
     target = path[target_frame]
     return_frame = next(frame for frame in range(target_frame + 2, len(path)) if path[frame] == target)

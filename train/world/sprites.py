@@ -5,14 +5,12 @@ from functools import lru_cache
 import numpy as np
 
 from .geometry import LANDMARK
-from .palette import FOG, LANDMARK_COLOURS, LANDMARK_LIGHT, LANDMARK_RGB, WINDOW, lit, mix, rgb
+from .palette import FOG, LANDMARK_LIGHT, LANDMARK_RGB, WINDOW, lit, mix, rgb
 from .prompts import Style
 
 SHAPES = ("house", "pine", "tower", "balloon")
-COLOURS = LANDMARK_COLOURS
-NUM_SHAPES = len(SHAPES)
-NUM_COLOURS = len(COLOURS)
-NUM_CLASSES = NUM_SHAPES * NUM_COLOURS
+NUM_COLOURS = len(LANDMARK_RGB)
+NUM_CLASSES = len(SHAPES) * NUM_COLOURS
 
 OUTLINE, LIT_OUTLINE = 0.56, 0.74
 """Outline against own colour on the shaded and on the lit (left) side: darker ones cost the codec too much."""
