@@ -15,6 +15,9 @@ from context_forcing.model.sampler import CausalSampler
 from context_forcing.model.wan import Block, Head, WanModel
 from safetensors.torch import save_file
 
+collect_ignore = ["host"]
+"""ComfyUI's Python runs these (tests/nodes/test_inside_comfyui.py)."""
+
 # The networks here are so small that threads only wait for each other.
 torch.set_num_threads(1)
 

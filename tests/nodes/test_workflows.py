@@ -1,14 +1,16 @@
 """Every workflow we ship, as the page would send it, in a real ComfyUI: it runs, and shows what it is there to show."""
 
 import json
+from itertools import pairwise
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from context_forcing.model.checkpoints.student import DEMO_STUDENT, read_card
 from PIL import Image
 from safetensors.torch import load_file
+
+from context_forcing.model.checkpoints.student import DEMO_STUDENT, read_card
 
 from .graph import nodes, only, succeeded
 from .host import CHECKOUT, PACK, to_api
@@ -106,7 +108,7 @@ def test_demo_continue_video_goes_on_where_the_clip_ends(host, load):
     clip, whole = video(host, run, clip), video(host, run, whole)
     assert len(clip) == 4 * SHORT_FRAMES - 3 and len(whole) == 8 * SHORT_FRAMES - 3
     assert min(psnr(given, made) for given, made in zip(clip, whole)) > 30
-    steps = [psnr(a, b) for a, b in zip(whole, whole[1:])]
+    steps = [psnr(a, b) for a, b in pairwise(whole)]
     assert steps[len(clip) - 1] > min(steps[: len(clip) - 1]) - 2, "the picture jumps where the clip ends"
 
 

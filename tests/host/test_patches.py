@@ -1,0 +1,111 @@
+"""What other nodes put on a MODEL: used, or named in one line of the log."""
+
+import pytest
+import torch
+from bench import ROUNDING, difference
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_cfg import CFGZeroStar
+from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
+from comfy_extras.nodes_easycache import EasyCacheNode
+from comfy_extras.nodes_model_advanced import ModelComputeDtype, ModelSamplingSD3
+from comfy_extras.nodes_rope import ScaleROPE
+from torch._dynamo.testing import CompileCounterWithBackend
+
+
+def messages(caplog, words):
+    return [record.getMessage() for record in caplog.records if words in record.getMessage()]
+
+
+def test_blocks_compile_once(bench, caplog):
+    counter = CompileCounterWithBackend("aot_eager")
+    model = bench.load().clone()
+    set_torch_compile_wrapper(model=model, backend=counter)
+    latents, _ = bench.run(model)
+    assert difference(latents, bench.plain) < ROUNDING
+    assert counter.frame_count == 3, "three parts of a block, for all blocks, chunks and lengths of the memory"
+    bench.run(model, chunks=1)
+    assert counter.frame_count == 3
+    assert not messages(caplog, "no effect")
+
+
+def test_cuda_graphs_are_refused(bench, caplog):
+    model = bench.load().clone()
+    set_torch_compile_wrapper(model=model, backend="cudagraphs")
+    bench.run(model, chunks=1)
+    assert len(messages(caplog, "CUDA graphs")) == 1 and not messages(caplog, "no effect")
+
+
+def test_attention_of_other_nodes(bench, caplog):
+    model, calls = bench.load().clone(), []
+
+    def attention(function, *args, **options):
+        calls.append(options["transformer_options"])
+        return function(*args, **options)
+
+    latents, _ = bench.run(model, attention="comfyui")
+    assert difference(latents, bench.plain) < ROUNDING, "the attention that ComfyUI was started with"
+    model.model_options["transformer_options"]["optimized_attention_override"] = attention
+    latents, _ = bench.run(model, attention="comfyui")
+    assert difference(latents, bench.plain) < ROUNDING
+    assert len(calls) == 2 * 2 * 3 * 5, "self and cross, of two blocks, in three chunks of five passes"
+    calls.clear()
+    assert not messages(caplog, "attention")
+    bench.run(model, chunks=1)
+    assert not calls and len(messages(caplog, "attention")) == 1
+
+
+def test_the_shift_of_model_sampling(bench, caplog):
+    (model,) = ModelSamplingSD3().patch(bench.load(), 8.0)
+    expected, _ = bench.headless(bench.state, shift=8.0)
+    latents, _ = bench.run(model)
+    assert difference(latents, expected) < ROUNDING and messages(caplog, "shift 8")
+
+
+def test_the_compute_dtype(bench):
+    (model,) = ModelComputeDtype().patch(bench.load(), "bf16")
+    expected, memory = bench.headless(bench.state, dtype=torch.bfloat16)
+    latents, after = bench.run(model)
+    # The patch embedding stays float32 in ComfyUI.
+    assert difference(latents, expected) < 0.02 and after.memory.student == memory.student
+
+
+def test_patches_without_effect_are_named(bench, caplog):
+    model = bench.load()
+    model = EasyCacheNode.execute(model, 0.2, 0.15, 0.95, False).result[0]
+    model = WanContextWindowsManualNode.execute(model, 81, 30, "standard_static", 1, False, "pyramid", False).result[0]
+    model = ScaleROPE.execute(model, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0).result[0]
+    model = CFGZeroStar.execute(model).result[0].clone()
+    model.set_model_patch_replace(lambda args, extra: extra["original_block"](args), "dit", "double_block", 1)
+    model.set_model_attn1_patch(lambda *args: args)
+    model.add_object_patch("diffusion_model.blocks.0.cross_attn.forward", lambda *args: args)
+    model.add_object_patch("diffusion_model.blocks.0.self_attn.norm_q.forward", lambda x: 2 * x)
+    latents, _ = bench.run(model, chunks=1)
+    (line,) = messages(caplog, "no effect")
+    for name in (
+        "attn1_patch", "calc_cond_batch wrapper easycache", "diffusion_model wrapper easycache", "context_handler",
+        "double_block_1 replacement", "object patch diffusion_model.blocks.0.cross_attn.forward", "rope_options",
+        "sampler_post_cfg_function",
+    ):  # fmt: skip
+        assert name in line
+    assert "norm_q" not in line and difference(latents, bench.plain[:, :, :3]) > 1e-3
+
+
+def test_a_bare_model_has_none(bench, caplog):
+    bench.run(bench.load(), chunks=1)
+    assert not messages(caplog, "no effect")
+
+
+@pytest.mark.parametrize("layout", ["by layer", "from RAM"])
+def test_layouts_give_the_same_bits(bench, layout):
+    model = bench.load()
+    expected, memory = bench.run(model, chunks=4)
+    latents, after = bench.run(model, chunks=4, layout=layout)
+    assert torch.equal(latents, expected)
+    assert all(map(torch.equal, memory.memory.tensors(), after.memory.tensors()))
+
+
+def test_too_little_memory_is_said(bench, caplog, monkeypatch):
+    monkeypatch.setattr("comfy.model_management.get_total_memory", lambda device: 1e5)
+    bench.run(bench.load(), chunks=1, layout="by layer")
+    (line,) = messages(caplog, "GB")
+    assert line.startswith("memory") and "from RAM" in line
