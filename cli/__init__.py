@@ -19,7 +19,7 @@ except ImportError as error:
         f"context-forcing: {error.name} is not installed; pip install 'context-forcing[headless]'"
     ) from None
 
-from .convert import Card, Loras, Settings, Weights, convert, reading
+from .convert import Card, Loras, Settings, Weights, convert, student_source
 
 console = Console(stderr=True)
 app = typer.Typer(
@@ -116,16 +116,16 @@ def generate(
     from ..memory.config import named_memory
     from ..memory.snapshot import load_memory, save_memory
     from ..model.checkpoints.locate import locate_student
-    from ..model.checkpoints.student import read_card
+    from ..model.codecs.backbone import backbone_of
     from ..model.device import pick_device
     from ..video.journal import Journal, fingerprint_memory, journal_path
     from ..video.mp4 import default_scale, hold_output, write_video
-    from ..video.pipeline import Pipeline, load_codecs
+    from ..video.pipeline import Pipeline
     from ..video.report import draw_report, summary
     from ..video.storyboard import read_story
 
-    weights, how = locate_student(student, models_dir), reading(which, taken_as, replaced, lora)
-    card = read_card(weights, **how)
+    opened = student_source(locate_student(student, models_dir), which, taken_as, replaced, lora).open()
+    card = opened.card
     told = read_story(story, card.fps, card.memory.chunk)
     if seed is not None:
         told = told.with_seed(seed)
@@ -145,8 +145,10 @@ def generate(
         )
     where = pick_device(device, dtype)
     prompts = [scene.prompt for scene in told.segments]
-    parts = load_codecs(weights, card, prompts, *where, text_encoder=text_encoder, vae=vae, models_dir=models_dir)
-    pipeline = Pipeline.load(weights, *where, parts, offload, **how)
+    codecs = backbone_of(card.base).load_codecs(
+        *where, prompts, text_encoder=text_encoder, vae=vae, models_dir=models_dir
+    )
+    pipeline = Pipeline.load(opened, *where, codecs, offload)
     named = {} if memory is None else dataclasses.asdict(named_memory(memory, pipeline.card.memory))
     settings = {"policy": policy, "slow": slow, "slow_similarity_threshold": threshold}
     settings = named | {name: value for name, value in settings.items() if value is not None}
@@ -225,9 +227,10 @@ def report(
     from ..memory.snapshot import load_memory
     from ..model.attention_mass import attention_mass
     from ..model.checkpoints.locate import locate_student
-    from ..model.checkpoints.student import read_card
+    from ..model.checkpoints.student import StudentSource
+    from ..model.codecs.backbone import backbone_of
     from ..model.device import pick_device
-    from ..video.pipeline import Pipeline, load_codecs
+    from ..video.pipeline import Pipeline
     from ..video.report import draw_report, summary
 
     if output.suffix.lower() != ".png":
@@ -237,9 +240,9 @@ def report(
     if fps is not None and not 0 < fps < math.inf:
         raise ValueError(f"--fps: {fps:g} must be above 0")
     held = load_memory(memory)
-    weights, where = locate_student(student, models_dir), pick_device(device, dtype)
-    parts = load_codecs(weights, read_card(weights), (), *where, vae=vae, models_dir=models_dir)
-    pipeline = Pipeline.load(weights, *where, parts)
+    opened, where = StudentSource(locate_student(student, models_dir)).open(), pick_device(device, dtype)
+    codecs = backbone_of(opened.card.base).load_codecs(*where, vae=vae, models_dir=models_dir)
+    pipeline = Pipeline.load(opened, *where, codecs)
     own = held.student in ("", pipeline.fingerprint)
     if not own:
         says = f"{_escape(str(memory))}: made by another student; without its --student no frames are drawn"

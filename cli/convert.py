@@ -2,12 +2,15 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from ..model.checkpoints.student import StudentSource
 
 Weights = Annotated[
     str,
@@ -27,12 +30,16 @@ Loras = Annotated[
 ]
 
 
-def reading(weights: str, card: str, settings: list[str] | None, loras: list[str] | None) -> dict:
-    """These options as `open_student` takes them."""
+def student_source(
+    path: Path | None, weights: str, card: str, settings: list[str] | None, loras: list[str] | None
+) -> "StudentSource":
+    """A student file and these options."""
     from ..model.checkpoints.lora import parse_lora
+    from ..model.checkpoints.student import StudentSource
 
-    overrides = [part for text in settings or () for part in re.split(r"\s+(?=[\w.]+=)", text)]
-    return {"weights": weights, "card": card, "overrides": overrides, "loras": [parse_lora(x) for x in loras or ()]}
+    overrides = tuple(part for text in settings or () for part in re.split(r"\s+(?=[\w.]+=)", text))
+    merged = tuple(parse_lora(text) for text in loras or ())
+    return StudentSource(path, weights=weights, card=card, overrides=overrides, loras=merged)
 
 
 def convert(
@@ -56,9 +63,9 @@ def convert(
 
     if inspect == (output is not None):
         raise ValueError("output: give the file to write with -o, or --inspect to only look")
-    how = reading(weights, card, settings, lora)
+    chosen = student_source(source, weights, card, settings, lora)
     if inspect:
-        rows = made.inspect(source, **how)
+        rows = made.inspect(chosen)
         table = Table(box=None, show_header=False, pad_edge=False)
         for what, says in rows:
             table.add_row(what, Text(says, style="bold red" if what == "refused" else "", overflow="fold"))
@@ -66,7 +73,7 @@ def convert(
         if rows[-1][0] == "refused":
             raise typer.Exit(2)
         return
-    student = made.convert(source, output, dtype, force, **how)
-    if student.card_choice.note:
-        Console(stderr=True).print(Text(student.card_choice.note), soft_wrap=True)
+    student = made.convert(chosen, output, dtype, force)
+    if student.note:
+        Console(stderr=True).print(Text(student.note), soft_wrap=True)
     Console().print(Text(f"{output}: {student.card.name}, {output.stat().st_size / 1e9:.2f} GB"), soft_wrap=True)

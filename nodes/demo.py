@@ -2,7 +2,6 @@
 
 import logging
 import math
-from functools import lru_cache
 
 import comfy.model_management as mm
 import comfy.model_patcher
@@ -10,7 +9,7 @@ import comfy.sd
 import torch
 
 from ..model.codecs.demo_text import encode_demo_text, unknown_words
-from ..model.codecs.demo_vae import DemoCodec, load_demo_codec
+from ..model.codecs.demo_vae import DemoCodec
 
 log = logging.getLogger("context_forcing")
 
@@ -61,9 +60,3 @@ class DemoVAE(comfy.sd.VAE):
             codec, load_device=self.device, offload_device=mm.vae_offload_device()
         )
         self.model_size()
-
-
-@lru_cache(maxsize=1)
-def preview_codec() -> DemoCodec:
-    """The codec on the CPU, for previews of the demo student."""
-    return load_demo_codec()

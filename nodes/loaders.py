@@ -5,7 +5,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..model.checkpoints.published import CARDS
-from ..model.checkpoints.student import DEMO_STUDENT, WEIGHTS, open_student, student_metadata
+from ..model.checkpoints.student import DEMO_STUDENT, WEIGHTS, StudentSource, student_metadata
 from ..model.codecs.demo_vae import load_demo_codec
 from .demo import DemoCLIP, DemoVAE
 from .handle import CARD, CATEGORY, log
@@ -13,9 +13,9 @@ from .handle import CARD, CATEGORY, log
 
 def load_model(path, weights="auto", card="auto", disable_dynamic=False):
     """A student file of any layout -> ComfyUI MODEL with its card. Raises ValueError, one line."""
-    student = open_student(path, weights=weights, card=card)
-    if student.card_choice.note:
-        log.warning("%s", student.card_choice.note)
+    student = StudentSource(path, weights=weights, card=card).open()
+    if student.note:
+        log.warning("%s", student.note)
     options = {"disable_dynamic": True} if disable_dynamic else {}
     if student.is_plain:
         # ComfyUI reads it as it is, and so scaled float8 stays float8.

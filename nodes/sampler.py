@@ -12,12 +12,13 @@ from PIL import Image
 
 from ..memory.memory import CHANGES, Memory
 from ..model.causal import embed_text
-from ..model.codecs.base import denormalise
+from ..model.codecs.backbone import backbone_of
+from ..model.codecs.base import VAE, denormalise
 from ..model.config import VAE_STRIDE, StudentCard
 from ..model.sampler import COMMIT_ATTENDS, KV_PLACEMENTS, CausalSampler, chunks_for, working_bytes
 from ..model.segment import generate_segment
 from ..video.mp4 import to_uint8
-from .demo import WORDS, preview_codec
+from .demo import WORDS
 from .handle import CATEGORY, MemoryHandle, MemoryType, card_of, log, student_of, wan_network
 from .patches import ATTENTIONS, attention_of, call_of, compute_dtype, warn_of_ignored
 from .save_load import PLACES, at_rest, autosaved
@@ -39,13 +40,12 @@ def text_of(positive) -> torch.Tensor:
     return text
 
 
-def previewer_of(demo: bool) -> Callable[[torch.Tensor], tuple | None]:
+def previewer_of(vae: VAE | None) -> Callable[[torch.Tensor], tuple | None]:
     """Latents of a chunk [1, C, T, H, W] -> its last frame as ProgressBar's preview, or None where previews are off."""
-    if demo:
-        codec = preview_codec()
+    if vae:
 
         def preview(chunk: torch.Tensor) -> tuple:
-            picture = Image.fromarray(to_uint8(codec.decode(denormalise(chunk[:, :, -1:])))[0])
+            picture = Image.fromarray(to_uint8(vae.decode(denormalise(chunk[:, :, -1:])))[0])
             return ("JPEG", picture.resize((picture.width * 4, picture.height * 4), Image.NEAREST), PREVIEW_SIDE)
 
         return preview
@@ -166,7 +166,7 @@ class ContextForcingSampler(io.ComfyNode):
             log.info("segment of %g s rounded up to %g s: whole chunks", seconds, made)
 
         sampler_of = sampler_for(model, card, before, attention, layout, commit_attends=commit_attends)
-        progress, preview = comfy.utils.ProgressBar(num_chunks), previewer_of(card.base == "demo")
+        progress, preview = comfy.utils.ProgressBar(num_chunks), previewer_of(backbone_of(card.base).preview_vae)
         chunks = generate_segment(
             sampler_of, before, text, prompt=positive[0][1].get(WORDS, ""), seed=seed, num_chunks=num_chunks,
             sigmas=card.sigmas, change=change, blend=blend,

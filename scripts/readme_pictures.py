@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from context_forcing.model.checkpoints.student import StudentSource
 from context_forcing.model.device import pick_device
 from context_forcing.video.pipeline import Pipeline
 from context_forcing.video.story import load_story
-from PIL import Image, ImageDraw, ImageFont
 
 SCALE = 3
 COLUMNS = 6
@@ -45,7 +47,7 @@ def main() -> None:
     parser.add_argument("--story", default="workflows/stories/there_and_back.yaml")
     parser.add_argument("--out", default="docs")
     options = parser.parse_args()
-    pipeline = Pipeline.load(options.student, *pick_device("auto", "auto"))
+    pipeline = Pipeline.load(StudentSource(options.student).open(), *pick_device("auto", "auto"))
     story = load_story(options.story)
     strips = [
         filmstrip(pipeline, story, "with slow memory"),

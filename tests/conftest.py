@@ -5,15 +5,17 @@ from pathlib import Path
 import imageio_ffmpeg
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from context_forcing.memory import Memory, MemoryConfig
 from context_forcing.memory import empty_memory as memory_of_kind
 from context_forcing.model.causal import embed_text
+from context_forcing.model.checkpoints.student import write_student
 from context_forcing.model.codecs.umt5 import UMT5Encoder
 from context_forcing.model.codecs.wan_vae import WanVAE
 from context_forcing.model.config import WanConfig
 from context_forcing.model.sampler import CausalSampler
 from context_forcing.model.wan import Block, Head, WanModel
-from safetensors.torch import save_file
 
 collect_ignore = ["host"]
 """ComfyUI's Python runs these (tests/nodes/test_inside_comfyui.py)."""
@@ -50,6 +52,12 @@ def _make_net(seed: int = 0, **sizes) -> WanModel:
 def make_net():
     """(seed, **sizes) -> a tiny random network."""
     return _make_net
+
+
+@pytest.fixture(scope="session")
+def save_student():
+    """(path, net, card) -> the network written as a student file."""
+    return lambda path, net, card: write_student(path, net.state_dict(), net.config.num_heads, card)
 
 
 @pytest.fixture(scope="session")

@@ -23,8 +23,8 @@ import torch.distributed.checkpoint as dcp
 from PIL import Image
 from torch import Tensor, nn
 
-from ..model.checkpoints.published import BASE, card_in
-from ..model.checkpoints.student import check_tensors, open_student, write_student
+from ..model.checkpoints.published import BASE
+from ..model.checkpoints.student import StudentSource, check_tensors, write_student
 from ..model.config import CARD_KEY, PRESETS, StudentCard
 from ..model.wan import WanModel
 from .log import RunLog
@@ -71,10 +71,10 @@ def load_network(
     card = None
     if path:
         # The card that a file without one would get does not matter here: any network may be trained on.
-        found = open_student(path, card=BASE)
-        check_tensors(net, found.named.tensors, path)
-        net.load_state_dict({name: found.tensor(name) for name in found.named.tensors})
-        card = card_in(found.container.metadata, path)
+        student = StudentSource(path, card=BASE).open()
+        check_tensors(net, student.named.tensors, path)
+        net.load_state_dict({name: student.tensor(name) for name in student.named.tensors})
+        card = student.own_card
     else:
         net.reset_parameters(torch.Generator().manual_seed(config.seed))
     net = net.requires_grad_(False).to(dtype) if lora is None else add_lora(net, lora, config.seed)

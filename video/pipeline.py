@@ -15,13 +15,9 @@ from ..memory.config import MemoryConfig
 from ..memory.layer_store import empty_memory
 from ..memory.memory import Memory
 from ..model.causal import Call, direct, embed_text
-from ..model.checkpoints.locate import default_models_dir, find, locate
-from ..model.checkpoints.student import load_student, open_student
-from ..model.codecs.base import VAE, PrecomputedText, TextEncoder, denormalise, normalise
-from ..model.codecs.demo_text import DemoTextEncoder
-from ..model.codecs.demo_vae import load_demo_codec
-from ..model.codecs.umt5 import load_umt5, why_no_umt5
-from ..model.codecs.wan_vae import load_wan_vae, why_no_wan_vae
+from ..model.checkpoints.student import StudentFile
+from ..model.codecs.backbone import Codecs, backbone_of
+from ..model.codecs.base import VAE, TextEncoder, denormalise, normalise
 from ..model.config import VAE_STRIDE, StudentCard
 from ..model.fingerprint import fingerprint
 from ..model.offload import Offload
@@ -32,68 +28,6 @@ from .mp4 import VideoError, check_video, read_runs, to_pixels, to_uint8
 from .story import Story
 
 log = logging.getLogger("context_forcing")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Codecs:
-    """What turns prompts into what a student reads, and what it makes into pixels."""
-
-    text_encoder: TextEncoder
-    vae: VAE
-
-
-def demo_codecs(device: torch.device) -> Codecs:
-    """Those of the demo world."""
-    return Codecs(text_encoder=DemoTextEncoder(), vae=load_demo_codec().to(device))
-
-
-def load_codecs(
-    student: str | Path | None,
-    card: StudentCard,
-    prompts: Iterable[str],
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    text_encoder: str | None = None,
-    vae: str | None = None,
-    models_dir: Path | None = None,
-) -> Codecs:
-    """The parts that a student needs: by path, by name in ComfyUI's models folder, or what is found there.
-
-    Prompts are encoded here and the text encoder let go, so that it never shares a device with the student; without
-    prompts none is needed. The VAE runs in `dtype` on CUDA, in float32 elsewhere. Raises ValueError, one line.
-    """
-    given = {"text-encoder": text_encoder, "vae": vae}
-    if card.base == "demo":
-        if taken := [kind for kind, name in given.items() if name is not None]:
-            raise ValueError(f"--{taken[0]}: the student is of the demo world, which has its own; leave it out")
-        return demo_codecs(device)
-    models_dir, prompts = default_models_dir(models_dir), list(dict.fromkeys(prompts))
-    why_not = {"text-encoder": why_no_umt5, "vae": why_no_wan_vae}
-    paths = {}
-    for kind in ["text-encoder", "vae"] if prompts else ["vae"]:
-        if given[kind] is not None:
-            paths[kind] = locate(kind, given[kind], models_dir)
-        elif models_dir is not None:
-            paths[kind] = find(kind, models_dir, why_not[kind])
-            log.info("%s: %s", kind, paths[kind])
-        else:
-            raise ValueError(missing_codecs(student, card))
-    text_encoder = PrecomputedText(name="none", rows={})
-    if prompts:
-        encoder = load_umt5(paths["text-encoder"], device)
-        rows = dict(zip(prompts, (rows_LD[None] for rows_LD in encoder.encode(prompts))))
-        text_encoder = PrecomputedText(name=encoder.name, rows=rows)
-    vae = load_wan_vae(paths["vae"], dtype if device.type == "cuda" else torch.float32)
-    return Codecs(text_encoder=text_encoder, vae=vae.to(device))
-
-
-def missing_codecs(student: str | Path | None, card: StudentCard) -> str:
-    """What to say where a student stands without its parts."""
-    return (
-        f"{student}: a {card.base} student needs its text encoder and VAE; `generate` takes --text-encoder and --vae,"
-        " or --models-dir, ComfyUI's folder of models, and finds them there"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,28 +47,22 @@ class Pipeline:
     @classmethod
     def load(
         cls,
-        student: str | Path | None,
+        student: StudentFile,
         device: torch.device,
         dtype: torch.dtype,
-        parts: Codecs | None = None,
+        codecs: Codecs | None = None,
         offload: bool = False,
-        **reading,
     ) -> "Pipeline":
-        """`student` is a file, or None for the built-in one; without `parts`, those of the demo world.
+        """The student on a device; without `codecs`, the built-in ones.
 
-        `offload` keeps the student's blocks in CPU memory (offload.py); `reading` as for `checkpoint.open_student`.
+        `offload` keeps the student's blocks in CPU memory (model/offload.py).
         """
-        net, card = load_student(student, dtype, **reading)
-        if parts is None:
-            if card.base != "demo":
-                raise ValueError(missing_codecs(student, card))
-            parts = demo_codecs(device)
+        net, card = student.load(dtype), student.card
+        codecs = codecs or backbone_of(card.base).built_in_codecs(device)
         call = Offload(net, device) if offload else direct
-        bare = {**reading, "loras": ()}
-        unmerged = open_student(student, **bare).named.tensors if reading.get("loras") else {}
         return cls(
-            net=net if offload else net.to(device), card=card, text_encoder=parts.text_encoder, vae=parts.vae, device=device,
-            dtype=dtype, call=call, unmerged=unmerged,
+            net=net if offload else net.to(device), card=card, text_encoder=codecs.text_encoder, vae=codecs.vae,
+            device=device, dtype=dtype, call=call, unmerged=student.unmerged,
         )  # fmt: skip
 
     @cached_property

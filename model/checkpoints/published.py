@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...memory.config import MEMORY_PRESETS, MemoryConfig
-from ..config import CARD_KEY, PRESETS, StudentCard, WanConfig
+from ..config import CARD_KEY, StudentCard, WanConfig, published_size
 from ..settings import parse_overrides, with_settings
 from .containers import Container
 
@@ -132,17 +132,15 @@ def card_in(metadata: Mapping[str, str], path: str | Path) -> StudentCard | None
 
 
 def choose_card(container: Container, taken: str, name: str, config: WanConfig) -> CardChoice:
-    """The card of weights `taken` from a container; `name` is a known student, or `auto`.
+    """The card of weights `taken` from a container without one; `name` is a published student, or `auto`.
 
     Raises ValueError for bidirectional weights that were not asked for by name.
     """
-    path, own = container.path, card_in(container.metadata, container.path)
+    path = container.path
     if name != "auto":
         found = published_student(name)
         note = f"{path}: taken as {name}; here {found.differs}" if found.differs else ""
         return CardChoice(card=_sized(found.card, config), reason=f"asked for: {name}", note=note)
-    if own is not None:
-        return CardChoice(card=own, reason="the card in its metadata")
     if container.scheduler == "SelfForcingFlowMatchScheduler":
         return CardChoice(
             card=_sized(PUBLISHED["self-forcing"].card, config), reason=f"its scheduler is {container.scheduler}"
@@ -183,8 +181,7 @@ def _hint(path: Path) -> str:
 
 def _sized(card: StudentCard, config: WanConfig) -> StudentCard:
     """A known card on the base that the weights really have."""
-    same = (name for name, preset in PRESETS.items() if preset == config and name != "demo")
-    return dataclasses.replace(card, base=next(same, "wan2.1"))
+    return dataclasses.replace(card, base=published_size(config) or "wan2.1")
 
 
 def override(card: StudentCard, overrides: Sequence[str]) -> StudentCard:

@@ -1,16 +1,17 @@
-"""Files on disk -> networks ready to run. Reading never executes code; every refusal is one line with a remedy."""
+"""Files on disk -> students. Reading never executes code; every message is one line with a remedy."""
 
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..config import CARD_KEY, PRESETS, StudentCard, WanConfig
+from ..config import CARD_KEY, PUBLISHED_SIZES, StudentCard, WanConfig
 from ..wan import WanModel
 from .containers import NESTED, SAFETENSORS, STORED_AS, Container, open_container, write_safetensors
 from .layouts import Named, name_tensors
@@ -21,48 +22,136 @@ log = logging.getLogger("context_forcing")
 
 ASSETS = Path(__file__).parents[1] / "assets"
 DEMO_STUDENT = ASSETS / "demo_student.safetensors"
-
-
-def save_student(path: str | Path, net: nn.Module, card: StudentCard) -> None:
-    """A student in Wan's layout with its card; ComfyUI's UNETLoader reads it too."""
-    write_student(path, net.state_dict(), net.blocks[0].self_attn.num_heads, card)
+WEIGHTS = ("auto", "generator", "generator_ema")
 
 
 def write_student(path: str | Path, state: Mapping[str, Tensor], num_heads: int, card: StudentCard) -> None:
-    """The same from a state dict."""
+    """Write a student with its card, in Wan's layout. ComfyUI's UNETLoader reads the file too."""
     kept = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
     write_safetensors(Path(path), kept, state.__getitem__, student_metadata(num_heads, card))
 
 
 def student_metadata(num_heads: int, card: StudentCard) -> dict[str, str]:
-    """The card, and what ComfyUI cannot guess from shapes: heads other than dim / 128, and that it is causal."""
+    """The card, and what ComfyUI cannot infer from shapes: heads other than dim / 128, and that it is causal."""
     transformer = {"num_heads": num_heads, "causal_ar": True}
     return {CARD_KEY: card.to_json(), "config": json.dumps({"transformer": transformer})}
 
 
-@dataclass(frozen=True, kw_only=True)
-class StudentFile:
-    """A student of any published layout, checked to be whole, its weights still on disk."""
+@dataclass(frozen=True)
+class StudentSource:
+    """Where a student comes from and how it is read."""
 
-    container: Container
-    taken: str
-    """Which of the file's dicts the weights are in; empty for a flat file."""
-    named: Named
-    config: WanConfig
-    card_choice: CardChoice
-    loras: tuple[Lora, ...] = ()
+    path: str | Path | None = None
+    """A file or folder of any published layout; None is the built-in student."""
+    _: KW_ONLY
+    weights: str = "auto"
+    """Which of two sets of weights in a training checkpoint: `generator`, `generator_ema`, or `auto`."""
+    card: str = "auto"
+    """The name of a published student, or `auto`: the card in the file."""
+    overrides: tuple[str, ...] = ()
+    """Fields of the card to replace, each `key=value`."""
+    loras: tuple[tuple[Path, float], ...] = ()
+    """LoRA files to merge, each with its strength."""
+
+    def open(self) -> "StudentFile":
+        """The student, checked; its weights stay on disk.
+
+        Raises ValueError, one line, unless it is a complete Wan 2.1 text-to-video network.
+        """
+        student = StudentFile(self)
+        student.check()
+        return student
+
+
+@dataclass(frozen=True)
+class StudentFile:
+    """A student of any published layout. Each property is a stage of reading; it runs once, when first used.
+
+    Each stage raises ValueError, one line, for a file that it cannot read.
+    """
+
+    source: StudentSource
+
+    @cached_property
+    def container(self) -> Container:
+        """Stage 1: the tensors in the file, as stored."""
+        return open_container(self.source.path or DEMO_STUDENT)
+
+    @cached_property
+    def weights(self) -> tuple[str, dict[str, Tensor]]:
+        """Stage 2: the network's tensors, and the name of the dict that holds them; empty for a flat file."""
+        weights, card, container = self.source.weights, self.source.card, self.container
+        if weights not in WEIGHTS:
+            raise ValueError(f"weights: {weights!r} is not one of {', '.join(WEIGHTS)}")
+        first = published_student(DEFAULT if card == "auto" else card).weights if weights == "auto" else weights
+        name, state = container.take((first, *(name for name in NESTED if name != first)))
+        if weights not in ("auto", *name.split(".")):
+            held = f"holds {', '.join(container.held)}" if container.held else "holds one set of weights"
+            raise ValueError(f"{container.path}: {held}, no {weights}; leave weights at auto")
+        return name, state
+
+    @cached_property
+    def named(self) -> Named:
+        """Stage 3: the tensors under Wan's names."""
+        return name_tensors(self.weights[1], self.container.metadata, self.container.path)
+
+    @cached_property
+    def config(self) -> WanConfig:
+        """Stage 4: the sizes of the network."""
+        return infer_config(self.named.tensors, num_heads_of(self.container), self.container.path)
+
+    def check(self) -> None:
+        """Run all stages."""
+        path = self.container.path
+        with torch.device("meta"):
+            net = WanModel(self.config)
+        check_tensors(net, self.named.tensors, path)
+        for name, tensor in self.named.tensors.items():
+            if tensor.dtype not in STORED_AS:
+                raise ValueError(f"{path}: {name} is {tensor.dtype}; weights are floats of 8 to 64 bits")
+        _ = self.card_choice, self.loras
+
+    @cached_property
+    def own_card(self) -> StudentCard | None:
+        """The card in the file's metadata."""
+        return card_in(self.container.metadata, self.container.path)
+
+    @cached_property
+    def card_choice(self) -> CardChoice:
+        """Stage 5: the card, and why it is this one."""
+        if self.source.card == "auto" and self.own_card:
+            choice = CardChoice(card=self.own_card, reason="the card in its metadata")
+        else:
+            choice = choose_card(self.container, self.weights[0], self.source.card, self.config)
+        return dataclasses.replace(choice, card=override(choice.card, self.source.overrides))
+
+    @cached_property
+    def loras(self) -> tuple[Lora, ...]:
+        """Stage 6: the LoRAs to merge."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.named.tensors.items()}
+        return tuple(read_lora(file, shapes, strength) for file, strength in self.source.loras)
 
     @property
     def card(self) -> StudentCard:
         return self.card_choice.card
 
     @property
+    def note(self) -> str:
+        """What a user should read before relying on the card; empty if the file has one."""
+        return self.card_choice.note
+
+    @property
     def is_plain(self) -> bool:
-        """Whether ComfyUI reads it as it is: one safetensors file in Wan's names, heads where it looks for them."""
-        single = self.container.kind == "safetensors" and self.container.path.suffix.lower() in SAFETENSORS
-        told = metadata_num_heads(self.container.metadata) or self.config.dim // 128
-        plain = single and self.named.layout == "Wan" and not self.named.removed and not self.loras
-        return plain and told == self.config.num_heads
+        """Whether ComfyUI can read the file itself: one safetensors file with Wan's names, and heads it can infer."""
+        is_file = self.container.kind == "safetensors" and self.container.path.suffix.lower() in SAFETENSORS
+        is_wan = self.named.layout == "Wan" and not self.named.removed and not self.loras
+        num_heads = metadata_num_heads(self.container.metadata) or self.config.dim // 128
+        return is_file and is_wan and num_heads == self.config.num_heads
+
+    @property
+    def unmerged(self) -> Mapping[str, Tensor]:
+        """Weights that LoRAs change, without them; the fingerprint is taken of these. Empty without LoRAs."""
+        return self.named.tensors if self.loras else {}
 
     def tensor(self, name: str) -> Tensor:
         """A weight under Wan's name: as stored or, where it is scaled or a LoRA changes it, in float32."""
@@ -76,56 +165,20 @@ class StudentFile:
         return tensor
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """What a weight is kept in when nothing else is asked for: as stored, but bfloat16 for changed float8 ones."""
+        """The dtype a weight is written in by default: as stored, but bfloat16 for a changed float8 one."""
         stored = self.named.tensors[name].dtype
         changed = name in self.named.scales or any(lora.changes(name) for lora in self.loras)
         return torch.bfloat16 if changed and stored.itemsize == 1 else stored
 
-
-def open_student(
-    path: str | Path | None = None,
-    *,
-    weights: str = "auto",
-    card: str = "auto",
-    overrides: Sequence[str] = (),
-    loras: Sequence[tuple[Path, float]] = (),
-) -> StudentFile:
-    """A student file or folder of any published layout; None is the built-in one.
-
-    `weights` is auto, generator or generator_ema: which of two sets a training checkpoint holds. `card` is auto or the
-    name of a published student, `overrides` are `key=value` of its fields, `loras` (file, strength) to merge.
-    Raises ValueError, one line, for what is not a whole Wan 2.1 text-to-video network.
-    """
-    container = open_container(path or DEMO_STUDENT)
-    taken, state = take_weights(container, weights, card)
-    named = name_tensors(state, container.metadata, container.path)
-    config = infer_config(named.tensors, num_heads_of(container), container.path)
-    with torch.device("meta"):
-        net = WanModel(config)
-    check_tensors(net, named.tensors, container.path)
-    for name, tensor in named.tensors.items():
-        if tensor.dtype not in STORED_AS:
-            raise ValueError(f"{container.path}: {name} is {tensor.dtype}; weights are floats of 8 to 64 bits")
-    choice = choose_card(container, taken, card, config)
-    choice = dataclasses.replace(choice, card=override(choice.card, overrides))
-    shapes = {name: tuple(tensor.shape) for name, tensor in named.tensors.items()}
-    merged = tuple(read_lora(file, shapes, strength) for file, strength in loras)
-    return StudentFile(container=container, taken=taken, named=named, config=config, card_choice=choice, loras=merged)
-
-
-WEIGHTS = ("auto", "generator", "generator_ema")
-
-
-def take_weights(container: Container, weights: str, card: str) -> tuple[str, dict[str, Tensor]]:
-    """The network's tensors and where in the file they were. Raises ValueError where what was asked for is not."""
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights: {weights!r} is not one of {', '.join(WEIGHTS)}")
-    first = published_student(DEFAULT if card == "auto" else card).weights if weights == "auto" else weights
-    taken, state = container.take((first, *(name for name in NESTED if name != first)))
-    if weights not in ("auto", *taken.split(".")):
-        held = f"holds {', '.join(container.held)}" if container.held else "holds one set of weights"
-        raise ValueError(f"{container.path}: {held}, no {weights}; leave weights at auto")
-    return taken, state
+    def load(self, dtype: torch.dtype = torch.float32) -> WanModel:
+        """The network on the CPU, ready to run; logs `note`."""
+        if self.note:
+            log.warning("%s", self.note)
+        with torch.device("meta"):
+            net = WanModel(self.config)
+        state = {name: self.tensor(name).to(dtype) for name in self.named.tensors}
+        net.load_state_dict(state, strict=True, assign=True)
+        return net.eval().requires_grad_(False)
 
 
 def num_heads_of(container: Container) -> int | None:
@@ -166,8 +219,8 @@ def infer_config(state: Mapping[str, Tensor], num_heads: int | None, path: str |
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    for name, preset in PRESETS.items():
-        if name != "demo" and preset.dim == dim and preset != found:
+    for name, preset in PUBLISHED_SIZES.items():
+        if preset.dim == dim and preset != found:
             sizes = (f.name for f in dataclasses.fields(preset))
             wrong = next(size for size in sizes if getattr(preset, size) != getattr(found, size))
             raise ValueError(
@@ -189,35 +242,7 @@ def check_tensors(net: nn.Module, state: dict[str, Tensor], path: str | Path) ->
         )
 
 
-def read_card(path: str | Path | None = None, **reading) -> StudentCard:
-    """The card of a student, or of a LoRA of ours; None is the built-in one. `reading` as for `open_student`.
-
-    Where the file has none, all of it is looked at. Raises ValueError as `open_student`.
-    """
-    container = open_container(path or DEMO_STUDENT)
-    if reading.get("card", "auto") == "auto" and (own := card_in(container.metadata, container.path)):
-        return override(own, reading.get("overrides", ()))
-    return open_student(path, **reading).card
-
-
-def load_student(
-    path: str | Path | None = None, dtype: torch.dtype = torch.float32, **reading
-) -> tuple[WanModel, StudentCard]:
-    """A student ready to run, strict; None is the built-in one. `reading` as for `open_student`.
-
-    What the user should know about it is logged. Raises ValueError, one line, for a file that is no student.
-    """
-    student = open_student(path, **reading)
-    if student.card_choice.note:
-        log.warning("%s", student.card_choice.note)
-    with torch.device("meta"):
-        net = WanModel(student.config)
-    state = {name: student.tensor(name).to(dtype) for name in student.named.tensors}
-    net.load_state_dict(state, strict=True, assign=True)
-    return net.eval().requires_grad_(False), student.card
-
-
-def metadata_num_heads(metadata: dict[str, str]) -> int | None:
+def metadata_num_heads(metadata: Mapping[str, str]) -> int | None:
     """Heads as ComfyUI's `config` metadata gives them, or None where it does not. Raises ValueError for nonsense."""
     try:
         num_heads = json.loads(metadata.get("config", "{}")).get("transformer", {}).get("num_heads")

@@ -23,10 +23,12 @@ WAN_STD = (
 class TextEncoder(Protocol):
     """Prompts -> text embeddings; `name` tells one encoder from another."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def encode(self, prompt: str) -> Tensor:
         """[1, L, 4096], L <= 512."""
+        ...
 
 
 def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
@@ -48,12 +50,15 @@ class VAE(Protocol):
 
     def encode(self, pixels_BCTHW: Tensor) -> Tensor:
         """[B, 3, 1 + 4k, H, W] -> [B, 16, 1 + k, H/8, W/8]. Raises ValueError for other shapes."""
+        ...
 
     def decode(self, raw_BCthw: Tensor) -> Tensor:
         """[B, 16, t, h, w] -> [B, 3, 4t - 3, 8h, 8w]."""
+        ...
 
     def decode_stream(self, raw_chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """The same of consecutive chunks of one film, in pieces; the cuts between chunks change nothing."""
+        ...
 
 
 def check_pixels(pixels_BCTHW: Tensor) -> None:

@@ -7,12 +7,12 @@ import imageio_ffmpeg
 import pytest
 import torch
 import yaml
-from context_forcing.memory import Memory, MemoryConfig
-from context_forcing.memory.snapshot import save_memory
-from context_forcing.model.checkpoints.student import save_student
-from context_forcing.model.config import StudentCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
+
+from context_forcing.memory import Memory, MemoryConfig
+from context_forcing.memory.snapshot import save_memory
+from context_forcing.model.config import StudentCard
 
 SCENE = {"prompt": "a meadow by day, the camera pans right", "seconds": 0.75}
 STORY = {"size": [48, 32], "seed": 4, "segments": [SCENE]}
@@ -21,7 +21,7 @@ CHUNK = 0.75
 
 
 @pytest.fixture(scope="module")
-def student(make_net, tmp_path_factory):
+def student(make_net, tmp_path_factory, save_student):
     """A tiny random student that the demo's text encoder and codec fit."""
     path = tmp_path_factory.mktemp("student") / "student.safetensors"
     memory = MemoryConfig(sink=3, slow=4, fast=6, slow_similarity_threshold=0.999)
@@ -290,11 +290,11 @@ def test_a_file_that_is_no_student(generate, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other.safetensors", "story.yaml"]
 
 
-def test_a_student_without_the_demos_codec(generate, make_net, tmp_path):
+def test_a_student_without_the_demos_codec(generate, make_net, tmp_path, save_student):
     other = tmp_path / "other.safetensors"
     save_student(other, make_net(text_dim=4096, text_len=512), StudentCard(base="wan2.1-1.3b"))
     code, err, out = generate(STORY, student=other)
-    refused(code, err, "other.safetensors", "wan2.1-1.3b")
+    refused(code, err, "a Wan 2.1 student needs a text encoder and a VAE", "--text-encoder")
 
 
 def test_a_memory_is_continued_as_it_was_made(generate, tmp_path, make_net):

@@ -5,9 +5,10 @@ import sys
 import pytest
 import torch
 import yaml
-from context_forcing import cli
-from context_forcing.model.checkpoints.student import read_card
 from safetensors.torch import save_file
+
+from context_forcing import cli
+from context_forcing.model.checkpoints.student import StudentSource
 
 STORY = {"size": [48, 32], "seed": 4, "segments": [{"prompt": "A meadow by day.", "seconds": 0.75}]}
 AS_DEMO = ("--set", "base=demo size=48,32", "--set", "steps=1000,500")
@@ -42,12 +43,12 @@ def test_convert_and_look(run, published, tmp_path):
     out = tmp_path / "student.safetensors"
     code, says, err = run("convert", published, "-o", out, "--card", "longlive", "--dtype", "bf16", *AS_DEMO)
     assert code == 0 and "student.safetensors: longlive" in says and "ranks in the memory" in err
-    card = read_card(out)
+    card = StudentSource(out).open().card
     assert (card.name, card.base, card.steps, card.memory.window) == ("longlive", "demo", (1000.0, 500.0), 12)
     code, says, _ = run("convert", "--inspect", out)
     assert code == 0 and "bfloat16" in says and "69 of 69" in says and "the card in its metadata" in says
     code, _, err = run("convert", published, "-o", out)
-    assert code == 2 and "there already" in err and read_card(out) == card
+    assert code == 2 and "there already" in err and StudentSource(out).open().card == card
 
 
 def test_looking_at_what_cannot_be_used(run, tmp_path):

@@ -9,14 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
+from safetensors.torch import load_file, save_file
+
 from context_forcing import cli
 from context_forcing.memory import MemoryConfig
-from context_forcing.model.checkpoints.student import save_student
 from context_forcing.model.config import StudentCard
 from context_forcing.video.journal import Journal
-from safetensors.torch import load_file, save_file
 
 STORY = {
     "size": [48, 32], "seed": 4,
@@ -28,7 +27,7 @@ STORY = {
 
 
 @pytest.fixture(scope="module")
-def student(make_net, tmp_path_factory):
+def student(make_net, tmp_path_factory, save_student):
     """A tiny random student that the demo's text encoder and codec fit."""
     path = tmp_path_factory.mktemp("student") / "student.safetensors"
     card = StudentCard(

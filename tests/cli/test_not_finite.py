@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
+
 from context_forcing.memory import MemoryConfig
 from context_forcing.memory.snapshot import load_memory, save_memory
-from context_forcing.model.checkpoints.student import save_student
 from context_forcing.model.config import StudentCard
 from context_forcing.model.sampler import seeded_noise
-from safetensors.torch import load_file
 
 NAN = float("nan")
 
@@ -31,7 +31,7 @@ def generate(run, tmp_path):
 
 
 @pytest.fixture
-def save(make_net, tmp_path):
+def save(make_net, tmp_path, save_student):
     """(name of a weight to break) -> student.safetensors."""
 
     def save(broken=None):

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from context_forcing.model.checkpoints.student import load_student, save_student
+from PIL import Image
+from safetensors.torch import load_file
+
+from context_forcing.model.checkpoints.student import StudentSource
 from context_forcing.model.codecs.base import normalise
 from context_forcing.model.codecs.demo_vae import load_demo_codec
 from context_forcing.video.mp4 import read_runs, to_pixels
-from PIL import Image
-from safetensors.torch import load_file
 
 MEADOW = "A meadow under a clear sky by day. The camera pans right."
 DUSK = "A meadow under a clear sky at dusk. The camera stays."
@@ -75,7 +76,7 @@ def test_kill_9_at_ten_moments_of_two_minutes(tmp_path):
 
 
 @pytest.mark.slow
-def test_resume_wants_the_same_video(tmp_path):
+def test_resume_wants_the_same_video(tmp_path, save_student):
     tell(tmp_path, scene(MEADOW, 90))
     code, said = generate(tmp_path, "film", "--resume")
     assert code == 2 and "there is no journal film.mp4.journal; start without --resume" in said
@@ -90,7 +91,8 @@ def test_resume_wants_the_same_video(tmp_path):
     assert code == 2 and "holds an unfinished video; --resume goes on with it" in said
     code, said = generate(tmp_path, "film", "--resume", "--slow", "3")
     assert code == 2 and "another memory" in said
-    net, card = load_student()
+    student = StudentSource().open()
+    net, card = student.load(), student.card
     save_student(tmp_path / "slower.safetensors", net, dataclasses.replace(card, steps=(1000.0, 500.0)))
     code, said = generate(tmp_path, "film", "--resume", "--student", "slower.safetensors")
     assert code == 2 and "another card" in said

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
 from context_forcing.memory import MemoryConfig
-from context_forcing.model.checkpoints.student import save_student
 from context_forcing.model.codecs.base import normalise
 from context_forcing.model.codecs.wan_vae import load_wan_vae
 from context_forcing.model.config import StudentCard
 from context_forcing.video.mp4 import to_pixels
-from PIL import Image
-from safetensors.torch import load_file, save_file
 
 pytest.importorskip("sentencepiece")
 pytest.importorskip("ftfy")
@@ -21,7 +21,7 @@ PROMPTS = ("a meadow by day, the camera pans right", "snow at night")
 
 
 @pytest.fixture(scope="module")
-def models(models_dir, make_net):
+def models(models_dir, make_net, save_student):
     memory = MemoryConfig(sink=3, slow=4, fast=6, slow_similarity_threshold=0.999)
     card = StudentCard(base="wan2.1-1.3b", steps=(1000.0, 500.0), memory=memory, size=(48, 32))
     path = models_dir / "diffusion_models" / "student.safetensors"
@@ -146,7 +146,9 @@ def refused(answer, *words):
 
 def test_refusals_are_one_line_and_write_nothing(generate, models, models_dir, umt5_state, tmp_path):
     student = models / "diffusion_models" / "student.safetensors"
-    refused(generate(PROMPTS, "film", "--student", student), student, "--text-encoder", "--vae", "--models-dir")
+    refused(
+        generate(PROMPTS, "film", "--student", student), "student: a Wan 2.1", "--text-encoder", "--vae", "--models-dir"
+    )
     refused(generate(PROMPTS, "film", "--student", student, "--vae", student), "--text-encoder")
     refused(generate(PROMPTS, "film", "--vae", "wan.safetensors"), "--vae", "the student is of the demo world")
     refused(generate(PROMPTS, "film", *wan(models), "--vae", "none.safetensors"), "--vae", "none.safetensors", "nor")

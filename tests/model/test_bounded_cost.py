@@ -6,6 +6,8 @@ import time
 
 import pytest
 import torch
+
+from context_forcing.model.checkpoints.student import StudentSource
 from context_forcing.model.codecs.demo_text import encode_demo_text
 from context_forcing.model.sampler import seeded_noise
 from context_forcing.video.pipeline import Pipeline
@@ -21,7 +23,7 @@ def resident_bytes():
 @pytest.mark.slow
 @torch.inference_mode()
 def test_chunk_160_costs_what_chunk_12_costs():
-    pipeline = Pipeline.load(None, torch.device("cpu"), torch.float32)
+    pipeline = Pipeline.load(StudentSource().open(), torch.device("cpu"), torch.float32)
     sampler = pipeline.sampler(encode_demo_text("A meadow. The camera pans right."))
     memory = pipeline.empty_memory(policy="fifo")
     noise = seeded_noise(0, memory.latent_size)

@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+
+from context_forcing.model.checkpoints.student import StudentSource
 from context_forcing.model.codecs.demo_text import encode_demo_text
 from context_forcing.model.sampler import KV_PLACEMENTS, seeded_noise
 from context_forcing.video.pipeline import Pipeline
@@ -17,7 +19,7 @@ STORY = parse_story({"segments": [{"prompt": "A meadow. The camera pans right.",
 
 
 def film(device, dtype):
-    pipeline = Pipeline.load(None, torch.device(device), dtype)
+    pipeline = Pipeline.load(StudentSource().open(), torch.device(device), dtype)
     memory = pipeline.empty_memory()
     for memory in pipeline.generate(STORY, memory):
         pass
@@ -45,7 +47,7 @@ def test_bf16_makes_the_same_video_at_first():
 
 @torch.inference_mode()
 def test_layouts_make_the_same_film_and_keep_the_memory_where_they_say():
-    pipeline = Pipeline.load(None, torch.device("cuda"), torch.float32)
+    pipeline = Pipeline.load(StudentSource().open(), torch.device("cuda"), torch.float32)
     memory = pipeline.empty_memory()
     text, films = encode_demo_text("A meadow. The camera pans right."), []
     for layout in KV_PLACEMENTS:

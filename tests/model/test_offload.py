@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+
 from context_forcing.memory import MemoryConfig
-from context_forcing.model.checkpoints.student import save_student
+from context_forcing.model.checkpoints.student import StudentSource
 from context_forcing.model.config import StudentCard
 from context_forcing.model.offload import Offload
 from context_forcing.video.pipeline import Pipeline
@@ -21,7 +22,7 @@ STORY = Story(
 
 
 @pytest.fixture
-def student(make_net, tmp_path):
+def student(make_net, tmp_path, save_student):
     """Three blocks: an odd number, so that a block is not always in the same place."""
     memory = MemoryConfig(sink=3, slow=4, fast=6)
     card = StudentCard(base="demo", steps=(1000.0, 500.0), memory=memory, size=(48, 32))
@@ -32,14 +33,14 @@ def student(make_net, tmp_path):
 def test_results_are_those_without_bit_for_bit(student, same_memory):
     made = []
     for offload in (False, True):
-        pipeline = Pipeline.load(student, CPU, torch.float32, offload=offload)
+        pipeline = Pipeline.load(StudentSource(student).open(), CPU, torch.float32, offload=offload)
         *_, memory = pipeline.generate(STORY, pipeline.empty_memory())
         made.append(memory)
     assert same_memory(*made)
 
 
 def test_every_pass_over_a_block_runs_on_copies_of_its_weights(student):
-    pipeline = Pipeline.load(student, CPU, torch.float32, offload=True)
+    pipeline = Pipeline.load(StudentSource(student).open(), CPU, torch.float32, offload=True)
     own = {weight.data_ptr() for weight in pipeline.net.blocks.parameters()}
     used, call = [], pipeline.call
 
@@ -82,7 +83,7 @@ def test_on_a_gpu_too(student, same_memory):
     """The next block is copied on a stream of its own while one runs."""
     made = []
     for offload in (False, True):
-        pipeline = Pipeline.load(student, torch.device("cuda"), torch.float32, offload=offload)
+        pipeline = Pipeline.load(StudentSource(student).open(), torch.device("cuda"), torch.float32, offload=offload)
         assert {weight.device.type for weight in pipeline.net.blocks.parameters()} == {"cpu" if offload else "cuda"}
         *_, memory = pipeline.generate(STORY, pipeline.empty_memory())
         made.append(memory.to("cpu", torch.float32))

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from context_forcing.model.checkpoints.student import DEMO_STUDENT, read_card
+from context_forcing.model.checkpoints.student import DEMO_STUDENT, StudentSource
 from context_forcing.model.codecs.base import normalise
 from context_forcing.model.config import WanConfig
 from context_forcing.model.wan import WanModel
@@ -56,7 +56,7 @@ def test_student_list_follows_the_folder(host, object_info):
 def test_demo_chain_makes_the_video(host, demo_chain):
     run = succeeded(host.run(demo_chain))
     (shown,) = run.outputs[only(demo_chain, "ContextForcingSaveVideo")]["images"]
-    width, height = read_card(DEMO_STUDENT).size
+    width, height = StudentSource(DEMO_STUDENT).open().card.size
     scale = default_scale(width, height)
     frames = imageio_ffmpeg.read_frames(str(host.output_path(shown)))
     about = next(frames)
@@ -134,7 +134,7 @@ def test_progress_and_previews_come_chunk_by_chunk(host):
     states = [data["nodes"][sampler] for data in run.all("progress_state") if sampler in data["nodes"]]
     assert {(state["value"], state["max"]) for state in states} >= {(1, 3), (2, 3), (3, 3)}
     pictures = [Image.open(io.BytesIO(data)) for node, data in run.previews if node == sampler]
-    width, height = read_card(DEMO_STUDENT).size
+    width, height = StudentSource(DEMO_STUDENT).open().card.size
     assert len(pictures) == 3
     assert all(picture.size == (4 * width, 4 * height) for picture in pictures)
 
@@ -221,7 +221,7 @@ def test_published_layouts_make_the_same_latents(host, tmp_path):
 
 
 def test_command_line_makes_the_same_latents(host, demo_chain, tmp_path):
-    width, height = read_card(DEMO_STUDENT).size
+    width, height = StudentSource(DEMO_STUDENT).open().card.size
     scenes = [{"prompt": prompt, "seconds": 3} for prompt in PROMPTS]
     # JSON is YAML.
     story = tmp_path / "story.yaml"

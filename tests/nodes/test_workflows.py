@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from context_forcing.model.checkpoints.student import DEMO_STUDENT, read_card
+from context_forcing.model.checkpoints.student import DEMO_STUDENT, StudentSource
 
 from .graph import nodes, only, succeeded
 from .host import CHECKOUT, PACK, to_api
@@ -51,7 +51,7 @@ def video(host, run, save: str) -> np.ndarray:
     (shown,) = run.outputs[save]["images"]
     reader = imageio_ffmpeg.read_frames(str(host.output_path(shown)))
     width, height = next(reader)["size"]
-    scale = width // read_card(DEMO_STUDENT).size[0]
+    scale = width // StudentSource(DEMO_STUDENT).open().card.size[0]
     frames = np.stack([np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader])
     return frames[:, scale // 2 :: scale, scale // 2 :: scale]
 

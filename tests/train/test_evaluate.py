@@ -7,9 +7,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
+
 from context_forcing.cli import app
 from context_forcing.memory import MemoryConfig
-from context_forcing.model.checkpoints.student import save_student
+from context_forcing.model.checkpoints.student import StudentSource
 from context_forcing.model.config import StudentCard
 from context_forcing.train.evaluation import evaluate as command
 from context_forcing.train.evaluation.evaluate import Plan, evaluate, long_paths, parse_entrants, reach_frames
@@ -23,16 +25,15 @@ from context_forcing.train.world.scripts import benchmark_script
 from context_forcing.video.pipeline import Pipeline
 from context_forcing.video.story import SegmentSpec as Segment
 from context_forcing.video.story import Story
-from typer.testing import CliRunner
 
 
 @pytest.fixture(scope="module")
 def world():
-    return World(Pipeline.load(None, torch.device("cpu"), torch.float32))
+    return World(Pipeline.load(StudentSource().open(), torch.device("cpu"), torch.float32))
 
 
 @pytest.fixture(scope="module")
-def students(make_net, tmp_path_factory):
+def students(make_net, tmp_path_factory, save_student):
     """Two tiny random students of the demo world, in folders of their own."""
     paths = []
     for seed in range(2):
@@ -46,7 +47,7 @@ def students(make_net, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipeline(students):
-    return Pipeline.load(students[0], torch.device("cpu"), torch.float32)
+    return Pipeline.load(StudentSource(students[0]).open(), torch.device("cpu"), torch.float32)
 
 
 def told(pipeline, memory, style, seed, moves):

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+
+from context_forcing.model.checkpoints.student import StudentSource
 from context_forcing.train.evaluation.judge import QUARTERS, World, judge, judge_long, stations_in_view, turns
 from context_forcing.train.world.camera import render_latent_frames
 from context_forcing.train.world.prompts import ALL_STYLES
@@ -17,7 +19,7 @@ REACH = [3 * chunk for chunk in range(len(LONG))]
 
 @pytest.fixture(scope="module")
 def world():
-    return World(Pipeline.load(None, torch.device("cpu"), torch.float32))
+    return World(Pipeline.load(StudentSource().open(), torch.device("cpu"), torch.float32))
 
 
 def true_film(world, moves, style, seed):

@@ -10,10 +10,12 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from context_forcing.memory import Memory, MemoryConfig
 from context_forcing.model.causal import embed_text
 from context_forcing.model.checkpoints.containers import read_safetensors
-from context_forcing.model.checkpoints.student import load_student, read_card
+from context_forcing.model.checkpoints.student import StudentFile, StudentSource
 from context_forcing.model.config import PRESETS, WanConfig
 from context_forcing.model.sampler import CausalSampler, seeded_noise
 from context_forcing.model.wan import WanModel
@@ -31,7 +33,6 @@ from context_forcing.train.stages.student import Student
 from context_forcing.train.stages.teacher import TeacherStage
 from context_forcing.train.trained_network import HISTORY, OptimConfig, TrainedNetwork
 from context_forcing.video.pipeline import Pipeline
-from safetensors.torch import save_file
 
 TINY = WanConfig(dim=32, ffn_dim=64, num_heads=1, num_layers=2)
 SIGMAS = (1.0, 0.8, 0.5)
@@ -338,7 +339,7 @@ def test_a_killed_stage_resumes_to_the_same_network(tiny, tmp_path, monkeypatch,
     assert sorted(losses_of(tmp_path / "whole")) == [0, 1, 2, 3, 4]
     assert same_tensors(whole, resumed)
     if name != "vae":
-        card = read_card(whole)
+        card = StudentSource(whole).open().card
         assert (card.stage, card.train_steps) == (name, 5)
     assert not list(tmp_path.rglob("*.part"))
     assert len(list((tmp_path / "whole" / "checkpoints").iterdir())) == 2
@@ -419,7 +420,7 @@ def test_two_processes_equal_one(tmp_path, name):
         assert one[step]["loss"] == pytest.approx(two[step]["loss"], rel=1e-4)
         assert one[step]["grad_norm"] == pytest.approx(two[step]["grad_norm"], rel=1e-3)
     file = f"{STAGES[name]}.safetensors"
-    (a, _), (b, _) = load_student(tmp_path / "1" / file), load_student(tmp_path / "2" / file)
+    a, b = (StudentSource(tmp_path / run / file).open().load() for run in ("1", "2"))
     for x, y in zip(a.parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=2e-4)
 
@@ -504,7 +505,7 @@ def test_spoilt_contexts_are_spoilt_and_clean_ones_are_not(tiny):
 @pytest.mark.slow
 def test_a_distilled_student_goes_straight_into_the_pipeline(tmp_path):
     path = run_stage("contextual", "smoke", ["steps=2", "batch=1", "memory=longlive", f"out={tmp_path}"], False)
-    pipeline = Pipeline.load(path, torch.device("cpu"), torch.float32)
+    pipeline = Pipeline.load(StudentSource(path).open(), torch.device("cpu"), torch.float32)
     card = pipeline.card
     assert (card.solver, card.shift, card.steps) == ("renoise", 3.0, (1000.0, 750.0, 500.0, 250.0))
     assert (card.memory.sink, card.memory.slow, card.memory.fast, card.memory.window) == (3, 0, 9, 12)
@@ -553,7 +554,7 @@ def test_a_checkpoint_before_the_first_update_changes_nothing(tiny, files, tmp_p
                        "checkpoint_every=9", "sample_every=9", f"out={tmp_path / 'seldom'}"], False)  # fmt: skip
     run("parts", 1, False)
     parts = run("parts", 3, True)
-    a, *others = (load_student(path)[0].state_dict() for path in (whole, seldom, parts))
+    a, *others = (StudentSource(path).open().load().state_dict() for path in (whole, seldom, parts))
     assert all(torch.equal(a[key], other[key]) for key in a for other in others)
 
 
@@ -587,7 +588,8 @@ def test_a_teacher_learns_without_a_context_too(tiny, tmp_path):
 def test_a_teacher_is_exported_from_its_checkpoint(tiny, tmp_path):
     run = run_stage("teacher", "smoke", ["steps=2", f"out={tmp_path / 'run'}"], False)
     again = run_stage("export", "demo", [f"run={tmp_path / 'run'}", f"out={tmp_path / 'other'}"], False)
-    (a, card), (b, card_again) = load_student(run), load_student(again)
+    first, second = StudentSource(run).open(), StudentSource(again).open()
+    a, b, card, card_again = first.load(), second.load(), first.card, second.card
     assert card == card_again
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
@@ -654,9 +656,9 @@ def test_adapters_begin_with_nothing_and_export_merged_and_alone(tiny, files, tm
         torch.testing.assert_close(flow(stage.score.net), flow(begun))
 
     path = run_stage("teacher", "smoke", settings, False)
-    merged, _ = load_student(path)
+    merged = StudentSource(path).open().load()
     adapters, metadata = read_safetensors(path.with_name("teacher_lora.safetensors"))
-    assert read_card(path.with_name("teacher_lora.safetensors")).stage == "teacher" and metadata
+    assert StudentFile(StudentSource(path.with_name("teacher_lora.safetensors"))).card.stage == "teacher" and metadata
     by_hand = {name: value.clone() for name, value in begun.state_dict().items()}
     for name in [name.removesuffix(".lora_A.weight") for name in adapters if name.endswith("lora_A.weight")]:
         down, up = adapters[f"{name}.lora_A.weight"], adapters[f"{name}.lora_B.weight"]
@@ -676,7 +678,7 @@ def test_adapters_resume_alike(tiny, tmp_path):
     run("parts", 2, False)
     parts = run("parts", 4, True)
     assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "whole")
-    a, b = load_student(whole)[0], load_student(parts)[0]
+    a, b = StudentSource(whole).open().load(), StudentSource(parts).open().load()
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
@@ -688,7 +690,8 @@ def test_an_adapter_target_that_is_not_there_is_refused(tiny):
 def test_export_writes_what_the_run_wrote(tiny, tmp_path):
     run = run_stage("local", "smoke", ["steps=2", "batch=1", "memory=longlive", f"out={tmp_path / 'run'}"], False)
     again = run_stage("export", "demo", [f"run={tmp_path / 'run'}", f"out={tmp_path / 'other'}"], False)
-    (a, card), (b, card_again) = load_student(run), load_student(again)
+    first, second = StudentSource(run).open(), StudentSource(again).open()
+    a, b, card, card_again = first.load(), second.load(), first.card, second.card
     assert again.parent == tmp_path / "other" and card == card_again
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
     with pytest.raises(ValueError, match="holds no checkpoint"):
@@ -725,7 +728,7 @@ def test_stages_learn_from_encoded_sets(tiny, tmp_path, encoded, name, data):
     path = run_stage(
         name, "smoke", ["steps=2", f"data={encoded / data}", "sample_every=1", f"out={tmp_path}"], False
     )  # fmt: skip
-    assert "made up" in load_student(path)[1].data and len(losses_of(tmp_path)) == 2
+    assert "made up" in StudentSource(path).open().card.data and len(losses_of(tmp_path)) == 2
     assert not (tmp_path / "samples").exists()
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from context_forcing.model.checkpoints.student import read_card
+
+from context_forcing.model.checkpoints.student import StudentSource
 from context_forcing.video.pipeline import Pipeline
 from context_forcing.video.story import SegmentSpec, Story
 
@@ -24,9 +25,9 @@ def test_every_stage_from_one_script(tmp_path):
     done = subprocess.run(script, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     student = tmp_path / "runs/contextual/student.safetensors"
-    card = read_card(student)
+    card = StudentSource(student).open().card
     assert (card.stage, card.train_steps) == ("contextual", 4 + 4 + 4), "pretrain, local, contextual"
-    pipeline = Pipeline.load(student, torch.device("cpu"), torch.float32)
+    pipeline = Pipeline.load(StudentSource(student).open(), torch.device("cpu"), torch.float32)
     scene = SegmentSpec(prompt="A meadow by day. The camera stays.", seconds=0.75)
     (memory,) = pipeline.generate(Story(segments=(scene,)), pipeline.empty_memory())
     assert memory.latent_chunks[0].isfinite().all() and memory.latent_chunks[0].std() > 0

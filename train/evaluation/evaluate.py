@@ -18,6 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from ...memory.memory import Memory
+from ...model.checkpoints.student import StudentSource
 from ...model.device import pick_device
 from ...video.film_strip import film_strip
 from ...video.pipeline import Pipeline
@@ -171,7 +172,9 @@ def evaluate(plan: Plan, device: str, dtype: str, out: Path) -> list[Table]:
     A second run in the same folder goes on where the first stopped; with more rollouts or seeds it adds to it.
     """
     where = pick_device(device, dtype)
-    pipelines = {entrant.student: Pipeline.load(entrant.student, *where) for entrant in plan.entrants}
+    pipelines = {
+        entrant.student: Pipeline.load(StudentSource(entrant.student).open(), *where) for entrant in plan.entrants
+    }
     first = pipelines[plan.entrants[0].student]
     paths = long_paths(plan, first.card.fps)
     for kind, gap in itertools.product(KINDS, plan.gaps):

@@ -5,19 +5,14 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
 from context_forcing.memory import MemoryConfig
-from context_forcing.model.checkpoints.student import (
-    DEMO_STUDENT,
-    load_student,
-    metadata_num_heads,
-    read_card,
-    save_student,
-)
+from context_forcing.model.checkpoints.student import DEMO_STUDENT, StudentSource, metadata_num_heads
 from context_forcing.model.codecs.demo_vae import DEMO_CODEC, load_demo_codec
 from context_forcing.model.config import CARD_KEY, StudentCard
 from context_forcing.model.fingerprint import fingerprint
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 CARD = StudentCard(
     name="tiny",
@@ -42,7 +37,7 @@ def net(make_net):
 
 
 @pytest.fixture
-def path(net, tmp_path):
+def path(net, tmp_path, save_student):
     save_student(tmp_path / "student.safetensors", net, CARD)
     return tmp_path / "student.safetensors"
 
@@ -57,14 +52,15 @@ def rewrite(path, edit_tensors=lambda tensors: None, edit_metadata=lambda metada
 
 def refused(path):
     with pytest.raises(ValueError) as caught:
-        load_student(path)
+        StudentSource(path).open().load()
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_round_trip(net, path):
-    loaded, card = load_student(path)
-    assert card == CARD and read_card(path) == CARD
+    student = StudentSource(path).open()
+    loaded, card = student.load(), student.card
+    assert card == CARD and StudentSource(path).open().card == CARD
     assert dataclasses.asdict(loaded.config) == dataclasses.asdict(net.config)
     ours, theirs = net.state_dict(), loaded.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -81,12 +77,13 @@ def test_the_file_says_to_comfyui_what_it_cannot_guess(path):
 
 
 def test_dtype(path):
-    loaded, _ = load_student(path, torch.bfloat16)
+    loaded = StudentSource(path).open().load(torch.bfloat16)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
 
 
 def test_the_built_in_student_and_codec():
-    net, card = load_student()
+    student = StudentSource().open()
+    net, card = student.load(), student.card
     assert card.base == "demo" and DEMO_STUDENT.is_file() and DEMO_CODEC.is_file()
     assert net.config.text_dim == 4096 and card.memory.sink + card.memory.slow + card.memory.fast <= card.memory.window
     assert load_demo_codec().mean.shape == (16,)
@@ -207,7 +204,7 @@ def test_a_card_round_trips_through_json():
 
 def test_equal_weights_have_equal_fingerprints(net, make_net, path):
     name = fingerprint(net)
-    assert name == fingerprint(make_net(text_len=512)) == fingerprint(load_student(path)[0])
+    assert name == fingerprint(make_net(text_len=512)) == fingerprint(StudentSource(path).open().load())
     assert len(name) == 16
     assert name != fingerprint(make_net(seed=1, text_len=512))
 

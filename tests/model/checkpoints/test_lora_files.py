@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from context_forcing.model.checkpoints.lora import parse_lora
-from context_forcing.model.checkpoints.student import load_student, open_student, save_student
-from context_forcing.model.config import StudentCard
 from safetensors.torch import save_file
+
+from context_forcing.model.checkpoints.lora import parse_lora
+from context_forcing.model.checkpoints.student import StudentSource
+from context_forcing.model.config import StudentCard
 
 from .published import SIZES, prefixed
 
@@ -22,7 +23,7 @@ def net(make_net):
 
 
 @pytest.fixture
-def student(net, tmp_path):
+def student(net, tmp_path, save_student):
     save_student(tmp_path / "student.safetensors", net, StudentCard(base="demo"))
     return tmp_path / "student.safetensors"
 
@@ -74,7 +75,7 @@ def write(path, tree):
 def test_every_spelling_adds_the_same(spelling, net, student, pairs, tmp_path):
     make, scale = SPELLINGS[spelling]
     path = write(tmp_path / "lora.safetensors", make(pairs))
-    merged, _ = load_student(student, loras=[(path, STRENGTH)])
+    merged = StudentSource(student, loras=((path, STRENGTH),)).open().load()
     found = merged.state_dict()
     for name, weight in net.state_dict().items():
         up, down = pairs.get(name.removesuffix(".weight"), (None, None)) if name.endswith(".weight") else (None, None)
@@ -85,7 +86,17 @@ def test_every_spelling_adds_the_same(spelling, net, student, pairs, tmp_path):
 
 def test_two_are_added_one_after_the_other(net, student, pairs, tmp_path):
     path = write(tmp_path / "lora.safetensors", spelt(pairs, *PEFT))
-    merged, _ = load_student(student, loras=[(path, 1.0), (path, -1.0)])
+    merged = (
+        StudentSource(
+            student,
+            loras=(
+                (path, 1.0),
+                (path, -1.0),
+            ),
+        )
+        .open()
+        .load()
+    )
     for name, weight in net.state_dict().items():
         torch.testing.assert_close(merged.state_dict()[name], weight, rtol=0, atol=1e-5)
 
@@ -97,14 +108,14 @@ def test_alpha_that_peft_keeps_beside_the_file(net, student, pairs, tmp_path):
     name, expected = "head.head.weight", net.head.head.weight + 3.0 * pairs["head.head"][0] @ pairs["head.head"][1]
     (folder / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": ALPHA, "alpha_pattern": {}}))
     for path in (folder, folder / "adapter_model.safetensors"):
-        torch.testing.assert_close(open_student(student, loras=[(path, 1.0)]).tensor(name), expected)
+        torch.testing.assert_close(StudentSource(student, loras=((path, 1.0),)).open().tensor(name), expected)
     (folder / "adapter_config.json").write_text(json.dumps({"use_dora": True}))
     with pytest.raises(ValueError, match="merge it with peft first"):
-        open_student(student, loras=[(folder, 1.0)])
+        StudentSource(student, loras=((folder, 1.0),)).open()
     told = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": ALPHA})}
     path = tmp_path / "told.safetensors"
     save_file(spelt(pairs, *PEFT), path, told)
-    torch.testing.assert_close(open_student(student, loras=[(path, 1.0)]).tensor(name), expected)
+    torch.testing.assert_close(StudentSource(student, loras=((path, 1.0),)).open().tensor(name), expected)
 
 
 def test_whole_differences(net, student, tmp_path):
@@ -112,7 +123,7 @@ def test_whole_differences(net, student, tmp_path):
     whole = {"blocks.0.norm3.diff": torch.ones(16), "blocks.0.ffn.0.diff_b": torch.ones(32),
              "blocks.1.diff_m": torch.ones(1, 6, 16), "patch_embedding.diff": torch.ones(16, 16, 1, 2, 2)}  # fmt: skip
     path = write(tmp_path / "lora.safetensors", prefixed(whole, "diffusion_model."))
-    merged = open_student(student, loras=[(path, STRENGTH)])
+    merged = StudentSource(student, loras=((path, STRENGTH),)).open()
     changed = {"blocks.0.norm3.weight", "blocks.0.ffn.0.bias", "blocks.1.modulation", "patch_embedding.weight"}
     for name in state:
         torch.testing.assert_close(merged.tensor(name), state[name] + STRENGTH * (name in changed))
@@ -123,13 +134,13 @@ def test_our_own_adapters_read_back(net, student, tmp_path):
     from context_forcing.train.lora import LoraConfig, add_lora, merge_lora, save_lora
 
     config = LoraConfig(rank=3, alpha=5.0)
-    own = add_lora(load_student(student)[0], config, seed=1)
+    own = add_lora(StudentSource(student).open().load(), config, seed=1)
     for name, parameter in own.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     path, expected = tmp_path / "own_lora.safetensors", merge_lora(own.state_dict(), config)
     save_lora(path, own.state_dict(), config, {})
-    merged = open_student(student, loras=[(path, 1.0)])
+    merged = StudentSource(student, loras=((path, 1.0),)).open()
     assert len(merged.loras[0].pairs) == 20
     for name in net.state_dict():
         torch.testing.assert_close(merged.tensor(name), expected[name], rtol=1e-5, atol=1e-6)
@@ -157,7 +168,7 @@ def test_what_cannot_be_merged_is_named(what, student, pairs, tmp_path):
     make, words = BROKEN[what]
     path = write(tmp_path / "lora.safetensors", make(spelt(pairs, *PEFT)))
     with pytest.raises(ValueError, match=words) as caught:
-        open_student(student, loras=[(path, 1.0)])
+        StudentSource(student, loras=((path, 1.0),)).open()
     assert "\n" not in str(caught.value) and path.name in str(caught.value)
 
 

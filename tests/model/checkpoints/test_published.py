@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from context_forcing.model.checkpoints.convert import convert, inspect
-from context_forcing.model.checkpoints.published import PUBLISHED, _hint, override
-from context_forcing.model.checkpoints.student import infer_config, load_student, open_student, read_card
-from context_forcing.model.config import PRESETS, StudentCard
-from context_forcing.model.wan import WanModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from context_forcing.model.checkpoints.convert import convert, inspect
+from context_forcing.model.checkpoints.published import PUBLISHED, _hint, override
+from context_forcing.model.checkpoints.student import StudentSource, infer_config
+from context_forcing.model.config import PRESETS, StudentCard
+from context_forcing.model.wan import WanModel
 
 from .published import (
     BF16,
@@ -44,7 +45,7 @@ def state(make_net):
 
 def refused(path, **reading):
     with pytest.raises(ValueError) as caught:
-        open_student(path, **reading)
+        StudentSource(path, **reading).open()
     says = str(caught.value)
     assert "\n" not in says and len(says) < 700
     return says
@@ -58,7 +59,7 @@ def same(student, state):
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_every_published_row(row, state, tmp_path):
-    student = open_student(row.make(tmp_path, state), **dict(row.reading))
+    student = StudentSource(row.make(tmp_path, state), **dict(row.reading)).open()
     assert same(student, cast(cast(state, row.dtype), torch.float32))
     assert student.card.name == row.card
     assert {tensor.dtype for tensor in student.named.tensors.values()} == {row.dtype}
@@ -68,8 +69,8 @@ def test_every_published_row(row, state, tmp_path):
 def test_every_row_converts_to_a_file_of_ours(row, state, tmp_path):
     (tmp_path / "in").mkdir()
     source, out = row.make(tmp_path / "in", state), tmp_path / "out.safetensors"
-    convert(source, out, dtype="bf16", **dict(row.reading))
-    again = open_student(out)
+    convert(StudentSource(source, **dict(row.reading)), out, dtype="bf16")
+    again = StudentSource(out).open()
     assert same(again, state) and {tensor.dtype for tensor in again.named.tensors.values()} == {BF16}
     assert (
         again.card.name == row.card
@@ -81,13 +82,13 @@ def test_every_row_converts_to_a_file_of_ours(row, state, tmp_path):
 
 def test_a_file_that_does_not_say_is_taken_as_self_forcings_with_a_note(state, tmp_path, caplog):
     path = pickled(tmp_path, {"generator": prefixed(state, "model.")}, "longlive_base.pt")
-    student = open_student(path)
+    student = StudentSource(path).open()
     assert student.card.name == "self-forcing" and student.card.memory.window == 21
     for words in (str(path), "self-forcing", "1000 750 500 250", "Its name suggests longlive", "context-forcing"):
         assert words in student.card_choice.note
     assert "a causal student" not in student.card_choice.note
-    assert "nor that it is a causal student" in open_student(flat(tmp_path, state)).card_choice.note
-    load_student(path)
+    assert "nor that it is a causal student" in StudentSource(flat(tmp_path, state)).open().card_choice.note
+    StudentSource(path).open().load()
     assert [record.getMessage() for record in caplog.records] == [student.card_choice.note]
 
 
@@ -95,20 +96,23 @@ def test_what_a_folder_says_decides(state, tmp_path):
     """A Self-Forcing scheduler, Wan's bidirectional class, a causal class."""
     base = diffusers_folder(tmp_path / "base", state, "WanTransformer3DModel", "UniPCMultistepScheduler")
     assert "plain Wan 2.1" in refused(base) and "wan2.1-base" in refused(base)
-    assert "no causal student" in open_student(base, card="wan2.1-base").card_choice.note
+    assert "no causal student" in StudentSource(base, card="wan2.1-base").open().card_choice.note
     told = diffusers_folder(tmp_path / "told", state, "WanTransformer3DModel", "SelfForcingFlowMatchScheduler")
-    assert not open_student(told).card_choice.note and open_student(told).config.num_heads == SIZES["num_heads"]
+    assert (
+        not StudentSource(told).open().card_choice.note
+        and StudentSource(told).open().config.num_heads == SIZES["num_heads"]
+    )
     causal = diffusers_folder(tmp_path / "causal", state, "CausalWanTransformer3DModel", "Other")
     assert (
-        "does not say" in open_student(causal).card_choice.note
-        and "nor that" not in open_student(causal).card_choice.note
+        "does not say" in StudentSource(causal).open().card_choice.note
+        and "nor that" not in StudentSource(causal).open().card_choice.note
     )
 
 
 def test_the_base_is_what_the_weights_are(state, tmp_path):
     path = flat(tmp_path, state)
-    assert read_card(path, card="krea-14b").base == "wan2.1"
-    assert read_card(path, card="krea-14b", overrides=["base=demo"]).base == "demo"
+    assert StudentSource(path, card="krea-14b").open().card.base == "wan2.1"
+    assert StudentSource(path, card="krea-14b", overrides=("base=demo",)).open().card.base == "demo"
 
 
 def test_what_was_asked_for_must_be_there(state, tmp_path):
@@ -218,7 +222,7 @@ def test_a_header_as_long_as_a_pickles_first_byte(state, tmp_path):
         if (tmp_path / "a.bin").read_bytes()[:1] == b"\x80":
             break
     assert (tmp_path / "a.bin").read_bytes()[:1] == b"\x80"
-    assert open_student(tmp_path / "a.bin").container.kind == "safetensors"
+    assert StudentSource(tmp_path / "a.bin").open().container.kind == "safetensors"
 
 
 class Code:
@@ -255,7 +259,7 @@ def test_a_torch_that_is_not_safe_reads_no_pickle(state, tmp_path, monkeypatch):
     path = pickled(tmp_path, state)
     monkeypatch.setattr(torch, "__version__", "2.5.1+cu121")
     assert "2.6 or newer" in refused(path)
-    assert same(open_student(flat(tmp_path, state)), state)
+    assert same(StudentSource(flat(tmp_path, state)).open(), state)
 
 
 def test_parts_that_are_missing_or_do_not_fit(state, tmp_path):
@@ -269,7 +273,7 @@ def test_parts_that_are_missing_or_do_not_fit(state, tmp_path):
     save_file({"a": torch.zeros(1)}, second)
     assert "disagree" in refused(index)
     second.write_bytes(content)
-    assert same(open_student(index), state)
+    assert same(StudentSource(index).open(), state)
     listed = json.loads(index.read_text())
     index.write_text(json.dumps(listed | {"weight_map": {"a": "../a.safetensors"}}))
     assert "not a file beside it" in refused(index)
@@ -283,7 +287,7 @@ def test_parts_that_are_missing_or_do_not_fit(state, tmp_path):
 def test_folders_that_hold_no_one_model(state, tmp_path):
     assert "no .safetensors" in refused(tmp_path)
     pickled(tmp_path, state, "longlive_base.pt")
-    assert same(open_student(tmp_path), state)
+    assert same(StudentSource(tmp_path).open(), state)
     pickled(tmp_path, state, "lora.pt")
     assert "longlive_base.pt, lora.pt; give one" in refused(tmp_path)
 
@@ -303,10 +307,10 @@ def test_a_missing_last_block_shows_at_the_published_widths():
 def test_scaled_float8(spelling, prefix, state, tmp_path):
     stored, meant = quantise(state, spelling)
     path = flat(tmp_path, stored, prefix=prefix)
-    student = open_student(path)
+    student = StudentSource(path).open()
     assert same(student, meant) and len(student.named.scales) == 20
-    convert(path, tmp_path / "out.safetensors")
-    kept = open_student(tmp_path / "out.safetensors").named.tensors
+    convert(StudentSource(path), tmp_path / "out.safetensors")
+    kept = StudentSource(tmp_path / "out.safetensors").open().named.tensors
     assert {tensor.dtype for tensor in kept.values()} == {BF16}
     assert all(torch.equal(kept[name], tensor.to(BF16)) for name, tensor in meant.items())
 
@@ -330,9 +334,9 @@ def test_other_quantisation_is_comfyuis(state, tmp_path):
 
 def test_plain_float8_stays_float8(state, tmp_path):
     path = flat(tmp_path, cast(state, torch.float8_e4m3fn))
-    assert same(open_student(path), cast(cast(state, torch.float8_e4m3fn), torch.float32))
-    convert(path, tmp_path / "out.safetensors")
-    assert open_student(tmp_path / "out.safetensors").tensor("head.head.bias").dtype == torch.float8_e4m3fn
+    assert same(StudentSource(path).open(), cast(cast(state, torch.float8_e4m3fn), torch.float32))
+    convert(StudentSource(path), tmp_path / "out.safetensors")
+    assert StudentSource(tmp_path / "out.safetensors").open().tensor("head.head.bias").dtype == torch.float8_e4m3fn
 
 
 NAMINGS = {
@@ -374,7 +378,7 @@ def test_mangled_files_load_exactly_or_are_refused(naming, nesting, dtype, conta
         content = path.read_bytes()
         path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
     if damage == "none":
-        assert same(open_student(path), state)
+        assert same(StudentSource(path).open(), state)
     else:
         refused(path)
 
@@ -394,13 +398,13 @@ def test_scrambled_pickles_never_raise_anything_else(at, bytes_, zipped, tmp_pat
 
 def test_inspect_says_what_a_file_is(state, tmp_path):
     path = pickled(tmp_path, {"generator_ema": fsdp(state), "generator": prefixed(state, "model."), "critic": state})
-    rows = dict(inspect(path, card="causal-forcing-2step"))
+    rows = dict(inspect(StudentSource(path, card="causal-forcing-2step")))
     assert rows["container"] == "torch pickle" and rows["holds"] == "generator_ema, generator, critic"
     assert rows["taken"] == "generator_ema" and rows["stored as"] == "float32 (69)" and rows["tensors"] == "69 of 69"
     assert "_fsdp_wrapped_module." in rows["layout"] and "2 layers" in rows["size"]
     assert "refused" not in rows and rows["card"].startswith("causal-forcing-2step (asked for")
     del state["blocks.0.ffn.0.bias"]
-    rows = dict(inspect(flat(tmp_path, state)))
+    rows = dict(inspect(StudentSource(flat(tmp_path, state))))
     assert rows["tensors"] == "68 of 69" and "blocks.0.ffn.0.bias" in rows["refused"] and "card" not in rows
 
 
@@ -418,24 +422,25 @@ def test_convert_writes_over_nothing(whole, tmp_path):
         ("dtype", dict(output=out, dtype="int8", force=True)),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
-            convert(whole, **how)
+            convert(StudentSource(whole), **how)
     assert out.read_text() == "mine"
-    convert(whole, out, force=True, overrides=["name=mine"])
+    convert(StudentSource(whole, overrides=("name=mine",)), out, force=True)
     with safe_open(out, "pt") as f:
         assert json.loads(f.metadata()["converted_from"])["file"] == "in.safetensors"
-    assert read_card(out).name == "mine"
+    assert StudentSource(out).open().card.name == "mine"
 
 
 PEAK = """
 import json, sys, torch
 from pathlib import Path
-from context_forcing.model.convert import convert
+from context_forcing.model.checkpoints.convert import convert
+from context_forcing.model.checkpoints.student import StudentSource
 torch.set_num_threads(1)
 def peak():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
 import context_forcing.video.pipeline
 before = peak()
-convert(Path(sys.argv[1]), Path(sys.argv[2]), "bf16")
+convert(StudentSource(sys.argv[1]), Path(sys.argv[2]), "bf16")
 print(peak() - before)
 """
 
@@ -460,11 +465,11 @@ def test_dicts_that_lie_in_themselves_are_refused(tmp_path):
     inside["model"] = inside
     torch.save(inside, tmp_path / "inside.pt")
     with pytest.raises(ValueError, match="in themselves"):
-        open_student(tmp_path / "inside.pt")
+        StudentSource(tmp_path / "inside.pt").open()
     both = {"a": torch.zeros(1)}
     torch.save({"generator": both, "generator_ema": both}, tmp_path / "twice.pt")
     with pytest.raises(ValueError, match="not a Wan 2.1 model"):
-        open_student(tmp_path / "twice.pt")
+        StudentSource(tmp_path / "twice.pt").open()
 
 
 @pytest.mark.parametrize("path, name", [
@@ -481,4 +486,4 @@ def test_a_path_suggests_the_kind_before_its_family(path, name):
 def test_a_block_beyond_all_tensors_is_refused_at_once(state, tmp_path):
     torch.save(state | {"blocks.3000000.x": torch.zeros(1)}, tmp_path / "far.pt")
     with pytest.raises(ValueError, match="block 3000000"):
-        open_student(tmp_path / "far.pt")
+        StudentSource(tmp_path / "far.pt").open()
