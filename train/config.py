@@ -104,6 +104,11 @@ class NetworkConfig(LoopConfig):
             raise ValueError(f"size: {self.size} must be a width and a height, multiples of 16")
 
     @property
+    def codec_path(self) -> str | None:
+        """The demo codec's file; None is the shipped one."""
+        return None if self.codec == "assets" else self.codec
+
+    @property
     def latent_size(self) -> tuple[int, int, int]:
         """C, H, W of a latent frame."""
         return PRESETS[self.preset].channels, self.size[1] // VAE_STRIDE[1], self.size[0] // VAE_STRIDE[2]

@@ -9,6 +9,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+
 from context_forcing import cli
 from context_forcing.model.codecs.base import WAN_MEAN, WAN_STD
 from context_forcing.model.codecs.demo_text import encode_demo_text
@@ -16,7 +17,7 @@ from context_forcing.model.codecs.umt5 import clean_text
 from context_forcing.train.data import encode as encode_module
 from context_forcing.train.data.clips import random_clip
 from context_forcing.train.data.encode import EncodeSettings, SetEncoder, WanEncoder, encode
-from context_forcing.train.data.shards import MANIFEST, ShardedClips, open_shard, read_manifest
+from context_forcing.train.data.shards import MANIFEST, EncodedSet, open_shard, read_manifest
 from context_forcing.train.data.sources import Source, list_sources
 from context_forcing.train.world.camera import view
 from context_forcing.train.world.geometry import TOKEN
@@ -115,14 +116,14 @@ def test_clips_are_the_videos_consecutive_frames(videos, tmp_path):
     assert any(wrong), "one frame off would be seen"
 
 
-def test_the_loader_takes_the_set(videos, tmp_path):
+def test_a_set_can_be_trained_on(videos, tmp_path):
     run(videos, tmp_path / "set", EncodeSettings(frames=4, dtype="bf16"))
-    loader = ShardedClips(tmp_path / "set", 6, 0)
-    batch = next(loader)
-    assert batch.latents.shape == (6, 16, 4, 8, 16) and batch.text.shape == (6, 4, 4096)
-    assert len({entry.source for entry in batch.clips}) == 3
-    assert loader.empty_text().shape == (1, 1, 4096)
-    assert batch.latents.std() > 0.3, "normalised latents are about as large as noise"
+    encoded = EncodedSet(tmp_path / "set", 0)
+    samples = [encoded.sample(number) for number in range(6)]
+    assert all(latents.shape == (1, 16, 4, 8, 16) and text.shape == (1, 4, 4096) for latents, text in samples)
+    assert len({encoded.entry(number).source for number in range(6)}) == 3
+    assert encoded.empty.shape == (1, 1, 4096)
+    assert torch.cat([latents for latents, _ in samples]).std() > 0.3, "normalised latents have the size of noise"
 
 
 def test_a_second_run_does_nothing(videos, tmp_path, monkeypatch):
@@ -141,7 +142,7 @@ def test_videos_that_are_added_later_are_encoded(videos, tmp_path):
     assert run(videos, tmp_path / "set").new_clips == 1
     entries = read_manifest(tmp_path / "set").entries
     assert entries[:-1] == before and entries[-1].source == "0.mp4"
-    assert len(ShardedClips(tmp_path / "set", 7, 0)) == 7
+    assert len(EncodedSet(tmp_path / "set", 0).entries) == 7
 
 
 def test_what_is_wrong_with_a_file_is_reported(videos, tmp_path):
@@ -229,7 +230,7 @@ def test_sigkill_anywhere_and_the_same_command_give_the_same_set(whole_videos, w
     assert run_until_killed(whole_videos, tmp_path / "set", writes)
     run(whole_videos, tmp_path / "set")
     assert contents(tmp_path / "set") == contents(whole_set)
-    assert len(ShardedClips(tmp_path / "set", 6, 0)) == 6
+    assert len(EncodedSet(tmp_path / "set", 0).entries) == 6
 
 
 @pytest.mark.slow
@@ -395,11 +396,13 @@ def test_prompts(tmp_path):
     assert summary.clips == 3
     header = json.loads((tmp_path / "set" / MANIFEST).read_text().splitlines()[0])
     assert header["vae"] is header["frames"] is header["size"] is None and header["text_encoder"] == "demo"
-    batch = next(ShardedClips(tmp_path / "set", 3, 0))
-    assert batch.latents is None and batch.text.shape == (3, 2, 4096)
-    for entry, text in zip(batch.clips, batch.text):
-        assert torch.equal(text, encode_demo_text(entry.caption)[0, :2].half().float())
-    assert {entry.caption for entry in batch.clips} == {"A meadow by day", "snow at night", "dragons"}
+    encoded = EncodedSet(tmp_path / "set", 0)
+    entries = [encoded.entry(number) for number in range(3)]
+    for number, entry in enumerate(entries):
+        text, expected = encoded.text(number), encode_demo_text(entry.caption).half().float()
+        rows = text.shape[1]
+        assert 1 <= rows <= 2 and torch.equal(text, expected[:, :rows]) and not expected[:, rows:].any()
+    assert {entry.caption for entry in entries} == {"A meadow by day", "snow at night", "dragons"}
     prompts.write_text(prompts.read_text() + "fog\n")
     assert run(prompts, tmp_path / "set").new_clips == 1
 
@@ -428,7 +431,7 @@ def test_the_command_sums_up(videos, tmp_path, command):
     code, err = command(videos, "-o", tmp_path / "set", "--frames", 4, "--size", "64x32")
     assert code == 0, err
     assert "skipped junk.mp4: does not decode" in err and "6 clips (2 new) of 3 sources, 1 skipped" in err
-    assert ShardedClips(tmp_path / "set", 1, 0).latent_shape == (16, 4, 4, 8)
+    assert EncodedSet(tmp_path / "set", 0).sample(0)[0].shape == (1, 16, 4, 4, 8)
 
 
 BAD_COMMANDS = {
@@ -533,7 +536,7 @@ def test_wan_latents_and_text_are_what_the_libraries_give(tiny_wan, whole_videos
     length = int(padded.attention_mask.sum())
     assert len(text) == length < 512
     torch.testing.assert_close(text.float(), rows[:length], atol=2e-3, rtol=2e-3)
-    assert next(ShardedClips(tmp_path / "set", 6, 0)).latents.shape == (6, 16, 4, 6, 8)
+    assert EncodedSet(tmp_path / "set", 0).sample(5)[0].shape == (1, 16, 4, 6, 8)
     assert len(WanEncoder(tiny_wan, torch.device("cpu"), False).text("day " * 600)) == 512
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+
 from context_forcing.memory import Memory, MemoryConfig
 from context_forcing.model.causal import MemoryAttention, causal_forward, embed_text
 from context_forcing.model.sampler import CausalSampler

@@ -4,6 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
 from context_forcing.memory import Memory, MemoryConfig
 from context_forcing.model.config import PRESETS, WanConfig
 from context_forcing.model.sampler import seeded_noise
@@ -13,8 +16,6 @@ from context_forcing.train.config import CONFIGS, NetworkConfig, load_config
 from context_forcing.train.parallel import entry
 from context_forcing.train.plan import block_flop, plan
 from context_forcing.train.stages.student import Student
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 
 def figure(made, what):

@@ -1,13 +1,13 @@
-"""A set on disk: no kill breaks it, every clip comes once an epoch, ranks share an order, a position resumes it."""
+"""Encoded sets on disk: a kill at any time damages nothing, and every sample number has its clip."""
 
 import json
 import shutil
-import threading
 
 import pytest
 import torch
+
 from context_forcing.train.data import shards
-from context_forcing.train.data.shards import MANIFEST, Header, ShardedClips, ShardWriter, read_manifest
+from context_forcing.train.data.shards import MANIFEST, EncodedSet, Header, ShardWriter, read_manifest
 
 HEADER = Header(
     source="/videos", model="demo", vae="v", text_encoder="t", dtype="fp16", fps=16, size=(16, 16), frames=3
@@ -52,14 +52,10 @@ def folder(tmp_path_factory):
     return write(tmp_path_factory.mktemp("set"))
 
 
-def number(entry):
-    """(source, start) -> the number that `clip` made it from."""
-    return 10 * int(entry.source[1:]) + int(entry.start)
-
-
-def take(loader, count):
-    """Clip numbers of the next batches."""
-    return [[number(entry) for entry in next(loader).clips] for _ in range(count)]
+def clip_numbers(encoded, samples):
+    """The number that `clip` made each sample from."""
+    entries = [encoded.entry(sample) for sample in samples]
+    return [10 * int(entry.source[1:]) + int(entry.start) for entry in entries]
 
 
 def test_manifest_lists_clips_finished_and_skipped(folder):
@@ -72,102 +68,45 @@ def test_manifest_lists_clips_finished_and_skipped(folder):
     assert not list(folder.glob("*.part"))
 
 
-def test_batches_hold_what_was_written(folder):
-    for batch in (next(loader) for loader in [ShardedClips(folder, 5, 0)] for _ in range(4)):
-        rows = [1 + number(entry) % 3 for entry in batch.clips]
-        assert batch.latents.shape == (5, *SHAPE) and batch.latents.dtype == torch.float32
-        assert batch.text.shape == (5, max(rows), 8) and batch.text.dtype == torch.float32
-        for entry, latents, text, count in zip(batch.clips, batch.latents, batch.text, rows):
-            true = clip(number(entry))
-            assert torch.equal(latents, true["latents"].float())
-            assert torch.equal(text[:count], true["text"].float()) and not text[count:].any()
-            assert entry.caption == f"caption {entry.source[1:]}"
+def test_samples_are_what_was_written(folder):
+    encoded = EncodedSet(folder, 0)
+    for sample, number in enumerate(clip_numbers(encoded, range(20))):
+        latents, text = encoded.sample(sample)
+        expected = clip(number)
+        assert torch.equal(latents, expected["latents"].float()[None])
+        assert torch.equal(text, expected["text"].float()[None]) and torch.equal(text, encoded.text(sample))
+        assert encoded.entry(sample).caption == f"caption {number // 10}"
+    assert torch.equal(EncodedSet(folder, 0, 2).sample(5)[0], encoded.sample(5)[0][:, :, :2])
 
 
-@pytest.mark.parametrize("batch, window", [(1, 1), (3, 2), (5, 4), (18, 99)])
-def test_every_epoch_is_every_clip_once(folder, batch, window):
-    """Also where batches span epochs: 18 clips in batches of 5."""
-    loader = ShardedClips(folder, batch, 3, window=window)
-    stream = sum(take(loader, 5 * 18 // batch), [])
-    epochs = [stream[i : i + 18] for i in range(0, len(stream) - 17, 18)]
-    assert len(epochs) >= 4
-    assert all(sorted(epoch) == sorted(number(entry) for entry in loader.entries) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == len(epochs), "every epoch has an order of its own"
+@pytest.mark.parametrize("window", [1, 2, 4, 99])
+def test_every_epoch_contains_every_clip_once(folder, window, monkeypatch):
+    monkeypatch.setattr(shards, "WINDOW", window)
+    encoded = EncodedSet(folder, 3)
+    epochs = [clip_numbers(encoded, range(18 * k, 18 * k + 18)) for k in range(5)]
+    everything = [10 * i + k for i in range(7) if i != 2 for k in range(3)]
+    assert all(sorted(epoch) == everything for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == len(epochs), "every epoch has its own order"
 
 
-@pytest.mark.parametrize("world_size, batch", [(2, 3), (3, 2), (6, 1)])
-def test_ranks_see_together_what_one_sees(folder, world_size, batch):
-    whole = take(ShardedClips(folder, world_size * batch, 1), 10)
-    ranks = [take(ShardedClips(folder, batch, 1, rank=r, world_size=world_size), 10) for r in range(world_size)]
-    assert [sum(parts, []) for parts in zip(*ranks)] == whole
+def test_the_order_never_changes(folder):
+    """Runs that were begun with earlier versions resume with the same samples."""
+    first = [62, 40, 12, 41, 11, 32, 42, 1, 2, 10, 30, 61, 31, 0, 60, 50, 52, 51, 2, 0, 51, 50, 1, 30]
+    assert clip_numbers(EncodedSet(folder, 1), range(24)) == first
+    assert clip_numbers(EncodedSet(folder, 1), reversed(range(24))) == first[::-1]
+    assert clip_numbers(EncodedSet(folder, 3), range(8)) == [50, 51, 30, 42, 62, 60, 32, 40]
 
 
-def test_the_order_is_a_function_of_the_seed(folder):
-    assert take(ShardedClips(folder, 4, 1), 9) == take(ShardedClips(folder, 4, 1), 9)
-    assert take(ShardedClips(folder, 4, 1), 9) != take(ShardedClips(folder, 4, 2), 9)
-
-
-@pytest.mark.parametrize("done", [0, 1, 4, 11])
-def test_a_position_gives_the_batches_that_would_have_come(folder, done):
-    loader = ShardedClips(folder, 4, 1)
-    take(loader, done)
-    state = json.loads(json.dumps(loader.state_dict()))
-    assert state == {"position": 4 * done}
-    whole = [next(loader) for _ in range(6)]
-    again = ShardedClips(folder, 4, 1)
-    again.load_state_dict(state)
-    for one, other in zip(whole, (next(again) for _ in range(6))):
-        assert (
-            one.clips == other.clips and torch.equal(one.latents, other.latents) and torch.equal(one.text, other.text)
-        )
-    halves = [ShardedClips(folder, 2, 1, rank=r, world_size=2) for r in range(2)]
-    for half in halves:
-        half.load_state_dict(state)
-    pairs = zip(*(take(half, 6) for half in halves))
-    assert [a + b for a, b in pairs] == [[number(entry) for entry in batch.clips] for batch in whole]
-
-
-def test_reading_stays_within_a_window_of_shards(folder):
-    loader = ShardedClips(folder, 1, 0, window=2)
-    order = loader.order(0)
-    assert len(order.windows) == -(-len(loader._by_shard) // 2)
-    begin = 0
-    for shard_names, end in zip(order.windows, order.ends):
-        assert {loader.entries[i].shard for i in order.clips[begin:end]} == set(shard_names)
-        begin = end
-    most = 0
-    for _ in range(60):
-        next(loader)
-        most = max(most, len(loader._open))
-    assert most == 4, "two windows of open shards at most, however long it runs"
-
-
-def test_the_next_window_is_read_in_the_background(folder, monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        shards, "read_through", lambda paths: calls.append((threading.current_thread(), [p.name for p in paths]))
-    )
-    loader = ShardedClips(folder, 1, 0, window=2)
-    used, asked_by = [], {}
-    for step in range(40):
-        shard = next(loader).clips[0].shard
-        if not used or used[-1] != shard:
-            used.append(shard)
-        for thread in threading.enumerate():
-            if thread.name == "shard prefetch":
-                thread.join()
-        for _, names in calls:
-            for name in names:
-                asked_by.setdefault(name, step)
-    assert all(thread is not threading.main_thread() for thread, _ in calls)
-    order = loader.order(0)
-    coming = [*order.windows[1:], loader.order(1).windows[0]]
-    assert [tuple(names) for _, names in calls][: len(coming)] == coming
-    assert asked_by[order.windows[1][0]] == 0, "the second window is read while the first is used"
-
-
-def test_read_through_is_harmless(folder):
-    shards.read_through([*folder.glob("shard-*"), folder / "none"])
+def test_clips_are_read_from_few_shards_at_a_time(folder, monkeypatch):
+    monkeypatch.setattr(shards, "WINDOW", 2)
+    encoded = EncodedSet(folder, 0)
+    used = [encoded.entry(sample).shard for sample in range(18)]
+    assert len(set(used)) == 5
+    ends = [len(set(used[:count])) for count in range(1, 19)]
+    assert all(len(set(used[count:])) <= 5 - seen + 2 for count, seen in enumerate(ends)), "windows of two shards"
+    for sample in range(60):
+        encoded.sample(sample)
+    assert encoded.open.cache_info().currsize == 4, "two windows of open shards at most"
 
 
 def test_a_set_of_prompts_has_no_latents(tmp_path):
@@ -176,13 +115,11 @@ def test_a_set_of_prompts_has_no_latents(tmp_path):
     for i in range(5):
         writer.add(f"prompt {i}", None, f"prompt {i}", {"text": clip(i)["text"]})
     writer.flush()
-    loader = ShardedClips(tmp_path, 5, 0)
-    batch = next(loader)
-    assert batch.latents is None and batch.text.shape == (5, 3, 8)
-    for entry, text in zip(batch.clips, batch.text):
-        rows = clip(int(entry.caption[-1]))["text"].float()
-        assert torch.equal(text[: len(rows)], rows)
-    assert torch.equal(loader.empty_text(), torch.zeros(1, 1, 8)), "no row is one row of zeros: the model pads"
+    encoded = EncodedSet(tmp_path, 0)
+    for sample in range(5):
+        rows = clip(int(encoded.entry(sample).caption[-1]))["text"].float()
+        assert torch.equal(encoded.text(sample), rows[None])
+    assert torch.equal(encoded.empty, torch.zeros(1, 1, 8)), "the model pads, so no row is one row of zeros"
 
 
 def test_wherever_the_manifest_is_cut_the_set_is_made_whole(folder, tmp_path):
@@ -229,11 +166,11 @@ def test_a_set_can_be_read_while_it_is_written(tmp_path):
     writer = ShardWriter(tmp_path, HEADER, 4 * A_CLIP)
     for i in range(10):
         writer.add(f"s{i}", 0.0, f"caption {i}", clip(10 * i))
-    count = len(ShardedClips(tmp_path, 1, 0))
+    count = len(EncodedSet(tmp_path, 0).entries)
     assert 4 <= count < 10
     with open(tmp_path / MANIFEST, "a") as file:
         file.write('{"source": "s1')
-    assert len(ShardedClips(tmp_path, 1, 0)) == count
+    assert len(EncodedSet(tmp_path, 0).entries) == count
 
 
 def test_another_header_is_refused(folder):
@@ -249,34 +186,12 @@ def test_shards_without_a_manifest_are_not_written_over(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["shard-00000.safetensors"]
 
 
-BAD_ARGUMENTS = {
-    "batch of none": (dict(batch_size=0), "batch_size: 0"),
-    "batch larger than the set": (dict(batch_size=19), "batch_size: 19 .* 18 clips"),
-    "ranks take more than the set": (dict(batch_size=10, rank=1, world_size=2), "batch_size: 10 on 2 ranks"),
-    "negative seed": (dict(seed=-1), "seed: -1"),
-    "no window": (dict(window=0), "window: 0"),
-    "rank out of range": (dict(rank=2, world_size=2), "rank: 2"),
-}
-
-
-@pytest.mark.parametrize("arguments, message", BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS.keys())
-def test_bad_arguments(folder, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        ShardedClips(folder, **{"batch_size": 1, "seed": 0, **arguments})
-
-
-def test_bad_positions(folder):
-    for position in (-1, 1.5, None):
-        with pytest.raises(ValueError, match="position"):
-            ShardedClips(folder, 1, 0).load_state_dict({"position": position})
-
-
 def test_folders_that_hold_no_set(tmp_path):
     with pytest.raises(ValueError, match="holds no manifest.jsonl; make a set"):
-        ShardedClips(tmp_path, 1, 0)
+        EncodedSet(tmp_path, 0)
     ShardWriter(tmp_path, HEADER, 1).flush()
-    with pytest.raises(ValueError, match="no clips in this set"):
-        ShardedClips(tmp_path, 1, 0)
+    with pytest.raises(ValueError, match="the set has no clips"):
+        EncodedSet(tmp_path, 0)
 
 
 @pytest.fixture
@@ -289,10 +204,10 @@ def test_missing_and_cut_shards(damaged, shard):
     path = damaged / shard
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match=f"{shard}: not a whole safetensors file"):
-        ShardedClips(damaged, 1, 0)
+        EncodedSet(damaged, 0)
     path.unlink()
     with pytest.raises(ValueError, match=f"{shard}: this shard of the set is missing"):
-        ShardedClips(damaged, 1, 0)
+        EncodedSet(damaged, 0)
 
 
 def test_clips_of_different_shapes(tmp_path):
@@ -301,14 +216,14 @@ def test_clips_of_different_shapes(tmp_path):
     writer.add("b", 0.0, "b", clip(1, (16, 3, 2, 4)))
     writer.flush()
     with pytest.raises(ValueError, match=r"clip 00000001 of b has latents \(16, 3, 2, 4\)"):
-        ShardedClips(tmp_path, 1, 0)
+        EncodedSet(tmp_path, 0)
 
 
 def test_a_clip_that_its_shard_does_not_hold(damaged):
     path = damaged / MANIFEST
     path.write_text(path.read_text().replace('"key": "00000000"', '"key": "00000099"'))
     with pytest.raises(ValueError, match="00000099.text is missing"):
-        ShardedClips(damaged, 1, 0)
+        EncodedSet(damaged, 0)
 
 
 @pytest.mark.parametrize(

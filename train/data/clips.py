@@ -13,12 +13,13 @@ from ...memory.config import MemoryConfig
 from ...memory.policy import Slots, advance
 from ...model.codecs.demo_text import TEXT_DIM, canonical_words, concept_embedding
 from ...model.codecs.demo_vae import DemoCodec, load_demo_codec
+from ..config import NetworkConfig, TeacherConfig
 from ..world.camera import headings, render_latent_frames
 from ..world.geometry import ART_SCALE, CHUNK, RING_COLUMNS, VIEW_COLUMNS, VIEW_HEIGHT, VIEW_WIDTH
 from ..world.prompts import Style, caption
 from ..world.scene import Scene
 from ..world.scripts import pacing_script, random_script, random_styles
-from .shards import ClipBatch, ShardedClips
+from .shards import EncodedSet
 
 
 @dataclass(frozen=True)
@@ -177,20 +178,38 @@ def make_batch(
     return Batch(clips, to_latents(codec, clips), to_text(captions), slots, torch.from_numpy(np.stack(where)))
 
 
-@dataclass(frozen=True)
-class DemoClips:
-    """Clips of the demo world by sample number, for stages that learn from one clip at a time."""
+@dataclass(frozen=True, kw_only=True)
+class DemoPrompts:
+    """Captions of the demo world along random camera moves, by sample number."""
 
-    codec: DemoCodec
     seed: int
-    num_chunks: int
-    chunk: int
     pacing: float = 0.3
 
-    @classmethod
-    def load(cls, codec: str, seed: int, num_chunks: int, chunk: int) -> "DemoClips":
-        """With the codec of a file, or of `assets`."""
-        return cls(load_demo_codec(None if codec == "assets" else codec), seed, num_chunks, chunk)
+    def captions(self, number: int, num_chunks: int) -> list[str]:
+        """One caption per chunk."""
+        return random_clip(np.random.default_rng((self.seed, 3, number)), num_chunks, CHUNK, self.pacing).captions
+
+    def text(self, number: int, num_chunks: int) -> Tensor:
+        """Text embeddings [chunks, L, 4096]."""
+        return to_text([self.captions(number, num_chunks)])
+
+    @property
+    def empty(self) -> Tensor:
+        """The text of the empty prompt, [1, 1, 4096]."""
+        return torch.zeros(1, 1, TEXT_DIM)
+
+    def describe(self) -> str:
+        """The `data` field of a student card."""
+        return "captions of the demo world"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoClips(DemoPrompts):
+    """Clips of the demo world, by sample number."""
+
+    codec: DemoCodec
+    num_chunks: int
+    chunk: int
 
     @property
     def size(self) -> tuple[int, int]:
@@ -198,104 +217,45 @@ class DemoClips:
         return VIEW_WIDTH * ART_SCALE, VIEW_HEIGHT * ART_SCALE
 
     def sample(self, number: int) -> tuple[Tensor, Tensor]:
-        """Latents [1, C, T, H, W] and a text a chunk, [chunks, L, 4096]."""
+        """Latents [1, C, T, H, W], and one text per chunk [chunks, L, 4096]."""
         rng = np.random.default_rng((self.seed, 4, number))
         clip = random_clip(rng, self.num_chunks, self.chunk, self.pacing)
         return to_latents(self.codec, [clip]), to_text([clip.captions])
 
-    @property
-    def empty(self) -> Tensor:
-        """The text of no prompt, [1, L, 4096]."""
-        return torch.zeros(1, 1, TEXT_DIM)
-
     def describe(self) -> str:
-        """For a card."""
         return f"demo world, drawn on the fly; clips of {self.num_chunks * self.chunk} latent frames"
 
 
-@dataclass(frozen=True)
-class DemoPrompts:
-    """Captions of the demo world along random camera moves, by sample number, for stages that need no video."""
-
-    seed: int
-    pacing: float = 0.3
-
-    def captions(self, number: int, num_chunks: int) -> list[str]:
-        """A caption a chunk."""
-        return random_clip(np.random.default_rng((self.seed, 3, number)), num_chunks, CHUNK, self.pacing).captions
-
-    def text(self, number: int, num_chunks: int) -> Tensor:
-        """Text rows [chunks, L, 4096]."""
-        return to_text([self.captions(number, num_chunks)])
-
-    @property
-    def empty(self) -> Tensor:
-        """The text of no prompt, [1, L, 4096]."""
-        return torch.zeros(1, 1, TEXT_DIM)
-
-    def describe(self) -> str:
-        """For a card."""
-        return "captions of the demo world"
-
-
-class EncodedSet:
-    """Clips or prompts of a set made by `context-forcing encode`, by sample number; one text for a whole clip.
-
-    Raises ValueError for a set of another size, of shorter clips, or of prompts where clips are needed.
-    """
-
-    def __init__(self, folder: str, seed: int, size: tuple[int, int], demo: bool, num_frames: int = 0):
-        self.set = ShardedClips(folder, 1, seed)
-        self.num_frames, self.size = num_frames, size
-        header = self.set.header
-        if (header.model == "demo") != demo:
-            raise ValueError(
-                f"data: {folder} was encoded by {header.model}, which a network of another kind cannot read; encode"
-                f" {'without --model' if demo else 'with --model, a copy of Wan'}"
-            )
-        if num_frames and not header.frames:
-            raise ValueError(f"data: {folder} holds prompts only; this stage learns from videos")
-        if num_frames and header.frames < num_frames:
-            raise ValueError(
-                f"data: clips of {folder} have {header.frames} latent frames, {num_frames} are needed; encode with"
-                f" --frames {num_frames}, or lower num_chunks"
-            )
-        if num_frames and header.size != tuple(size):
-            raise ValueError(f"size: {tuple(size)}, but {folder} was encoded at {header.size}")
-
-    def _batch(self, number: int) -> ClipBatch:
-        self.set.load_state_dict({"position": number})
-        return next(self.set)
-
-    def sample(self, number: int) -> tuple[Tensor, Tensor]:
-        """Latents [1, C, T, H, W] and the text [1, L, 4096]."""
-        batch = self._batch(number)
-        return batch.latents[:, :, : self.num_frames], batch.text
-
-    def text(self, number: int, num_chunks: int) -> Tensor:
-        """The text of a rollout of any length, [1, L, 4096]."""
-        return self._batch(number).text
-
-    @property
-    def empty(self) -> Tensor:
-        """The text of no prompt, [1, L, 4096]."""
-        return self.set.empty_text()
-
-    def describe(self) -> str:
-        """For a card."""
-        return f"{len(self.set)} clips or prompts of {self.set.header.source}"
-
-
-def clips_of(config) -> DemoClips | EncodedSet:
-    """The videos a stage learns from."""
-    chunk = config.memory.chunk
+def open_clips(config: TeacherConfig) -> DemoClips | EncodedSet:
+    """The clips that the teacher learns from."""
+    num_chunks, chunk = config.num_chunks, config.memory.chunk
     if config.data == "demo":
-        return DemoClips.load(config.codec, config.data_seed, config.num_chunks, chunk)
-    return EncodedSet(config.data, config.data_seed, config.size, config.preset == "demo", config.num_chunks * chunk)
+        codec = load_demo_codec(config.codec_path)
+        return DemoClips(seed=config.data_seed, codec=codec, num_chunks=num_chunks, chunk=chunk)
+    return _open_set(config, num_chunks * chunk)
 
 
-def prompts_of(config) -> DemoPrompts | EncodedSet:
-    """The prompts a stage rolls out."""
-    if config.data == "demo":
-        return DemoPrompts(config.data_seed)
-    return EncodedSet(config.data, config.data_seed, config.size, config.preset == "demo")
+def open_prompts(config: NetworkConfig) -> DemoPrompts | EncodedSet:
+    """The prompts of a stage's rollouts."""
+    return DemoPrompts(seed=config.data_seed) if config.data == "demo" else _open_set(config, None)
+
+
+def _open_set(config: NetworkConfig, num_frames: int | None) -> EncodedSet:
+    """Raises ValueError for a set of another model or size, of shorter clips, or of prompts where clips are needed."""
+    encoded, folder = EncodedSet(config.data, config.data_seed, num_frames), config.data
+    header, is_demo = encoded.header, config.preset == "demo"
+    if (header.model == "demo") != is_demo:
+        raise ValueError(
+            f"data: {folder} was encoded by {header.model}, preset {config.preset} cannot read it; encode"
+            f" {'without --model' if is_demo else 'with --model, a copy of Wan'}"
+        )
+    if num_frames and not header.frames:
+        raise ValueError(f"data: {folder} holds prompts only; this stage learns from videos")
+    if num_frames and header.frames < num_frames:
+        raise ValueError(
+            f"data: clips of {folder} have {header.frames} latent frames, {num_frames} are needed; encode with"
+            f" --frames {num_frames}, or lower num_chunks"
+        )
+    if num_frames and header.size != tuple(config.size):
+        raise ValueError(f"size: {tuple(config.size)}, but {folder} was encoded at {header.size}")
+    return encoded

@@ -1,23 +1,21 @@
-"""Encoded clips on disk: written so that a kill at any time loses nothing whole, read as a shuffled stream.
+"""Encoded sets on disk: the format, the writer, and a reader by sample number.
 
-A set is a folder. `manifest.jsonl`: the header, then a line per clip, per finished source and per skipped source.
-`shard-00000.safetensors`: `KEY.latents` [C, T, H, W], normalised, and `KEY.text` [L, D] of its clips; sets made from
-prompts have no latents. `empty_text.safetensors`: the text of the empty prompt, for text dropout and guidance.
+A set is a folder. `manifest.jsonl`: the header, then one line per clip, per finished source and per skipped source.
+`shard-00000.safetensors`: `KEY.latents` [C, T, H, W], normalised, and `KEY.text` [L, D] of its clips; sets of prompts
+have no latents. `empty_text.safetensors`: the text of the empty prompt, for text dropout and guidance.
 
-Shapes: B batch, C latent channels, T latent frames, H W latent rows and columns, L text tokens, D text width.
+Shapes: C latent channels, T latent frames, H W latent rows and columns, L text tokens, D text width.
 """
 
 import dataclasses
 import json
 import os
-import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -25,8 +23,8 @@ from torch import Tensor
 MANIFEST = "manifest.jsonl"
 EMPTY_TEXT = "empty_text.safetensors"
 VERSION = 1
-READ_BYTES = 16 * 2**20
-"""What the prefetch thread reads at a time."""
+WINDOW = 4
+"""Shards whose clips are shuffled together, so that few files are read at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,158 +261,82 @@ def _check_same(begun: Header, asked: Header, folder: Path) -> None:
             )
 
 
-@dataclass(frozen=True)
-class ClipBatch:
-    """Clips as a training step takes them."""
+class EncodedSet:
+    """Clips or prompts of a set by sample number, one text each.
 
-    latents: Tensor | None
-    """[B, C, T, H, W] float32, normalised; None from a set of prompts."""
-    text: Tensor
-    """[B, L, D] float32, rows zero-padded to the longest of the batch."""
-    clips: tuple[Entry, ...]
+    Every epoch contains every clip once, in an order that is a function of (seed, epoch): shards are shuffled, then the
+    clips of `WINDOW` successive shards.
 
-
-@dataclass(frozen=True)
-class EpochOrder:
-    """One pass over a set: every clip once."""
-
-    clips: np.ndarray
-    """[N] indices of clips."""
-    windows: tuple[tuple[str, ...], ...]
-    """Shards by window."""
-    ends: np.ndarray
-    """Where each window ends in `clips`."""
-
-
-class ShardedClips:
-    """Batches of a set, without end, in an order that is a function of (seed, epoch).
-
-    Shards are shuffled, and clips within a `window` of shards: reading stays within a few files at a time. The ranks
-    share one order: of each `world_size * batch_size` clips, rank r takes the r-th run of `batch_size`. So two ranks
-    see together what one with twice the batch sees. An epoch is every clip once; a batch may span two epochs.
-
-    Raises ValueError for an empty set, a batch larger than it, missing or cut shards, and clips of different shapes.
+    Raises ValueError for an empty set, missing or damaged shards, and clips of different shapes.
     """
 
-    def __init__(
-        self, folder: str | Path, batch_size: int, seed: int, *, rank: int = 0, world_size: int = 1, window: int = 4
-    ):
-        self.folder, self.batch_size, self.seed, self.window = Path(folder), batch_size, seed, window
-        self.rank, self.world_size = rank, world_size
-        for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("window", window, 1)):
-            if value < least:
-                raise ValueError(f"{name}: {value} must be {least} or more")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank: {rank} is not in 0 to {world_size - 1} (world_size {world_size})")
+    def __init__(self, folder: str | Path, seed: int, num_frames: int | None = None):
+        self.folder, self.seed, self.num_frames = Path(folder), seed, num_frames
         manifest = read_manifest(self.folder)
         self.header, self.entries = manifest.header, manifest.entries
         if not self.entries:
-            raise ValueError(f"{self.folder}: no clips in this set; its manifest says what was skipped, and why")
-        if batch_size * world_size > len(self.entries):
-            raise ValueError(
-                f"batch_size: {batch_size} on {world_size} ranks is more than the {len(self.entries)} clips of"
-                f" {self.folder}; take a smaller batch or encode more"
-            )
-        self._by_shard: dict[str, list[int]] = {}
-        for i, entry in enumerate(self.entries):
-            self._by_shard.setdefault(entry.shard, []).append(i)
-        self.latent_shape = self._check_shards()
-        self.position = 0
-        """Clips of the global order that all ranks have taken."""
-        self._open: OrderedDict[str, safe_open] = OrderedDict()
-        self._prefetched: tuple[str, ...] = ()
+            raise ValueError(f"{self.folder}: the set has no clips; {MANIFEST} lists skipped sources and the reasons")
+        self.by_shard: dict[str, list[int]] = {}
+        for index, entry in enumerate(self.entries):
+            self.by_shard.setdefault(entry.shard, []).append(index)
+        self.open = lru_cache(maxsize=2 * WINDOW)(lambda shard: open_shard(self.folder / shard))
         self.order = lru_cache(maxsize=2)(self._order)
+        self._check_shards()
 
-    def __len__(self) -> int:
-        """Clips in an epoch."""
-        return len(self.entries)
-
-    def _check_shards(self) -> tuple[int, ...] | None:
-        """The one shape [C, T, H, W] of all clips, or None in a set of prompts."""
-        first = None
-        for shard, clips in self._by_shard.items():
-            file = open_shard(self.folder / shard)
-            held = set(file.keys())
-            for entry in (self.entries[i] for i in clips):
-                parts = [f"{entry.key}.text"] + ([f"{entry.key}.latents"] if self.header.frames else [])
-                if missing := [part for part in parts if part not in held]:
+    def _check_shards(self) -> None:
+        parts, first, first_shape = ("text", "latents") if self.header.frames else ("text",), None, None
+        for shard, indices in self.by_shard.items():
+            file = self.open(shard)
+            names = set(file.keys())
+            for entry in (self.entries[index] for index in indices):
+                if missing := [f"{entry.key}.{part}" for part in parts if f"{entry.key}.{part}" not in names]:
                     raise ValueError(f"{self.folder / shard}: {missing[0]} is missing; encode into a new folder")
-                if not self.header.frames:
-                    continue
-                shape = tuple(file.get_slice(parts[1]).get_shape())
-                first = first or (entry, shape)
-                if shape != first[1]:
+                shape = self.header.frames and tuple(file.get_slice(f"{entry.key}.latents").get_shape())
+                if first is None:
+                    first, first_shape = entry, shape
+                if shape != first_shape:
                     raise ValueError(
-                        f"{self.folder}: clip {entry.key} of {entry.source} has latents {shape}, clip {first[0].key} of"
-                        f" {first[0].source} has {first[1]}; a set has one shape, encode into separate folders"
+                        f"{self.folder}: clip {entry.key} of {entry.source} has latents {shape}, clip {first.key} of"
+                        f" {first.source} has {first_shape}; encode clips of different shapes into separate folders"
                     )
-        return first and first[1]
 
-    def _order(self, epoch: int) -> EpochOrder:
+    def _order(self, epoch: int) -> np.ndarray:
+        """Indices of the clips of an epoch."""
         rng = np.random.default_rng((self.seed, epoch))
-        shards = [list(self._by_shard)[i] for i in rng.permutation(len(self._by_shard))]
-        windows = [tuple(shards[i : i + self.window]) for i in range(0, len(shards), self.window)]
-        runs = [rng.permutation([i for shard in window for i in self._by_shard[shard]]) for window in windows]
-        return EpochOrder(np.concatenate(runs), tuple(windows), np.cumsum([len(run) for run in runs]))
+        shards = [list(self.by_shard)[i] for i in rng.permutation(len(self.by_shard))]
+        windows = (shards[i : i + WINDOW] for i in range(0, len(shards), WINDOW))
+        return np.concatenate([rng.permutation([i for s in window for i in self.by_shard[s]]) for window in windows])
 
-    def __iter__(self) -> "ShardedClips":
-        return self
+    def entry(self, number: int) -> Entry:
+        """The clip or prompt of a sample number, 0 or more."""
+        epoch, place = divmod(number, len(self.entries))
+        return self.entries[self.order(epoch)[place]]
 
-    def __next__(self) -> ClipBatch:
-        first = self.position + self.rank * self.batch_size
-        self._prefetch(first)
-        places = [divmod(place, len(self)) for place in range(first, first + self.batch_size)]
-        entries = tuple(self.entries[self.order(epoch).clips[place]] for epoch, place in places)
-        texts = [self._tensor(entry, "text") for entry in entries]
-        text = torch.zeros(len(texts), max(1, *(len(rows) for rows in texts)), texts[0].shape[1])
-        for padded, rows in zip(text, texts):
-            padded[: len(rows)] = rows
-        latents = [self._tensor(entry, "latents").float() for entry in entries] if self.header.frames else None
-        self.position += self.batch_size * self.world_size
-        return ClipBatch(latents and torch.stack(latents), text, entries)
+    def sample(self, number: int) -> tuple[Tensor, Tensor]:
+        """Latents [1, C, T, H, W] of the first `num_frames` frames, and the text [1, L, D]; float32."""
+        entry = self.entry(number)
+        latents = self.open(entry.shard).get_tensor(f"{entry.key}.latents").float()
+        return latents[None, :, : self.num_frames], self.text(number)
 
-    def empty_text(self) -> Tensor:
-        """Text [1, L, D] float32 of the empty prompt, one row at least."""
-        rows = open_shard(self.folder / EMPTY_TEXT).get_tensor("text").float()
-        return (rows if len(rows) else rows.new_zeros(1, rows.shape[1]))[None]
+    def text(self, number: int, num_chunks: int = 1) -> Tensor:
+        """The text of all chunks, [1, L, D] float32; at least one row."""
+        entry = self.entry(number)
+        return _at_least_one_row(self.open(entry.shard).get_tensor(f"{entry.key}.text"))
 
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
+    @property
+    def empty(self) -> Tensor:
+        """The text of the empty prompt, [1, L, D] float32; at least one row."""
+        return _at_least_one_row(open_shard(self.folder / EMPTY_TEXT).get_tensor("text"))
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """The next batch is the one that would have come; also with another batch size or number of ranks."""
-        position = state["position"]
-        if type(position) is not int or position < 0:
-            raise ValueError(f"position: {position!r} must be 0 or more, as state_dict gave it")
-        self.position = position
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Width and height of the videos in pixels; None in a set of prompts."""
+        return self.header.size
 
-    def _tensor(self, entry: Entry, part: str) -> Tensor:
-        if entry.shard in self._open:
-            self._open.move_to_end(entry.shard)
-        else:
-            self._open[entry.shard] = open_shard(self.folder / entry.shard)
-            while len(self._open) > 2 * self.window:
-                self._open.popitem(last=False)
-        return self._open[entry.shard].get_tensor(f"{entry.key}.{part}")
-
-    def _prefetch(self, place: int) -> None:
-        """When a window begins, read the files of the next one in the background."""
-        epoch, place = divmod(place, len(self))
-        order = self.order(epoch)
-        coming = int(np.searchsorted(order.ends, place, side="right")) + 1
-        shards = order.windows[coming] if coming < len(order.windows) else self.order(epoch + 1).windows[0]
-        if shards != self._prefetched:
-            self._prefetched = shards
-            paths = [self.folder / shard for shard in shards]
-            threading.Thread(target=read_through, args=(paths,), name="shard prefetch", daemon=True).start()
+    def describe(self) -> str:
+        """The `data` field of a student card."""
+        return f"{len(self.entries)} clips or prompts of {self.header.source}"
 
 
-def read_through(paths: list[Path]) -> None:
-    """Read files once from begin to end, so that the system holds them when they are mapped; ranks share that."""
-    for path in paths:
-        try:
-            with open(path, "rb", buffering=0) as file:
-                while file.read(READ_BYTES):
-                    pass
-        except OSError:  # whoever takes a clip from it says what is wrong
-            return
+def _at_least_one_row(text_LD: Tensor) -> Tensor:
+    return (text_LD if len(text_LD) else text_LD.new_zeros(1, text_LD.shape[1])).float()[None]

@@ -19,7 +19,7 @@ from ...model.flow import add_noise, shift_sigma, warped_sigmas, x0_from_flow
 from ...model.sampler import Noise, seeded_noise
 from ...video.film_strip import film_strip
 from ..config import DistillConfig
-from ..data.clips import prompts_of
+from ..data.clips import open_prompts
 from ..loop import Stage, load_network, rng_of
 from ..parallel import PRECISIONS, Parallel, entry
 from ..trained_network import TrainedNetwork
@@ -46,13 +46,11 @@ class DistillStage(Stage):
         self.student, self.student_call = student, entry(student, config.recompute)
         self.critic = Score(critic, dtype, entry(critic, config.recompute))
         self.teacher = Score(teacher, dtype, entry(teacher))
-        self.prompts = prompts_of(config)
+        self.prompts = open_prompts(config)
         self.sigmas = warped_sigmas(config.denoising_steps, config.shift)
         self.latent_size = config.latent_size
         # Sample pictures of the demo world only: there is no VAE for others here.
-        self.codec = (
-            load_demo_codec(None if config.codec == "assets" else config.codec) if config.data == "demo" else None
-        )
+        self.codec = load_demo_codec(config.codec_path) if config.data == "demo" else None
 
     def step(self, step: int) -> dict[str, float]:
         """An update of the critic, and every `critic_per_student` iterations one of the student."""

@@ -143,7 +143,7 @@ class PretrainStage(Stage):
         net, self.begun_from = load_network(config.init, config, parallel, config.lora)
         self.net, self.call = net, entry(net, config.recompute)
         self.trained = {"student": TrainedNetwork(net, config.optim, parallel)}
-        codec = load_demo_codec(None if config.codec == "assets" else config.codec)
+        codec = load_demo_codec(config.codec_path)
         self.make = functools.partial(make_batch, codec, config.memory, num_chunks=config.num_chunks)
         self.validation = self.make(seed=(config.data_seed, 0), size=4 * config.batch).to(parallel.device)
 

@@ -14,7 +14,7 @@ from ...memory.memory import Memory
 from ...model.config import StudentCard
 from ...model.flow import add_noise, shift_sigma
 from ..config import TeacherConfig
-from ..data.clips import clips_of
+from ..data.clips import open_clips
 from ..loop import Stage, load_network, rng_of
 from ..parallel import PRECISIONS, Parallel, entry
 from ..trained_network import TrainedNetwork
@@ -34,7 +34,7 @@ class TeacherStage(Stage):
         net, self.begun_from = load_network(config.init, config, parallel, config.lora)
         self.trained = {"teacher": TrainedNetwork(net, config.optim, parallel)}
         self.score = Score(net, PRECISIONS[config.precision], entry(net, config.recompute))
-        self.clips = clips_of(config)
+        self.clips = open_clips(config)
         self.bank = ErrorBank(config.recycling)
 
     def step(self, step: int) -> dict[str, float]:
