@@ -378,10 +378,10 @@ def evaluate(
 
         tables = evaluate_videos(video or [], clip, dino, every, device, dtype, output)
     else:
-        from ..train.evaluation.evaluate import Plan, evaluate, parse_entrants, whole_numbers
+        from ..train.evaluation.evaluate import Plan, evaluate, parse_students, whole_numbers
 
         plan = Plan(
-            entrants=parse_entrants(student, compare or [], policies),
+            students=parse_students(student, compare or [], policies),
             gaps=whole_numbers("gaps", gaps),
             rollouts=rollouts,
             seeds=whole_numbers("seed", seed),

@@ -14,7 +14,7 @@ from context_forcing.memory import MemoryConfig
 from context_forcing.model.checkpoints.student import StudentSource
 from context_forcing.model.config import StudentCard
 from context_forcing.train.evaluation import evaluate as command
-from context_forcing.train.evaluation.evaluate import Plan, evaluate, long_paths, parse_entrants, reach_frames
+from context_forcing.train.evaluation.evaluate import Plan, evaluate, long_paths, parse_students, reach_frames
 from context_forcing.train.evaluation.judge import QUARTERS, LongTrial, Trial, World, judge
 from context_forcing.train.evaluation.rollout import Camera, branches
 from context_forcing.train.evaluation.summary import Record, bootstrap, effective_context, shuffled_rate, sum_up
@@ -225,43 +225,44 @@ def test_long_rollouts_are_summed_up_by_quarter():
 
 
 def test_long_paths_are_the_same_for_all_and_move_in_every_quarter():
-    plan = Plan(entrants=(), minutes=2, seeds=(0, 5), long_rollouts=3)
+    plan = Plan(students=(), minutes=2, seeds=(0, 5), long_rollouts=3)
     paths = long_paths(plan, fps=16)
     assert paths == long_paths(plan, fps=16) and len(paths) == 6 and len({tuple(path) for path in paths.values()}) == 6
     for path in paths.values():
         assert len(headings(path)) == 2 * 60 * 16 / 4
         assert all(any(quarter) for quarter in np.split(np.array(path), QUARTERS))
     with pytest.raises(ValueError, match="minutes.*0.4 is the least"):
-        long_paths(Plan(entrants=(), minutes=0.3), fps=16)
+        long_paths(Plan(students=(), minutes=0.3), fps=16)
 
 
 def test_reach_is_the_age_of_the_oldest_frame_that_is_not_sink(pipeline):
     camera, memory = Camera(pipeline, ALL_STYLES[0], 0), pipeline.empty_memory(slow=0)
     reached = [reach_frames(memory := camera.move(memory, 0)) for _ in range(4)]
-    assert reached == [0, 3, 3, 3]
+    assert reached == [0, 2, 2, 2]
     with_slow = pipeline.empty_memory(policy="fifo")
     for _ in range(5):
         with_slow = camera.move(with_slow, 0)
-    assert reach_frames(with_slow) == 15 - min(with_slow.slots.slow)
+    assert reach_frames(with_slow) == 14 - min(with_slow.slots.slow)
 
 
 def test_students_are_named_as_shortly_as_they_can_be_told_apart():
-    entrants = parse_entrants("demo", ["runs/a/student.safetensors", "runs/b/student.safetensors=none"], "novel, none")
-    assert [(each.name, each.policies) for each in entrants] == [
+    students = parse_students("demo", ["runs/a/student.safetensors", "runs/b/student.safetensors=none"], "novel, none")
+    assert [(each.name, each.policies) for each in students] == [
         ("demo", ("novel", "none")),
         ("a/student", ("novel", "none")),
         ("b/student", ("none",)),
     ]
-    assert parse_entrants("x/demo.safetensors", ["demo"], "none")[0].name == "x/demo"
-    assert parse_entrants("demo", ["demo=fifo"], "novel")[1].name == "demo"
+    assert parse_students("x/demo.safetensors", ["demo"], "none")[0].name == "x/demo"
+    assert parse_students("demo", ["demo=fifo"], "novel")[1].name == "demo"
 
 
 @pytest.mark.parametrize(
-    "compare, match", [(["demo"], "demo with policy 'novel' is there twice"), (["a.pt", "./a.pt=none"], "there twice")]
+    "compare, match",
+    [(["demo"], "demo with policy 'novel' is listed twice"), (["a.pt", "./a.pt=none"], "listed twice")],
 )
 def test_a_student_named_twice_is_refused(compare, match):
     with pytest.raises(ValueError, match=match):
-        parse_entrants("demo", compare, "novel")
+        parse_students("demo", compare, "novel")
 
 
 @pytest.mark.parametrize(
@@ -277,7 +278,7 @@ def test_a_student_named_twice_is_refused(compare, match):
 )
 def test_plans_that_make_no_sense_are_refused(given, match):
     with pytest.raises(ValueError, match=match):
-        Plan(entrants=(), **given)
+        Plan(students=(), **given)
 
 
 def test_the_command_line_says_what_is_measured(monkeypatch, tmp_path):
@@ -288,8 +289,8 @@ def test_the_command_line_says_what_is_measured(monkeypatch, tmp_path):
     options = "--policies novel,none --rollouts 3 --gaps 4 --seed 1,2 --minutes 2 --compare a.safetensors=none".split()
     assert run(app, ["evaluate", "-o", str(tmp_path), *options]).exit_code == 0
     by_default, chosen = asked
-    assert by_default == Plan(entrants=parse_entrants("demo", [], "novel,clean,none"))
-    assert [each.policies for each in chosen.entrants] == [("novel", "none"), ("none",)]
+    assert by_default == Plan(students=parse_students("demo", [], "novel,clean,none"))
+    assert [each.policies for each in chosen.students] == [("novel", "none"), ("none",)]
     assert (chosen.rollouts, chosen.gaps, chosen.seeds, chosen.minutes) == (3, (4,), (1, 2), 2)
     refused = run(app, ["evaluate", "-o", str(tmp_path), "--gaps", "4,x"])
     assert isinstance(refused.exception, ValueError) and "gaps: 'x' is not a whole number" in str(refused.exception)
@@ -298,7 +299,7 @@ def test_the_command_line_says_what_is_measured(monkeypatch, tmp_path):
 @pytest.fixture
 def plan(students):
     return Plan(
-        entrants=parse_entrants(students[0], [f"{students[1]}=none"], "novel"), gaps=(0,), rollouts=2,
+        students=parse_students(students[0], [f"{students[1]}=none"], "novel"), gaps=(0,), rollouts=2,
         minutes=0.4, long_rollouts=2,
     )  # fmt: skip
 

@@ -1,32 +1,38 @@
-"""Students measured on the demo world: recall over gaps, and drift over long rollouts (demo_world.md 4).
+"""Evaluation of students on the demo world: recall over gaps and drift over long rollouts.
 
-Every student is given the same scenes, camera paths and noise. What is finished is written at once, and the same
-command goes on from there.
+The figures are defined in docs/demo_student.md, Metrics.
+
+All students are measured on the same scenes, camera paths and noise. Finished rollouts are written at once, and the
+same command resumes an interrupted evaluation.
 """
 
-import dataclasses
 import itertools
 import json
 import logging
-import os
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
 
+from ...memory.files import write_whole
 from ...memory.memory import Memory
+from ...model.checkpoints.containers import read_json
 from ...model.checkpoints.student import StudentSource
 from ...model.device import pick_device
+from ...model.units import FRAMES_PER_LATENT, latent_seconds
 from ...video.film_strip import film_strip
 from ...video.pipeline import Pipeline
 from ..world.geometry import CHUNK
 from ..world.prompts import ALL_STYLES
-from ..world.scripts import Script, benchmark_script, random_script
+from ..world.scripts import benchmark_script, random_script
 from .judge import QUARTERS, World, judge, judge_long
-from .rollout import Camera, branches, film_of
+from .rollout import Camera, branches
 from .summary import KINDS, LONG, Record, sum_up, tables
 
 log = logging.getLogger("context_forcing")
@@ -34,38 +40,38 @@ log = logging.getLogger("context_forcing")
 BUILT_IN = "demo"
 NO_SLOW = "none"
 RESULTS = "recall.json"
-FORMAT = 2
-"""Of the results file; goes up when a figure changes its meaning."""
+FORMAT = 3
+"""Version of the results file. It changes when the meaning of a figure changes."""
 MAX_SEED = 2**48
 _TRIP_CHUNKS = 16
-"""Longest piece of a long path, so that the camera never stays away, or put, for a whole quarter."""
-_LEAST_CHUNKS = 8 * QUARTERS
+"""Longest piece of a long path: the camera neither stays away nor stands still for a whole quarter."""
+_MIN_CHUNKS = 8 * QUARTERS
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entrant:
-    """A student to be measured."""
+class EvaluatedStudent:
+    """A student and the policies that it is measured under."""
 
     name: str
-    student: str | None
-    """A student file, or None for the built-in one."""
+    path: str | None
+    """A student file; None for the built-in student."""
     policies: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is measured; the first entrant is the one that others are held against."""
+    """What is measured. The first student is the reference of all differences."""
 
-    entrants: tuple[Entrant, ...]
+    students: tuple[EvaluatedStudent, ...]
     gaps: tuple[int, ...] = (8, 24)
     """Chunks spent elsewhere before the camera returns."""
     rollouts: int = 12
-    """Scenes a seed."""
+    """Scenes per seed."""
     seeds: tuple[int, ...] = (0,)
     minutes: float = 0.0
-    """Length of the long rollouts; 0 is none."""
+    """Length of the long rollouts; 0 for none."""
     long_rollouts: int = 4
-    """Long rollouts a seed."""
+    """Long rollouts per seed."""
 
     def __post_init__(self):
         if not self.gaps and not self.minutes:
@@ -85,7 +91,7 @@ class Plan:
 
 
 def whole_numbers(name: str, text: str) -> tuple[int, ...]:
-    """`8,24` -> (8, 24); `name` is what a refusal is about."""
+    """`8,24` -> (8, 24); `name` is the option in error messages."""
     parts = [part.strip() for part in text.split(",")] if text.strip() else []
     for part in parts:
         if not (part.isascii() and part.isdigit()):
@@ -93,135 +99,130 @@ def whole_numbers(name: str, text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def parse_entrants(student: str, compare: Sequence[str], policies: str) -> tuple[Entrant, ...]:
-    """`FILE_OR_demo` or `FILE_OR_demo=policy,policy`; without its own, a student takes `policies`.
+def parse_students(student: str, compare: Sequence[str], policies: str) -> tuple[EvaluatedStudent, ...]:
+    """Students from `FILE_OR_demo` or, in `compare`, `FILE_OR_demo=policy,policy`; `policies` are the default.
 
-    A student's name is that of its file, with folders in front as far as needed to tell it from the others.
+    The name of a student is that of its file, with as many parent folders as make it unique. Raises ValueError for a
+    student that is listed twice with the same policy.
     """
-    split = [given.partition("=") if i else (given, "", "") for i, given in enumerate([student, *compare])]
-    wanted = [(path, own or policies) for path, _, own in split]
-    paths = list(dict.fromkeys(path for path, _ in wanted))
-    entrants = tuple(
-        Entrant(
+    parts = [(student, "", ""), *(given.partition("=") for given in compare)]
+    paths = list(dict.fromkeys(path for path, _, _ in parts))
+    students = tuple(
+        EvaluatedStudent(
             name=_short_name(path, paths),
-            student=None if path == BUILT_IN else path,
-            policies=tuple(policy.strip() for policy in names.split(",")),
+            path=None if path == BUILT_IN else path,
+            policies=tuple(policy.strip() for policy in (own or policies).split(",")),
         )
-        for path, names in wanted
+        for path, _, own in parts
     )
-    rows = [(entrant.name, policy) for entrant in entrants for policy in entrant.policies]
-    if twice := [row for row in rows if rows.count(row) > 1]:
-        raise ValueError(f"compare: {twice[0][0]} with policy {twice[0][1]!r} is there twice; name each pair once")
-    return entrants
+    rows = [(student.name, policy) for student in students for policy in student.policies]
+    if repeated := [row for row in rows if rows.count(row) > 1]:
+        raise ValueError(f"compare: {repeated[0][0]} with policy {repeated[0][1]!r} is listed twice; list it once")
+    return students
 
 
 def _short_name(path: str, paths: Sequence[str]) -> str:
     if path == BUILT_IN:
         return path
-    tails = {other: Path(other).with_suffix("").absolute().parts for other in paths if other not in (path, BUILT_IN)}
     parts = Path(path).with_suffix("").absolute().parts
+    others = [Path(other).with_suffix("").absolute().parts for other in paths if other not in (path, BUILT_IN)]
     for length in range(1, len(parts) + 1):
         name = "/".join(parts[-length:])
-        if name != BUILT_IN and all(tail[-length:] != parts[-length:] for tail in tails.values()):
+        if name != BUILT_IN and all(other[-length:] != parts[-length:] for other in others):
             return name
-    raise ValueError(f"compare: {path} is there twice under different names; name each student one way")
+    raise ValueError(f"compare: {path} is listed twice under different paths; list each student under one path")
 
 
 class Results:
-    """recall.json: a header that says what was measured, every judged film, and their summary."""
+    """recall.json: a header with what was measured, the record of every rollout, and their summary."""
 
     def __init__(self, folder: Path, header: dict):
-        """Go on with what is in the folder. Raises ValueError where another command has left results there."""
-        self.path, self.header = folder / RESULTS, header
+        """Read the records in the folder. Raises ValueError for results of another command or version."""
+        self.path, self.header = folder / RESULTS, json.loads(json.dumps(header))
         self.records: list[Record] = []
         folder.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
             return
-        remedy = "give another folder, or delete the file"
         try:
-            raw = json.loads(self.path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"output: {self.path} is not JSON ({error}); {remedy}") from None
-        if not isinstance(raw, dict) or "header" not in raw or raw["header"].get("format") != FORMAT:
-            raise ValueError(f"output: {self.path} was written by another version; {remedy}")
-        asked = json.loads(json.dumps(header))
-        if differ := [name for name in asked if raw["header"].get(name) != asked[name]]:
-            raise ValueError(f"output: {self.path} was made with other {', '.join(differ)}; {remedy}")
-        self.records = [Record.from_dict(record) for record in raw["records"]]
+            raw = read_json(self.path)
+            before = raw.get("header")
+            if not isinstance(before, dict) or before.get("format") != FORMAT:
+                raise ValueError(f"{self.path} was written by another version")
+            if differ := [name for name in self.header if before.get(name) != self.header[name]]:
+                raise ValueError(f"{self.path} was made with other {', '.join(differ)}")
+            self.records = [Record.from_dict(record) for record in raw.get("records", [])]
+        except ValueError as error:
+            raise ValueError(f"output: {error}; give another folder, or delete the file") from None
 
-    def has(self, **wanted) -> bool:
+    def has(self, **values) -> bool:
         """Whether there is a record with these values."""
-        return any(all(getattr(each, name) == value for name, value in wanted.items()) for each in self.records)
+        return any(all(getattr(each, name) == value for name, value in values.items()) for each in self.records)
 
     def add(self, records: Sequence[Record]) -> None:
-        """Keep, and write the whole file anew; it is never seen half written."""
+        """Add records and write the whole file."""
         self.records += records
-        part = self.path.with_name(f".{self.path.name}.part")
         content = {
             "header": self.header,
             "summary": asdict(sum_up(self.records)),
             "records": [asdict(record) for record in self.records],
         }
-        part.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        os.replace(part, self.path)
+        write_whole(self.path, json.dumps(content, indent=1).encode())
 
 
 def evaluate(plan: Plan, device: str, dtype: str, out: Path) -> list[Table]:
-    """Measure; writes recall.json, plots and one filmstrip a cell into `out`, and returns tables.
+    """Measure students; writes recall.json, plots and one film strip per cell into `out`, and returns tables.
 
-    A second run in the same folder goes on where the first stopped; with more rollouts or seeds it adds to it.
+    A second run in the same folder resumes the first. With more rollouts or seeds it adds to the results.
     """
     where = pick_device(device, dtype)
-    pipelines = {
-        entrant.student: Pipeline.load(StudentSource(entrant.student).open(), *where) for entrant in plan.entrants
-    }
-    first = pipelines[plan.entrants[0].student]
+    pipelines = {student.name: Pipeline.load(StudentSource(student.path).open(), *where) for student in plan.students}
+    first = pipelines[plan.students[0].name]
     paths = long_paths(plan, first.card.fps)
     for kind, gap in itertools.product(KINDS, plan.gaps):
         benchmark_script(kind, gap, mirror=False)
     results = Results(out, _header(plan, pipelines))
     world = World(first)
-    jobs = [
-        (seed, scene, entrant, policy, is_long)
-        for seed, is_long in itertools.product(plan.seeds, (False, True))
-        for scene in range(plan.long_rollouts if is_long else plan.rollouts)
-        for entrant in plan.entrants
-        for policy in entrant.policies
-        if (plan.minutes if is_long else plan.gaps)
-    ]
-    for seed, scene, entrant, policy, is_long in track(jobs, description="evaluate", transient=True):
-        run = {"student": entrant.name, "policy": policy, "seed": seed, "scene": scene}
+    for run, is_long in track(list(_runs(plan)), description="evaluate", transient=True):
         if any(results.has(**run, kind=kind) for kind in ([LONG] if is_long else KINDS)):
             continue
-        pipeline = pipelines[entrant.student]
+        pipeline, seed, scene = pipelines[run["student"]], run["seed"], run["scene"]
         style = ALL_STYLES[np.random.default_rng((seed, scene)).integers(len(ALL_STYLES))]
         camera = Camera(pipeline, style, seed * 10_000 + scene)
-        memory = pipeline.empty_memory(**_settings(policy))
+        memory = pipeline.empty_memory(**_settings(run["policy"]))
         if is_long:
-            made = [_run_long(camera, world, memory, paths[seed, scene], run)]
+            rollouts = [_run_long(camera, world, memory, paths[seed, scene], run)]
         else:
-            made = _run_gaps(camera, world, memory, plan.gaps, run)
+            rollouts = _run_gaps(camera, world, memory, plan.gaps, run)
         if (seed, scene) == (plan.seeds[0], 0):
-            _save_strips(pipeline, made, out, len(plan.entrants) > 1)
-        results.add([record for record, _ in made])
+            _save_strips(world, rollouts, out, len(plan.students) > 1)
+        results.add([record for record, _ in rollouts])
     return _report(results, plan, first.card.fps, out)
+
+
+def _runs(plan: Plan) -> Iterator[tuple[dict, bool]]:
+    """Fields of the records of every run, and whether it is a long rollout, in the order of evaluation."""
+    for seed, is_long in itertools.product(plan.seeds, (False, True)):
+        for scene in range(plan.long_rollouts if is_long else plan.rollouts):
+            for student in plan.students if (plan.minutes if is_long else plan.gaps) else ():
+                for policy in student.policies:
+                    yield {"student": student.name, "policy": policy, "seed": seed, "scene": scene}, is_long
 
 
 def _run_gaps(
     camera: Camera, world: World, memory: Memory, gaps: Sequence[int], run: dict
 ) -> list[tuple[Record, Memory]]:
-    """One scene under every script and gap; half of the scenes are mirrored."""
+    """One scene under every script and gap; every second scene is mirrored."""
     scripts = {
         (kind, gap): benchmark_script(kind, gap, mirror=run["scene"] % 2 == 1)
         for kind, gap in itertools.product(KINDS, gaps)
     }
     ends = dict(branches(camera, memory, {key: script.moves for key, script in scripts.items()}))
-
-    def record(script: Script, end: Memory) -> Record:
-        trial = judge(world, film_of(end).to(world.device), script, camera.style)
-        return Record(**run, kind=script.kind, gap_frames=len(script.hidden_frames), trial=trial)
-
-    return [(record(script, ends[key]), ends[key]) for key, script in scripts.items()]
+    rollouts = []
+    for key, script in scripts.items():
+        trial = judge(world, _latents(ends[key], world), script, camera.style)
+        record = Record(**run, kind=script.kind, gap_frames=len(script.hidden_frames), trial=trial)
+        rollouts.append((record, ends[key]))
+    return rollouts
 
 
 def _run_long(
@@ -231,25 +232,31 @@ def _run_long(
     for move in moves:
         memory = camera.move(memory, move)
         reach.append(reach_frames(memory))
-    trial = judge_long(world, film_of(memory).to(world.device), moves, camera.style, reach)
+    trial = judge_long(world, _latents(memory, world), moves, camera.style, reach)
     return Record(**run, kind=LONG, gap_frames=0, trial=trial), memory
 
 
 def reach_frames(memory: Memory) -> int:
-    """Age of the oldest remembered frame that is not sink, in latent frames; 0 if there is none."""
-    return memory.num_frames - min((*memory.slots.slow, *memory.slots.fast), default=memory.num_frames)
+    """Age of the oldest remembered frame outside the sink, in latent frames; 0 if there is none."""
+    frames = memory.slots.slow + memory.slots.fast
+    return memory.num_frames - 1 - min(frames) if frames else 0
+
+
+def _latents(memory: Memory, world: World) -> Tensor:
+    """Latents of the whole video, [C, T, H, W]."""
+    return torch.cat(memory.latent_chunks, dim=2)[0].to(world.device)
 
 
 def long_paths(plan: Plan, fps: float) -> dict[tuple[int, int], list[int]]:
-    """A camera path per (seed, scene): trips away and back; whole quarters of chunks, at least `minutes` long.
+    """A camera path per (seed, scene): trips away and back in four quarters of whole chunks, at least `minutes` long.
 
-    Raises ValueError for a length too short to have four quarters with a trip in each.
+    Raises ValueError for a length without room for four quarters with a trip in each.
     """
     if not plan.minutes:
         return {}
-    quarter = -int(-plan.minutes * 60 * fps // (4 * CHUNK * QUARTERS))
-    if quarter * QUARTERS < _LEAST_CHUNKS:
-        least = _LEAST_CHUNKS * 4 * CHUNK / fps / 60
+    quarter = math.ceil(plan.minutes * 60 * fps / (FRAMES_PER_LATENT * CHUNK * QUARTERS))
+    if quarter * QUARTERS < _MIN_CHUNKS:
+        least = latent_seconds(_MIN_CHUNKS * CHUNK, fps) / 60
         raise ValueError(f"minutes: {plan.minutes:g} is too short for four quarters; {least:g} is the least")
     pieces = [len(piece) for piece in np.array_split(np.arange(quarter), -(-quarter // _TRIP_CHUNKS))] * QUARTERS
     paths = {}
@@ -263,27 +270,28 @@ def _settings(policy: str) -> dict:
     return {"slow": 0} if policy == NO_SLOW else {"policy": policy}
 
 
-def _header(plan: Plan, pipelines: dict[str | None, Pipeline]) -> dict:
-    """All that a judged film depends on; raises ValueError for what students must have in common, and have not."""
+def _header(plan: Plan, pipelines: dict[str, Pipeline]) -> dict:
+    """Everything that the figures depend on. Raises ValueError for students that cannot be measured together."""
+    first = pipelines[plan.students[0].name]
     students = []
-    for entrant in plan.entrants:
-        pipeline = pipelines[entrant.student]
-        first = pipelines[plan.entrants[0].student]
-        for policy in entrant.policies:
-            memory = pipeline.empty_memory(**_settings(policy))
-            if memory.config.chunk != CHUNK:
-                raise ValueError(
-                    f"student: {entrant.name} makes {memory.config.chunk} latent frames at a time; the scripts are"
-                    f" for chunks of {CHUNK}"
-                )
+    for student in plan.students:
+        pipeline = pipelines[student.name]
+        for policy in student.policies:
+            chunk = pipeline.empty_memory(**_settings(policy)).config.chunk
+            if chunk != CHUNK:
+                raise ValueError(f"student: {student.name} generates chunks of {chunk}; the scripts need {CHUNK}")
         if pipeline.card.fps != first.card.fps:
             raise ValueError(
-                f"compare: {entrant.name} has {pipeline.card.fps} frames a second, {plan.entrants[0].name} has"
-                f" {first.card.fps}; measure them apart"
+                f"compare: {student.name} has {pipeline.card.fps} frames per second, {plan.students[0].name} has"
+                f" {first.card.fps}; evaluate them separately"
             )
-        card = dataclasses.asdict(pipeline.card)
         students.append(
-            {"name": entrant.name, "weights": pipeline.fingerprint, "policies": entrant.policies, "card": card}
+            {
+                "name": student.name,
+                "weights": pipeline.fingerprint,
+                "policies": student.policies,
+                "card": asdict(pipeline.card),
+            }
         )
     return {
         "format": FORMAT,
@@ -295,28 +303,26 @@ def _header(plan: Plan, pipelines: dict[str | None, Pipeline]) -> dict:
     }
 
 
-def _save_strips(pipeline: Pipeline, made: Sequence[tuple[Record, Memory]], out: Path, several: bool) -> None:
-    for record, memory in made:
-        parts = [record.student.replace("/", "-")] * several + [record.kind, str(record.gap_frames)]
-        film_strip(pipeline.vae, memory.latent_chunks, scale=1).save(out / f"{'-'.join([*parts, record.policy])}.png")
+def _save_strips(world: World, rollouts: Sequence[tuple[Record, Memory]], out: Path, several: bool) -> None:
+    for record, memory in rollouts:
+        parts = [record.student.replace("/", "-")] * several + [record.kind, str(record.gap_frames), record.policy]
+        film_strip(world.codec, memory.latent_chunks, scale=1).save(out / f"{'-'.join(parts)}.png")
 
 
 def _report(results: Results, plan: Plan, fps: float, out: Path) -> list[Table]:
-    """Tables and plots of the scenes asked for; the file may hold more from an earlier run."""
-    asked = [
-        record
-        for record in results.records
-        if record.seed in plan.seeds
-        and record.scene < (plan.long_rollouts if record.kind == LONG else plan.rollouts)
-    ]  # fmt: skip
-    summary = sum_up(asked)
+    """Tables and plots of the scenes of the plan. The file may have more scenes, from an earlier run."""
+    scenes = {True: plan.long_rollouts, False: plan.rollouts}
+    summary = sum_up(
+        [each for each in results.records if each.seed in plan.seeds and each.scene < scenes[each.kind == LONG]]
+    )
     try:
         from .plots import draw_drift, draw_recall
     except ImportError as error:
         log.warning(
-            "no plots: %s is not installed; pip install 'context-forcing[train]' and give the same command again,"
-            " the figures are kept", error.name,
-        )  # fmt: skip
+            "no plots: %s is not installed; pip install 'context-forcing[train]' and repeat the command (results are"
+            " kept)",
+            error.name,
+        )
     else:
         draw_recall(summary, fps, out / "recall.png")
         draw_drift(summary, fps, out / "drift.png")

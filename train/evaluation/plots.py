@@ -1,6 +1,6 @@
-"""Plots of measurements: recall over gaps, drift over long rollouts, consistency of videos; all beside motion.
+"""Plots of evaluation: recall over gaps and drift over long rollouts, each with motion.
 
-Needs matplotlib (extra `train`). Figures are made without its global state, so nothing else that plots is disturbed.
+Needs matplotlib (extra `train`). Its global state is not used, so other code that plots is not disturbed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,21 +10,23 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
+from ...model.units import latent_seconds
 from .judge import QUARTERS
-from .summary import HELD, KINDS, LONG, Cell, Summary, row_name
+from .summary import BRIDGED, KINDS, LONG, Cell, Summary, row_name
 
 COLOURS = ("#0b6fb8", "#d9571a", "#2c8a4b", "#8a4fbf", "#b8860b", "#3b3f46", "#c2378a", "#1b9aa0")
 MARKERS = "osD^vPX*"
 _INK, _FAINT = "#2a2e35", "#c9ced6"
 _DODGE = 0.01
-"""How far apart rows stand at one gap, as a share of the axis: intervals must not cover each other."""
+"""Distance of rows at one gap, as a share of the axis, so that their intervals do not overlap."""
 
 
-def draw_recall(summary: Summary, fps: float, path: Path) -> bool:
-    """Recall over the time out of view, above the motion that it was scored with; False if there is none to draw."""
+def draw_recall(summary: Summary, fps: float, path: Path) -> None:
+    """Recall over the time out of view, above the heading accuracy of the same rollouts. No gaps, no file."""
     cells = [cell for cell in summary.cells if cell.kind in KINDS]
     if not cells:
-        return False
+        return
+    seconds = latent_seconds(1, fps)
     canvas = Canvas(figsize=(11, 9.2), layout="constrained")
     axes = canvas.subplots(3, len(KINDS), sharex=True, sharey="row")
     titles = {
@@ -36,37 +38,37 @@ def draw_recall(summary: Summary, fps: float, path: Path) -> bool:
         for row, (figure, label) in enumerate(zip(("recall", "recall_first", "heading_accuracy"), labels)):
             ax = axes[row, column]
             _style(ax, title=titles[kind] if row == 0 else "", ylabel=label if column == 0 else "")
-            mine = [cell for cell in cells if cell.kind == kind]
-            _lines(ax, mine, summary, figure, scale=4 / fps)
+            own = [cell for cell in cells if cell.kind == kind]
+            _lines(ax, own, summary, figure, scale=seconds)
             ax.set_ylim(-0.03, 1.03)
             if figure != "heading_accuracy":
-                ax.axhline(HELD, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
-                _shuffled(ax, mine, scale=4 / fps)
+                ax.axhline(BRIDGED, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
+                _shuffled(ax, own, scale=seconds)
         axes[-1, column].set_xlabel("seconds out of view")
-        axes[-1, column].set_xlim(0, 1.08 * 4 / fps * max(cell.at for cell in cells))
+        axes[-1, column].set_xlim(0, 1.08 * seconds * max(cell.at for cell in cells))
     _legend(canvas, axes[0, 0])
     canvas.suptitle(
         f"Recall over gaps, {_rollouts(cells)} a point, 95 % intervals. Grey: match rate of unrelated rollouts;"
-        f" dashed: bridged, {HELD}",
+        f" dashed: bridged, {BRIDGED}",
         fontsize=11, color=_INK,
     )  # fmt: skip
     canvas.savefig(path, dpi=110)
-    return True
 
 
-def draw_drift(summary: Summary, fps: float, path: Path) -> bool:
-    """Long rollouts by quarter, consistency in the upper row, motion in the lower; False if there is none to draw."""
+def draw_drift(summary: Summary, fps: float, path: Path) -> None:
+    """Long rollouts by quarter: consistency in the upper row, motion in the lower. No long rollouts, no file."""
     cells = [cell for cell in summary.cells if cell.kind == LONG]
     if not cells:
-        return False
+        return
+    seconds = latent_seconds(1, fps)
     canvas = Canvas(figsize=(12, 7.2), layout="constrained")
     axes = canvas.subplots(2, 3, sharex=True)
     panels = (
         ("palette", "palette distance\n(latent units, less is better)", 1.0, None),
         ("residual", "distance to nearest template\n(sharpness, less is better)", 1.0, None),
-        ("reach", "memory reach, seconds\n(age of the oldest frame that is not sink)", 4 / fps, None),
-        ("heading_accuracy", "heading accuracy\n(share of frames that look where asked)", 1.0, None),
-        ("motion", "camera motion over asked\n(true world: 1)", 1.0, 1.0),
+        ("reach", "memory reach, seconds\n(age of the oldest frame that is not sink)", seconds, None),
+        ("heading_accuracy", "heading accuracy\n(share of frames at the expected heading)", 1.0, None),
+        ("motion", "camera motion over expected\n(true world: 1)", 1.0, 1.0),
         ("change", "frame difference over true\n(true world: 1, a still picture: 0)", 1.0, 1.0),
     )
     for ax, (figure, title, unit, truth) in zip(axes.flat, panels):
@@ -84,7 +86,6 @@ def draw_drift(summary: Summary, fps: float, path: Path) -> bool:
     _legend(canvas, axes[0, 0])
     canvas.suptitle(f"Drift over long rollouts, {_rollouts(cells)} a point, 95 % intervals", fontsize=11, color=_INK)
     canvas.savefig(path, dpi=110)
-    return True
 
 
 def draw_consistency(videos: Sequence[Mapping], path: Path) -> None:
@@ -125,18 +126,18 @@ def _style(ax: Axes, title: str = "", ylabel: str = "") -> None:
 def _lines(
     ax: Axes, cells: Sequence[Cell], summary: Summary, figure: str, *, scale: float = 1.0, unit: float = 1.0
 ) -> None:
-    """One line with intervals a row; colours go by the row, the same in every panel."""
+    """One line with intervals per row; a row has the same colour in every panel."""
     names = list(dict.fromkeys(row_name(cell, summary) for cell in summary.cells))
     width = _DODGE * scale * (max(cell.at for cell in cells) if cells else 0)
     for i, name in enumerate(names):
-        mine = [cell for cell in cells if row_name(cell, summary) == name]
-        if not mine:
+        own = [cell for cell in cells if row_name(cell, summary) == name]
+        if not own:
             continue
-        found = [cell.figures[figure] for cell in mine]
-        mean = unit * np.array([each.mean for each in found])
-        below = mean - unit * np.array([each.low for each in found])
-        above = unit * np.array([each.high for each in found]) - mean
-        at = scale * np.array([cell.at for cell in mine]) + width * (i - (len(names) - 1) / 2)
+        figures = [cell.figures[figure] for cell in own]
+        mean = unit * np.array([each.mean for each in figures])
+        below = mean - unit * np.array([each.low for each in figures])
+        above = unit * np.array([each.high for each in figures]) - mean
+        at = scale * np.array([cell.at for cell in own]) + width * (i - (len(names) - 1) / 2)
         ax.errorbar(
             at, mean, yerr=np.maximum(0, [below, above]), label=name, color=COLOURS[i % len(COLOURS)],
             marker=MARKERS[i % len(MARKERS)], markersize=5, linewidth=1.6, elinewidth=1.1, capsize=3,
@@ -144,12 +145,12 @@ def _lines(
 
 
 def _shuffled(ax: Axes, cells: Sequence[Cell], scale: float) -> None:
-    """The band of what no memory at all would score, over all rows."""
+    """The band of match rates of unrelated rollouts, over all rows: the recall without memory."""
     gaps = sorted({cell.at for cell in cells})
-    rates = [[cell.shuffled for cell in cells if cell.at == gap] for gap in gaps]
+    rates = [[cell.shuffled for cell in cells if cell.at == gap and cell.shuffled is not None] for gap in gaps]
     low, high = [min(each) for each in rates], [max(each) for each in rates]
     at = [scale * gap for gap in gaps]
-    # Level outside of the gaps measured: one gap gives a band too.
+    # Constant outside of the measured gaps, so that a single gap gives a band too.
     at, low, high = [0, *at, 2 * at[-1]], [low[0], *low, low[-1]], [high[0], *high, high[-1]]
     ax.fill_between(at, low, high, color=_FAINT, alpha=0.7, linewidth=1)
 

@@ -1,13 +1,12 @@
-"""Rollouts of camera moves: scripts that begin alike are made once and branch, because a Memory never changes."""
+"""Rollouts of camera moves. Scripts share their common beginning: it is generated once."""
 
+import functools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-import torch
-
 from ...memory.memory import Memory
 from ...model.codecs.demo_text import encode_demo_text
-from ...model.sampler import CausalSampler, seeded_noise
+from ...model.sampler import seeded_noise
 from ...model.segment import used_rows
 from ...video.pipeline import Pipeline
 from ..world.prompts import Style, caption
@@ -16,44 +15,37 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class Camera:
-    """A student under one style and seed, moved chunk by chunk; films equal `Pipeline.tell`'s, bit for bit."""
+    """A student that generates one camera move at a time, under one style and seed.
+
+    The memories equal those of `Pipeline.generate`, bit for bit.
+    """
 
     def __init__(self, pipeline: Pipeline, style: Style, seed: int):
         self.pipeline, self.style, self.seed = pipeline, style, seed
-        self._samplers: dict[int, CausalSampler] = {}
+        self._sampler = functools.cache(lambda prompt: pipeline.sampler(encode_demo_text(prompt)))
 
     def move(self, memory: Memory, move: int) -> Memory:
-        """One more chunk; `move` is -1 (left), 0 (stays) or +1 (right)."""
+        """Generate one chunk; `move` is -1 (left), 0 (stay) or +1 (right)."""
         prompt = caption(self.style, move)
         if not memory.segments or memory.segments[-1].prompt != prompt:
             memory = memory.begin(prompt, self.seed, used_rows(encode_demo_text(prompt)))
         noise = seeded_noise(self.seed, memory.latent_size)
-        (memory,) = self._sampler(move).rollout(memory, 1, sigmas=self.pipeline.card.sigmas, noise=noise)
+        (memory,) = self._sampler(prompt).rollout(memory, 1, sigmas=self.pipeline.card.sigmas, noise=noise)
         return memory
-
-    def _sampler(self, move: int) -> CausalSampler:
-        if move not in self._samplers:
-            self._samplers[move] = self.pipeline.sampler(encode_demo_text(caption(self.style, move)))
-        return self._samplers[move]
 
 
 def branches(camera: Camera, memory: Memory, paths: Mapping[Key, Sequence[int]]) -> Iterator[tuple[Key, Memory]]:
-    """Roll out several paths (one move per chunk) from one memory; yields every path's memory at its end.
+    """Roll out several paths, one move per chunk, from one memory; yields the memory at the end of every path.
 
-    A beginning that paths share is made once. Paths end in no particular order.
+    Chunks that paths have in common are generated once. Paths end in no particular order.
     """
-    waiting = [(memory, 0, list(paths))]
-    while waiting:
-        memory, done, keys = waiting.pop()
-        onwards: dict[int, list[Key]] = {}
+    pending = [(memory, 0, list(paths))]
+    while pending:
+        memory, num_chunks, keys = pending.pop()
+        groups: dict[int, list[Key]] = {}
         for key in keys:
-            if len(paths[key]) == done:
+            if len(paths[key]) == num_chunks:
                 yield key, memory
             else:
-                onwards.setdefault(paths[key][done], []).append(key)
-        waiting += [(camera.move(memory, move), done + 1, together) for move, together in onwards.items()]
-
-
-def film_of(memory: Memory) -> torch.Tensor:
-    """The film so far, [C, T, H, W], on the CPU."""
-    return torch.cat(memory.latent_chunks, dim=2)[0]
+                groups.setdefault(paths[key][num_chunks], []).append(key)
+        pending += [(camera.move(memory, move), num_chunks + 1, group) for move, group in groups.items()]

@@ -1,17 +1,20 @@
-"""Judged rollouts summed up: figures with intervals, paired differences, effective context length; tables of them.
+"""Evaluation records summed up: means with intervals, paired differences, effective context, and tables of them.
 
-Intervals are 95 % bootstrap over rollouts. Every student is given the same scenes and noise, so that a difference
-between two is taken rollout by rollout, and its interval is that of the paired differences.
+Intervals are 95 % bootstrap intervals over rollouts. All students are measured on the same scenes and noise, so the
+difference of two students is the mean of differences of single rollouts, with the interval of those.
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 from rich.table import Table
 
+from ...memory.fields import checked_fields
+from ...model.units import latent_seconds
 from ..world.sprites import NUM_CLASSES
 from .judge import QUARTERS, LongTrial, Trial
 
@@ -19,14 +22,14 @@ KINDS = ("dwell", "wander")
 LONG = "long"
 FIGURES = ("recall", "recall_first", "psnr", "residual", "heading_accuracy", "motion", "change")
 LONG_FIGURES = ("palette", "residual", "reach", "heading_accuracy", "motion", "change")
-HELD = 0.8
-"""Recall from which a gap counts as bridged."""
+BRIDGED = 0.8
+"""Recall from which on a gap counts as bridged."""
 BOOTSTRAP = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One judged film and how it came about."""
+    """The figures of one rollout, and what it was generated from."""
 
     student: str
     policy: str
@@ -35,15 +38,21 @@ class Record:
     kind: str
     """dwell, wander or long."""
     gap_frames: int
-    """Latent frames that the targets are out of view; 0 for a long rollout."""
+    """Latent frames during which the targets are out of view; 0 for a long rollout."""
     trial: Trial | LongTrial
 
     @classmethod
     def from_dict(cls, raw: Mapping) -> "Record":
-        """The inverse of `dataclasses.asdict` after JSON."""
-        judged = LongTrial if raw["kind"] == LONG else Trial
-        trial = {name: tuple(value) if isinstance(value, list) else value for name, value in raw["trial"].items()}
-        return cls(**{**raw, "trial": judged(**trial)})
+        """The inverse of `dataclasses.asdict`, after JSON. Raises ValueError for unknown or missing fields."""
+        fields = checked_fields(cls, raw, "records")
+        trial = LongTrial if fields["kind"] == LONG else Trial
+        return cls(**{**fields, "trial": trial(**checked_fields(trial, fields["trial"], "records.trial"))})
+
+    def figures(self, at: int) -> dict[str, float]:
+        """Figures of the rollout; of a long one those of quarter `at`, from 1."""
+        if self.kind == LONG:
+            return {name: getattr(self.trial, name)[at - 1] for name in LONG_FIGURES}
+        return {name: getattr(self.trial, name) for name in FIGURES}
 
 
 @dataclass(frozen=True)
@@ -54,8 +63,8 @@ class Figure:
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
+    def __format__(self, spec: str) -> str:
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +75,16 @@ class Cell:
     policy: str
     kind: str
     at: int
-    """The gap in latent frames; for long rollouts the quarter, from 1."""
+    """The gap in latent frames; of long rollouts the quarter, from 1."""
     n: int
     figures: dict[str, Figure]
     shuffled: float | None
-    """Match rate of targets with those of other rollouts: what a collapsed model would score. None for long ones."""
+    """Match rate of targets with those of other rollouts: the recall of a collapsed model. None for long rollouts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A cell less the cell of another student or policy, over the rollouts that both have."""
+    """A cell minus the cell of another student or policy, over the rollouts that both have."""
 
     student: str
     policy: str
@@ -88,7 +97,7 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class EffectiveContext:
-    """The largest gap bridged, recall >= HELD, by one student and policy under one script."""
+    """The largest bridged gap of one student and policy under one script."""
 
     student: str
     policy: str
@@ -96,16 +105,16 @@ class EffectiveContext:
     figure: str
     """recall or recall_first."""
     frames: int
-    """Largest measured gap such that it and every smaller one is bridged; 0 if the smallest is not."""
+    """Largest measured gap that is bridged like every smaller one; 0 if the smallest is not bridged."""
     is_bound: bool
-    """The largest gap measured is bridged: the true length may be longer."""
+    """The largest measured gap is bridged: the true length may be longer."""
     again: int | None
-    """Largest gap bridged beyond one that is not; it does not count."""
+    """Largest bridged gap beyond one that is not bridged. It does not count."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """All there is to say about a set of records."""
+    """All figures of a set of records."""
 
     cells: tuple[Cell, ...]
     differences: tuple[Difference, ...]
@@ -113,10 +122,10 @@ class Summary:
 
 
 def bootstrap(values: Sequence[float]) -> Figure:
-    """Mean over rollouts and its interval; the draws are the same for every figure of as many rollouts."""
-    values = np.asarray(values, dtype=float)
-    low, high = np.percentile(values[_draws(len(values))].mean(1), [2.5, 97.5])
-    return Figure(float(values.mean()), float(low), float(high))
+    """Mean over rollouts and its interval. Figures with equally many rollouts share their draws."""
+    array = np.asarray(values, dtype=float)
+    low, high = np.percentile(array[_draws(len(array))].mean(1), [2.5, 97.5])
+    return Figure(float(array.mean()), float(low), float(high))
 
 
 @lru_cache(maxsize=8)
@@ -124,26 +133,39 @@ def _draws(n: int) -> np.ndarray:
     return np.random.default_rng(0).integers(n, size=(BOOTSTRAP, n))
 
 
+def _bootstrap_all(rollouts: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
+    return {name: bootstrap([figures[name] for figures in rollouts]) for name in rollouts[0]}
+
+
 def sum_up(records: Sequence[Record]) -> Summary:
     """Cells of at least two rollouts, ordered by script, gap or quarter, student and policy.
 
-    The first student under its first policy is what every other row is held against; rows of another student also
-    against the first student under the same policy.
+    Differences are to the first student under its first policy; those of another student also to the first student
+    under the same policy.
     """
-    grouped: dict[tuple, list[Record]] = {}
+    groups: dict[tuple[str, str, str, int], list[Record]] = {}
     for record in records:
         for at in range(1, QUARTERS + 1) if record.kind == LONG else [record.gap_frames]:
-            grouped.setdefault((record.student, record.policy, record.kind, at), []).append(record)
-    groups = {key: grouped[key] for key in sorted(grouped, key=lambda key: ((*KINDS, LONG).index(key[2]), key[3]))}
-    cells = [_cell(key, together) for key, together in groups.items() if len(together) > 1]
+            groups.setdefault((record.student, record.policy, record.kind, at), []).append(record)
+    keys = sorted(groups, key=lambda key: ((*KINDS, LONG).index(key[2]), key[3]))
     rows = list(dict.fromkeys((record.student, record.policy) for record in records))
-    differences = []
-    for (student, policy, kind, at), together in groups.items():
+    cells, differences = [], []
+    for student, policy, kind, at in keys:
+        own: dict[str, Any] = dict(student=student, policy=policy, kind=kind, at=at)
+        group = groups[student, policy, kind, at]
+        figures = {(record.seed, record.scene): record.figures(at) for record in group}
+        if len(group) > 1:
+            trials = [record.trial for record in group if isinstance(record.trial, Trial)]
+            means = _bootstrap_all([record.figures(at) for record in group])
+            cells.append(Cell(**own, n=len(group), figures=means, shuffled=shuffled_rate(trials) if trials else None))
         for against in dict.fromkeys([rows[0], (rows[0][0], policy)]):
-            others = groups.get((*against, kind, at))
-            if others and against != (student, policy) and (against == rows[0] or student != rows[0][0]):
-                found = _difference((student, policy, kind, at), together, against, others)
-                differences += [found] if found else []
+            others = {
+                (record.seed, record.scene): record.figures(at) for record in groups.get((*against, kind, at), ())
+            }
+            pairs = [(figures[scene], others[scene]) for scene in figures if scene in others]
+            if against != (student, policy) and len(pairs) > 1:
+                minus = [{name: one[name] - two[name] for name in one} for one, two in pairs]
+                differences.append(Difference(**own, against=against, n=len(pairs), figures=_bootstrap_all(minus)))
     effective = [
         effective_context(student, policy, kind, figure, cells)
         for kind, (student, policy), figure in itertools.product(KINDS, rows, ("recall", "recall_first"))
@@ -153,31 +175,19 @@ def sum_up(records: Sequence[Record]) -> Summary:
 
 
 def effective_context(student: str, policy: str, kind: str, figure: str, cells: Iterable[Cell]) -> EffectiveContext:
-    """Read off the gaps from the smallest up to the first that is not bridged."""
-    mine = [cell for cell in cells if (cell.student, cell.policy, cell.kind) == (student, policy, kind)]
-    bridged = {cell.at: cell.figures[figure].mean >= HELD for cell in sorted(mine, key=lambda cell: cell.at)}
-    held = list(itertools.takewhile(bridged.get, bridged))
-    beyond = [gap for gap in bridged if bridged[gap] and gap not in held]
+    """The gaps from the smallest up to the first that is not bridged."""
+    own = [cell for cell in cells if (cell.student, cell.policy, cell.kind) == (student, policy, kind)]
+    bridged = {cell.at: cell.figures[figure].mean >= BRIDGED for cell in sorted(own, key=lambda cell: cell.at)}
+    counted = list(itertools.takewhile(lambda gap: bridged[gap], bridged))
     return EffectiveContext(
-        student=student, policy=policy, kind=kind, figure=figure, frames=max(held, default=0),
-        is_bound=len(held) == len(bridged), again=max(beyond, default=None),
-    )  # fmt: skip
-
-
-def _values(record: Record, at: int) -> dict[str, float]:
-    if record.kind == LONG:
-        return {name: getattr(record.trial, name)[at - 1] for name in LONG_FIGURES}
-    return {name: getattr(record.trial, name) for name in FIGURES}
-
-
-def _cell(key: tuple, records: Sequence[Record]) -> Cell:
-    student, policy, kind, at = key
-    values = [_values(record, at) for record in records]
-    return Cell(
-        student=student, policy=policy, kind=kind, at=at, n=len(records),
-        figures={name: bootstrap([each[name] for each in values]) for name in values[0]},
-        shuffled=None if kind == LONG else shuffled_rate([record.trial for record in records]),
-    )  # fmt: skip
+        student=student,
+        policy=policy,
+        kind=kind,
+        figure=figure,
+        frames=max(counted, default=0),
+        is_bound=len(counted) == len(bridged),
+        again=max((gap for gap in bridged if bridged[gap] and gap not in counted), default=None),
+    )
 
 
 def shuffled_rate(trials: Sequence[Trial]) -> float:
@@ -191,106 +201,94 @@ def shuffled_rate(trials: Sequence[Trial]) -> float:
     return matches / pairs
 
 
-def _difference(
-    key: tuple, records: Sequence[Record], against: tuple[str, str], others: Sequence[Record]
-) -> Difference | None:
-    student, policy, kind, at = key
-    theirs = {(record.seed, record.scene): _values(record, at) for record in others}
-    pairs = [
-        (_values(record, at), theirs[record.seed, record.scene])
-        for record in records
-        if (record.seed, record.scene) in theirs
-    ]
-    if len(pairs) < 2:
-        return None
-    return Difference(
-        student=student, policy=policy, against=against, kind=kind, at=at, n=len(pairs),
-        figures={name: bootstrap([one[name] - two[name] for one, two in pairs]) for name in pairs[0][0]},
-    )  # fmt: skip
-
-
 def row_name(each: Cell | EffectiveContext, summary: Summary) -> str:
-    """The policy, after the student where there are several."""
+    """The policy; with several students, the student and the policy."""
     several = len({cell.student for cell in summary.cells}) > 1
     return f"{each.student}, {each.policy}" if several else each.policy
 
 
 def tables(summary: Summary, fps: float) -> list[Table]:
-    """Consistency beside motion, for a person: recall, effective context, drift; those that there are figures for."""
+    """Tables of recall, effective context and drift, as far as there are figures for them."""
     recall = [cell for cell in summary.cells if cell.kind != LONG]
     drift = [cell for cell in summary.cells if cell.kind == LONG]
     found = [_recall_table(recall, summary, fps), _effective_table(summary, fps)] if recall else []
     return found + ([_drift_table(drift, summary, fps)] if drift else [])
 
 
-def _seconds(frames: float, fps: float) -> str:
-    return f"{4 * frames / fps:.2f}"
-
-
-def _against_first(cell: Cell, summary: Summary) -> Difference | None:
-    mine = (cell.student, cell.policy, cell.kind, cell.at)
-    found = (each for each in summary.differences if (each.student, each.policy, each.kind, each.at) == mine)
-    return next(found, None)
+Column = Callable[[Cell], object]
 
 
 def _recall_table(cells: Sequence[Cell], summary: Summary, fps: float) -> Table:
-    table = Table(title=f"recall@gap (chance of a blind guess 1/{NUM_CLASSES}); difference: to the first row, paired")
-    for column in ("script", "gap, frames", "gap, s", "who", "recall [95 %]", "difference [95 %]",
-                   "as first seen [95 %]", "shuffled", "heading", "motion", "change", "residual", "PSNR",
-                   "n"):  # fmt: skip
-        table.add_column(column, justify="left" if column in ("script", "who") else "right", no_wrap=True)
-    for (kind, gap), together in itertools.groupby(cells, key=lambda cell: (cell.kind, cell.at)):
-        about = (kind, str(gap), _seconds(gap, fps))
-        for cell in together:
-            by, difference = cell.figures, _against_first(cell, summary)
-            table.add_row(
-                *about, row_name(cell, summary), str(by["recall"]),
-                _signed(difference.figures["recall"]) if difference else "", str(by["recall_first"]),
-                f"{cell.shuffled:.2f}", f"{by['heading_accuracy'].mean:.2f}", f"{by['motion'].mean:.2f}",
-                f"{by['change'].mean:.2f}", f"{by['residual'].mean:.3f}", f"{by['psnr'].mean:.1f}", str(cell.n),
-            )  # fmt: skip
-            about = ("", "", "")
+    groups: dict[str, Column] = {
+        "script": lambda cell: cell.kind,
+        "gap, frames": lambda cell: cell.at,
+        "gap, s": lambda cell: f"{latent_seconds(cell.at, fps):.2f}",
+    }
+    columns: dict[str, Column] = {
+        "recall [95 %]": lambda cell: f"{cell.figures['recall']:.2f}",
+        "difference [95 %]": lambda cell: _difference_to_first(cell, summary, "recall"),
+        "as first seen [95 %]": lambda cell: f"{cell.figures['recall_first']:.2f}",
+        "shuffled": lambda cell: f"{cell.shuffled:.2f}",
+        "heading": lambda cell: f"{cell.figures['heading_accuracy'].mean:.2f}",
+        "motion": lambda cell: f"{cell.figures['motion'].mean:.2f}",
+        "change": lambda cell: f"{cell.figures['change'].mean:.2f}",
+        "residual": lambda cell: f"{cell.figures['residual'].mean:.3f}",
+        "PSNR": lambda cell: f"{cell.figures['psnr'].mean:.1f}",
+    }
+    title = f"recall@gap (chance of a blind guess 1/{NUM_CLASSES}); difference: to the first row, paired"
+    return _cell_table(title, cells, summary, groups, columns)
+
+
+def _drift_table(cells: Sequence[Cell], summary: Summary, fps: float) -> Table:
+    columns: dict[str, Column] = {
+        "palette [95 %]": lambda cell: f"{cell.figures['palette']:.2f}",
+        "difference [95 %]": lambda cell: _difference_to_first(cell, summary, "palette"),
+        "residual [95 %]": lambda cell: f"{cell.figures['residual']:.3f}",
+        "reach, s": lambda cell: f"{latent_seconds(cell.figures['reach'].mean, fps):.1f}",
+        "heading [95 %]": lambda cell: f"{cell.figures['heading_accuracy']:.2f}",
+        "motion [95 %]": lambda cell: f"{cell.figures['motion']:.2f}",
+        "change [95 %]": lambda cell: f"{cell.figures['change']:.2f}",
+    }
+    title = "long rollouts by quarter; difference: to the first row, paired"
+    return _cell_table(title, cells, summary, {"quarter": lambda cell: cell.at}, columns)
+
+
+def _cell_table(
+    title: str, cells: Sequence[Cell], summary: Summary, groups: dict[str, Column], columns: dict[str, Column]
+) -> Table:
+    """A row per cell. `groups` are the columns that are shown once per script and gap, or per quarter."""
+    table = Table(title=title)
+    columns = {"who": partial(row_name, summary=summary), **columns, "n": lambda cell: cell.n}
+    for name in (*groups, *columns):
+        table.add_column(name, justify="left" if name in ("script", "who") else "right", no_wrap=True)
+    for _, group in itertools.groupby(cells, key=lambda cell: (cell.kind, cell.at)):
+        for i, cell in enumerate(group):
+            shown = [str(column(cell)) if i == 0 else "" for column in groups.values()]
+            table.add_row(*shown, *[str(column(cell)) for column in columns.values()])
         table.add_section()
     return table
 
 
-def _signed(figure: Figure) -> str:
-    return f"{figure.mean:+.2f} [{figure.low:+.2f}, {figure.high:+.2f}]"
+def _difference_to_first(cell: Cell, summary: Summary, figure: str) -> str:
+    own = (cell.student, cell.policy, cell.kind, cell.at)
+    paired = (each for each in summary.differences if (each.student, each.policy, each.kind, each.at) == own)
+    return next((f"{each.figures[figure]:+.2f}" for each in paired), "")
 
 
 def _effective_table(summary: Summary, fps: float) -> Table:
-    table = Table(title=f"effective context, s: largest gap up to which recall stays at {HELD} or more")
+    table = Table(title=f"effective context, s: largest gap up to which recall stays at {BRIDGED} or more")
     for column in ("script", "who", "as last seen", "as first seen"):
         table.add_column(column, no_wrap=True)
-    rows: dict[tuple, list[EffectiveContext]] = {}
+    rows: dict[tuple, list[str]] = {}
     for each in summary.effective_context:
-        rows.setdefault((each.kind, row_name(each, summary)), []).append(each)
-    for (kind, who), both in rows.items():
-        table.add_row(kind, who, *[_effective(each, fps) for each in both])
+        rows.setdefault((each.kind, row_name(each, summary)), []).append(_effective(each, fps))
+    for row, both in rows.items():
+        table.add_row(*row, *both)
     return table
 
 
 def _effective(each: EffectiveContext, fps: float) -> str:
-    text = ("at least " if each.is_bound else "") + _seconds(each.frames, fps) if each.frames else "less than measured"
-    return text + (f" (again at {_seconds(each.again, fps)}, not counted)" if each.again is not None else "")
-
-
-def _drift_table(cells: Sequence[Cell], summary: Summary, fps: float) -> Table:
-    table = Table(title="long rollouts by quarter; difference: to the first row, paired")
-    for column in ("quarter", "who", "palette [95 %]", "difference [95 %]", "residual [95 %]", "reach, s",
-                   "heading [95 %]", "motion [95 %]", "change [95 %]", "n"):  # fmt: skip
-        table.add_column(column, justify="left" if column == "who" else "right", no_wrap=True)
-    for quarter, together in itertools.groupby(cells, key=lambda cell: cell.at):
-        about = str(quarter)
-        for cell in together:
-            by, difference = cell.figures, _against_first(cell, summary)
-            residual = by["residual"]
-            table.add_row(
-                about, row_name(cell, summary), str(by["palette"]),
-                _signed(difference.figures["palette"]) if difference else "",
-                f"{residual.mean:.3f} [{residual.low:.3f}, {residual.high:.3f}]", f"{4 * by['reach'].mean / fps:.1f}",
-                str(by["heading_accuracy"]), str(by["motion"]), str(by["change"]), str(cell.n),
-            )  # fmt: skip
-            about = ""
-        table.add_section()
-    return table
+    seconds = f"{latent_seconds(each.frames, fps):.2f}"
+    text = ("at least " if each.is_bound else "") + seconds if each.frames else "less than measured"
+    beyond = f" (again at {latent_seconds(each.again, fps):.2f}, not counted)" if each.again is not None else ""
+    return text + beyond

@@ -1,6 +1,6 @@
 """The background of the ring: a function of heading and style alone, the same in every scene."""
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -70,7 +70,7 @@ def _ring_delta(column: float) -> np.ndarray:
 
 def _waves(*terms: tuple[int, float, float]) -> np.ndarray:
     """Sum of (turns around the ring, amplitude, phase) cosines [1, W]: continuous over the wrap."""
-    return sum(amplitude * np.cos(turns * _ANGLE + phase) for turns, amplitude, phase in terms)
+    return np.sum([amplitude * np.cos(turns * _ANGLE + phase) for turns, amplitude, phase in terms], axis=0)
 
 
 def _paint(canvas: np.ndarray, mask: np.ndarray, colour: np.ndarray) -> None:
@@ -135,7 +135,7 @@ def _mountains(canvas: np.ndarray, style: Style) -> None:
     depth = _Y - (HORIZON - skyline)
     anchors = [rgb(colour) for colour in palette.MOUNTAIN]
     near = [np.clip(np.cos(_ANGLE - index * np.pi / 2), 0, 1)[..., None] ** 2 for index in range(4)]
-    tone = sum(anchor * weight for anchor, weight in zip(anchors, near))
+    tone = np.sum([anchor * weight for anchor, weight in zip(anchors, near)], axis=0)
     if style.ground == "desert":
         tone = mix(tone, rgb((206, 132, 96)), 0.45)
     delta = np.stack([_ring_delta(column)[0] for column, _, _ in _PEAKS])[owner, np.arange(RING_WIDTH)][None]
@@ -243,7 +243,7 @@ def _fog(canvas: np.ndarray, style: Style) -> None:
     canvas[...] = mix(canvas, rgb(palette.FOG[style.time]), np.clip(density, 0, 0.8)[..., None])
 
 
-@lru_cache(maxsize=None)
+@cache
 def background(style: Style) -> np.ndarray:
     """The whole ring without landmarks, float32 [32, 384, 3] in 0..255, read-only."""
     canvas = _sky(style)

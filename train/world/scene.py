@@ -1,7 +1,7 @@
 """Scenes: which landmark stands where on the ring, and what the ring then looks like."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -54,7 +54,7 @@ def panorama(scene: Scene, style: Style) -> np.ndarray:
     return pixels
 
 
-@lru_cache(maxsize=None)
+@cache
 def templates(style: Style, station: int) -> np.ndarray:
     """Every class as it looks at `station`, uint8 [NUM_CLASSES, 16, 16, 3], read-only."""
     crops = np.stack([_draw(class_id, style, station) for class_id in range(NUM_CLASSES)])

@@ -1,6 +1,6 @@
 """The landmarks as 16 x 16 pixel art: four shapes in six colours."""
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -99,7 +99,7 @@ def _rows(shape: str) -> list[str]:
     return rows
 
 
-@lru_cache(maxsize=None)
+@cache
 def sprite(class_id: int, style: Style) -> tuple[np.ndarray, np.ndarray]:
     """Colour [16, 16, 3] and opacity [16, 16, 1] (float32) of a landmark under the style's light."""
     if not 0 <= class_id < NUM_CLASSES:
