@@ -32,11 +32,11 @@ app.command()(convert)
 
 
 Vae = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(help="A Wan student's VAE: a file, a diffusers folder, or a name in --models-dir, else found there."),
 ]
 ModelsDir = Annotated[
-    Optional[Path],
+    Path | None,
     typer.Option(help="ComfyUI's folder `models`, where files are looked up. Default: $COMFYUI_PATH/models, if set."),
 ]
 
@@ -63,42 +63,40 @@ def generate(
     output: Annotated[Path, typer.Option("--output", "-o", help="The video to write, .mp4.")],
     student: Annotated[str, typer.Option(help="`demo`, or a student file, or its name in --models-dir.")] = "demo",
     vae: Vae = None,
-    text_encoder: Annotated[Optional[str], typer.Option(help="A Wan student's UMT5-XXL, likewise.")] = None,
+    text_encoder: Annotated[str | None, typer.Option(help="A Wan student's UMT5-XXL, likewise.")] = None,
     models_dir: ModelsDir = None,
     which: Weights = "auto",
     taken_as: Card = "auto",
     replaced: Settings = None,
     lora: Loras = None,
-    seed: Annotated[Optional[int], typer.Option(min=0, max=2**63 - 1, help="Replaces the story's seed.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Replaces the story's seed.")] = None,
     memory: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             help="A memory by name: slow-fast, context-forcing, longlive, infinity-rope. Default: the student's."
         ),
     ] = None,
     policy: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(help="What slow memory keeps: novel, clean, fifo or uniform. Default: the student's."),
     ] = None,
-    slow: Annotated[Optional[int], typer.Option(help="Slow slots, in latent frames; 0 is no slow memory.")] = None,
+    slow: Annotated[int | None, typer.Option(help="Slow slots, in latent frames; 0 is no slow memory.")] = None,
     threshold: Annotated[
-        Optional[float], typer.Option(help="Frames less similar than this are new (policies novel and clean).")
+        float | None, typer.Option(help="Frames less similar than this are new (policies novel and clean).")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bf16 or fp32; auto is bf16 on CUDA, fp32 on the CPU.")] = "auto",
     offload: Annotated[
         bool, typer.Option("--offload", help="Keep the student in CPU memory: for one larger than VRAM.")
     ] = False,
-    memory_in: Annotated[
-        Optional[Path], typer.Option(help="Continue this memory; the video starts at its start.")
-    ] = None,
-    memory_out: Annotated[Optional[Path], typer.Option(help="Save the memory at the end.")] = None,
+    memory_in: Annotated[Path | None, typer.Option(help="Continue this memory; the video starts at its start.")] = None,
+    memory_out: Annotated[Path | None, typer.Option(help="Save the memory at the end.")] = None,
     compact: Annotated[
         bool,
         typer.Option("--compact", help="Save it without keys and values: small, and close to exact when continued."),
     ] = False,
     start: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option(
             help="A picture or video that the video begins with; frames that do not fill 1 + 4k are left out."
         ),
@@ -106,9 +104,9 @@ def generate(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the video that was stopped or killed, to the identical file.")
     ] = False,
-    report: Annotated[Optional[Path], typer.Option(help="Draw what is remembered at the end, .png.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Draw what is remembered at the end, .png.")] = None,
     scale: Annotated[
-        Optional[int],
+        int | None,
         typer.Option(min=1, max=64, help="Nearest-neighbour enlargement. Default: shorter side at least 360 pixels."),
     ] = None,
 ) -> None:
@@ -118,6 +116,7 @@ def generate(
     from ..model.checkpoints.locate import locate_student
     from ..model.codecs.backbone import backbone_of
     from ..model.device import pick_device
+    from ..video.frames import thumbnails
     from ..video.journal import Journal, fingerprint_memory, journal_path
     from ..video.mp4 import default_scale, hold_output, write_video
     from ..video.pipeline import Pipeline
@@ -199,7 +198,7 @@ def generate(
     journal.close()
     seconds = time.monotonic() - began
     if report is not None:
-        draw_report(final, pipeline.thumbnails(final), fps).save(report)
+        draw_report(final, thumbnails(final, pipeline.decode), fps).save(report)
     console.print(summary(final, fps), highlight=False)
     console.print(
         f"{_escape(str(output))}: {count} frames, {count / fps:.2f} s, made in {seconds:.1f} s", highlight=False
@@ -219,7 +218,7 @@ def report(
     ] = "demo",
     vae: Vae = None,
     models_dir: ModelsDir = None,
-    fps: Annotated[Optional[float], typer.Option(help="Frames per second. Default: the student's.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second. Default: the student's.")] = None,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
 ) -> None:
@@ -230,6 +229,7 @@ def report(
     from ..model.checkpoints.student import StudentSource
     from ..model.codecs.backbone import backbone_of
     from ..model.device import pick_device
+    from ..video.frames import thumbnails
     from ..video.pipeline import Pipeline
     from ..video.report import draw_report, summary
 
@@ -249,7 +249,7 @@ def report(
         console.print(says, highlight=False, soft_wrap=True)
     mass = attention_mass(pipeline.sampler, held, pipeline.card.sigmas) if attention else None
     fps = fps or pipeline.card.fps
-    draw_report(held, pipeline.thumbnails(held) if own else None, fps, mass).save(output)
+    draw_report(held, thumbnails(held, pipeline.decode) if own else None, fps, mass).save(output)
     console.print(summary(held, fps, mass), highlight=False, soft_wrap=True)
 
 
@@ -263,7 +263,7 @@ def _progress() -> Progress:
 @app.command()
 def train(
     stage: Annotated[str, typer.Argument(help="vae, pretrain, teacher, local, contextual, in this order; export.")],
-    overrides: Annotated[Optional[list[str]], typer.Argument(help="key=value, for example steps=100.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example steps=100.")] = None,
     config: Annotated[
         str, typer.Option(help="demo, smoke, wan2.1-1.3b (from teacher on), or a YAML file of settings.")
     ] = "demo",
@@ -304,12 +304,12 @@ def encode(
         ),
     ] = "demo",
     size: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(help="WIDTHxHEIGHT, multiples of 16. Default: 128x64 for the demo, 832x480 for Wan."),
     ] = None,
     fps: Annotated[int, typer.Option(min=1, help="Frames per second that videos are resampled to.")] = 16,
     frames: Annotated[int, typer.Option(min=1, help="Latent frames of a clip; 42 are 165 frames, 10.3 s.")] = 42,
-    max_clips: Annotated[Optional[int], typer.Option(min=1, help="Stop when the set holds so many.")] = None,
+    max_clips: Annotated[int | None, typer.Option(min=1, help="Stop when the set holds so many.")] = None,
     dtype: Annotated[str, typer.Option(help="What is stored: fp16 or bf16.")] = "fp16",
     shard_mb: Annotated[int, typer.Option(min=1, help="Megabytes after which a shard is closed.")] = 256,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
@@ -349,7 +349,7 @@ def evaluate(
     ],
     student: Annotated[str, typer.Option(help="`demo`, or a student file.")] = "demo",
     compare: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option(help="Another student on the same scenes and noise, FILE or FILE=policy,policy. Repeatable."),
     ] = None,
     policies: Annotated[
@@ -363,11 +363,11 @@ def evaluate(
     long_rollouts: Annotated[int, typer.Option(min=2, help="Long rollouts a seed.")] = 4,
     seed: Annotated[str, typer.Option(help="Seeds of scenes and noise, comma-separated.")] = "0",
     video: Annotated[
-        Optional[list[Path]],
+        list[Path] | None,
         typer.Option(help="Measure this video instead, by --clip and --dino; none of the above applies. Repeatable."),
     ] = None,
-    clip: Annotated[Optional[Path], typer.Option(help="Folder of a CLIP model in transformers' layout.")] = None,
-    dino: Annotated[Optional[Path], typer.Option(help="Folder of a DINOv2 model in transformers' layout.")] = None,
+    clip: Annotated[Path | None, typer.Option(help="Folder of a CLIP model in transformers' layout.")] = None,
+    dino: Annotated[Path | None, typer.Option(help="Folder of a DINOv2 model in transformers' layout.")] = None,
     every: Annotated[float, typer.Option(help="Seconds between the frames of a video that are looked at.")] = 1.0,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -21,11 +21,11 @@ Card = Annotated[
     typer.Option("--card", help="The published student it is: self-forcing, longlive, ... auto: what is in the file."),
 ]
 Settings = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Option("--set", help="Replace a field of its card: steps=1000,500, shift=3, memory.slow=0. Repeatable."),
 ]
 Loras = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Option("--lora", help="A LoRA to merge, FILE or FILE:strength. Repeatable."),
 ]
 
@@ -48,7 +48,7 @@ def convert(
         typer.Argument(help="A student as published: .safetensors, .pt, parts, a folder of diffusers or Wan."),
     ],
     output: Annotated[
-        Optional[Path], typer.Option("--output", "-o", help="The student to write, .safetensors, with its card.")
+        Path | None, typer.Option("--output", "-o", help="The student to write, .safetensors, with its card.")
     ] = None,
     inspect: Annotated[bool, typer.Option("--inspect", help="Only say what it is, or why it cannot be used.")] = False,
     weights: Weights = "auto",

@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 
 from ..model.units import pixel_frames
 from ..video.consistency import FeatureExtractor, describe, draw_consistency, measure_consistency, palette
-from ..video.mp4 import to_uint8
+from ..video.frames import to_uint8
 from .handle import CATEGORY, MemoryType, as_image
 from .video import decode_stream
 

@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 
 from ..memory.config import MEMORY_PRESETS, POLICIES, RELEASED, named_memory
 from ..model.attention_mass import attention_mass
-from ..video.mp4 import to_uint8
+from ..video.frames import to_uint8
 from ..video.pipeline import new_memory
 from ..video.report import draw_report, summary
 from .handle import CATEGORY, MemoryHandle, MemoryType, as_image, card_of, log

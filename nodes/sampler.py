@@ -17,7 +17,7 @@ from ..model.codecs.base import VAE, denormalise
 from ..model.config import VAE_STRIDE, StudentCard
 from ..model.sampler import COMMIT_ATTENDS, KV_PLACEMENTS, CausalSampler, chunks_for, working_bytes
 from ..model.segment import generate_segment
-from ..video.mp4 import to_uint8
+from ..video.frames import to_uint8
 from .demo import WORDS
 from .handle import CATEGORY, MemoryHandle, MemoryType, card_of, log, student_of, wan_network
 from .patches import ATTENTIONS, attention_of, call_of, compute_dtype, warn_of_ignored

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..model.codecs.base import denormalise
 from ..model.codecs.demo_vae import DemoCodec
-from .mp4 import to_uint8
+from .frames import to_uint8
 
 
 @torch.no_grad()

@@ -18,13 +18,14 @@ from ..model.causal import Call, direct, embed_text
 from ..model.checkpoints.student import StudentFile
 from ..model.codecs.backbone import Codecs, backbone_of
 from ..model.codecs.base import VAE, TextEncoder, denormalise, normalise
-from ..model.config import VAE_STRIDE, StudentCard
+from ..model.config import StudentCard
 from ..model.fingerprint import fingerprint
 from ..model.offload import Offload
 from ..model.sampler import CausalSampler, chunks_for
 from ..model.segment import generate_segment
-from ..model.units import check_size
-from .mp4 import VideoError, check_video, read_runs, to_pixels, to_uint8
+from ..model.units import latent_size, pixel_size
+from .frames import num_start_frames, to_pixels
+from .reading import VideoError, check_video, read_runs
 from .story import Story
 
 log = logging.getLogger("context_forcing")
@@ -82,7 +83,6 @@ class Pipeline:
     def empty_memory(self, size: tuple[int, int] | None = None, **settings) -> Memory:
         """A memory with the card's sizes; `settings` replace fields of its MemoryConfig, size is (width, height)."""
         width, height = size or self.card.size
-        check_size(width, height)
         config = dataclasses.replace(self.card.memory, **settings)
         return new_memory(config, width, height)
 
@@ -118,38 +118,27 @@ class Pipeline:
 
     @torch.inference_mode()
     def encode_file(self, path: Path, memory: Memory, fps: float) -> Tensor:
-        """A picture or video as latents for a memory to begin with, [1, 16, 1 + k, H/8, W/8], on the CPU.
+        """A picture or video as latents that a memory can begin with, [1, 16, 1 + k, H/8, W/8], on the CPU.
 
-        Of its frames 1 + 4k are taken. Raises ValueError for a file that is neither.
+        Its first 1 + 4k frames are used. Raises ValueError for other files.
         """
-        height, width = (side * VAE_STRIDE[1] for side in memory.latent_size[1:])
         try:
             check_video(path)
-            runs = list(read_runs(path, 64, (width, height), fps))
+            runs = list(read_runs(path, 64, pixel_size(memory.latent_size), fps))
             if not runs:
-                raise VideoError(f"has no frame at {fps:g} frames a second")
-            frames = np.concatenate(runs)
+                raise VideoError(f"has no frame at {fps:g} frames per second")
         except VideoError as error:
             raise ValueError(f"start: {path}: {error}") from None
-        whole = len(frames) - (len(frames) - 1) % VAE_STRIDE[0]
-        if whole < len(frames):
-            log.info("start: %d of %d frames left out: 1 + 4k are taken", len(frames) - whole, len(frames))
-        return normalise(self.vae.encode(to_pixels(frames[:whole]).to(self.device))).cpu()
+        frames = np.concatenate(runs)
+        pixels = to_pixels(frames[: num_start_frames(len(frames))])
+        return normalise(self.vae.encode(pixels.to(self.device))).cpu()
 
     @torch.inference_mode()
     def decode(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Consecutive normalised latents -> consecutive pixels [1, 3, T, H, W]."""
         yield from self.vae.decode_stream(denormalise(chunk.to(self.device)) for chunk in chunks)
 
-    @torch.inference_mode()
-    def thumbnails(self, memory: Memory) -> np.ndarray:
-        """The remembered frames as pictures, uint8 [M, H, W, 3], in the order of their positions."""
-        latents = denormalise(memory.latents_of(memory.slots.all).to(self.device))
-        pictures = [to_uint8(self.vae.decode(latent)) for latent in latents.split(1, dim=2) if latent.numel()]
-        return np.concatenate(pictures) if pictures else np.zeros((0, 1, 1, 3), np.uint8)
-
 
 def new_memory(config: MemoryConfig, width: int, height: int) -> Memory:
-    """An empty memory for videos of width x height pixels; raises ValueError unless both are multiples of 16."""
-    check_size(width, height)
-    return empty_memory(config, (16, height // VAE_STRIDE[1], width // VAE_STRIDE[2]))
+    """An empty memory for videos of width x height pixels. Raises ValueError unless both are multiples of 16."""
+    return empty_memory(config, latent_size(width, height))

@@ -141,7 +141,7 @@ def _seconds(written: str) -> float:
         raise ValueError(f"{written} is not a time; write 0:06, 1:02:03 or 12.5")
     hours, minutes, seconds = found[1], found[2], found[3]
     short = minutes is not None and (float(seconds) >= 60 or len(seconds.split(".")[0]) != 2)
-    if short or hours is not None and (float(minutes) >= 60 or len(minutes) != 2):
+    if short or (hours is not None and (float(minutes) >= 60 or len(minutes) != 2)):
         raise ValueError(f"{written} is not a time; after a colon come two digits below 60")
     time = float(hours or 0) * 3600 + float(minutes or 0) * 60 + float(seconds)
     if time >= MAX_SECONDS:

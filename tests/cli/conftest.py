@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+
 from context_forcing import cli
 
 

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from context_forcing.model.checkpoints.student import StudentSource
 from context_forcing.model.codecs.base import normalise
 from context_forcing.model.codecs.demo_vae import load_demo_codec
-from context_forcing.video.mp4 import read_runs, to_pixels
+from context_forcing.video.frames import to_pixels
+from context_forcing.video.reading import read_runs
 
 MEADOW = "A meadow under a clear sky by day. The camera pans right."
 DUSK = "A meadow under a clear sky at dusk. The camera stays."

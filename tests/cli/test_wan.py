@@ -12,7 +12,7 @@ from context_forcing.memory import MemoryConfig
 from context_forcing.model.codecs.base import normalise
 from context_forcing.model.codecs.wan_vae import load_wan_vae
 from context_forcing.model.config import StudentCard
-from context_forcing.video.mp4 import to_pixels
+from context_forcing.video.frames import to_pixels
 
 pytest.importorskip("sentencepiece")
 pytest.importorskip("ftfy")

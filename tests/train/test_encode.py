@@ -22,7 +22,8 @@ from context_forcing.train.data.sources import Source, list_sources
 from context_forcing.train.world.camera import view
 from context_forcing.train.world.geometry import TOKEN
 from context_forcing.train.world.scene import panorama
-from context_forcing.video.mp4 import VideoError, check_video, read_runs, write_video
+from context_forcing.video.mp4 import write_video
+from context_forcing.video.reading import VideoError, check_video, read_runs
 
 CLIP = 13
 """Pixel frames of a clip of four latent frames."""

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from context_forcing.video.consistency import ConsistencyCurve, describe, draw_consistency, measure_consistency, palette
 from context_forcing.video.sheet import WIDTH
 
@@ -84,7 +85,7 @@ def test_the_plot_has_a_panel_an_eye_and_one_of_motion(num_eyes, num_looks, monk
     names = ("palette", "CLIP")[:num_eyes]
     curve = ConsistencyCurve(
         fps=16, num_frames=16 * num_looks, times=tuple(map(float, range(num_looks))),
-        similarity={name: falling for name in names}, motion=(0.0, *[2.5] * (num_looks - 1)),
+        similarity=dict.fromkeys(names, falling), motion=(0.0, *[2.5] * (num_looks - 1)),
     )  # fmt: skip
     image = draw_consistency(curve)
     assert image.width == WIDTH

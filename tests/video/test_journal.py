@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from context_forcing.video.journal import HEADER, Journal
 from safetensors.torch import load, load_file, save_file
+
+from context_forcing.video.journal import HEADER, Journal
 
 SHAPE = (1, 16, 3, 2, 2)
 CHUNKS = [torch.randn(SHAPE, generator=torch.Generator().manual_seed(number)) for number in range(4)]

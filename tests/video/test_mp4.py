@@ -4,9 +4,12 @@ import os
 import stat
 
 import imageio_ffmpeg
+import numpy as np
 import pytest
 import torch
-from context_forcing.video.mp4 import VideoError, check_whole, hold_output, part_name, read_runs, write_video
+
+from context_forcing.video.mp4 import hold_output, part_name, write_video
+from context_forcing.video.reading import VideoError, check_whole, read_frames, read_runs
 
 SHORT, LONG = 6, 150
 """Frames: those that fit into a pipe, and more than ffmpeg takes before it writes."""
@@ -56,11 +59,11 @@ FAULTS = {
     "no file": (SHORT, (":", 'rm "$file"'), "does not decode"),
     "a frame too few": (
         SHORT, (":", '"$ffmpeg" -v error -i "$file" -frames:v 5 "$file.mp4"; mv "$file.mp4" "$file"'),
-        "has 5 frames, 6 were made",
+        "has 5 frames, 6 were written",
     ),
     "too long": (
         SHORT, (":", '"$ffmpeg" -v error -itsscale 2 -i "$file" -c copy "$file.mp4"; mv "$file.mp4" "$file"'),
-        "s long, 0.375 s were made",
+        "s long, 0.375 s were written",
     ),
 }  # fmt: skip
 
@@ -129,8 +132,26 @@ def test_a_place_is_held(tmp_path):
         with hold_output(path):
             pass
     assert not list(tmp_path.iterdir())
-    for name, words in (("film.avi", "must end in .mp4"), ("missing/film.mp4", "cannot be written"), ("", "folder")):
+    for name, words in (
+        ("film.avi", "does not end in .mp4"),
+        ("missing/film.mp4", "cannot be written"),
+        ("", "folder"),
+    ):
         (tmp_path / "folder.mp4").mkdir(exist_ok=True)
         with pytest.raises(ValueError, match=words), hold_output(tmp_path / (name or "folder.mp4")):
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["folder.mp4"]
+
+
+def test_frames_of_a_video_as_it_is(tmp_path):
+    """The size and speed of the file, not those of a request."""
+    path = tmp_path / "film.mp4"
+    write(path, 5, fps=24)
+    fps, frames = read_frames(path)
+    (run,) = read_runs(path, 5, (48, 32), 24)
+    frames = np.stack(list(frames))
+    assert fps == 24 and frames.shape == run.shape and abs(frames.mean() - run.mean()) < 3
+    for name, words in (("none.mp4", "no such file"), ("text.mp4", "no video")):
+        (tmp_path / "text.mp4").write_text("no video")
+        with pytest.raises(VideoError, match=words):
+            read_frames(tmp_path / name)

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from PIL import ImageDraw
+
 from context_forcing.memory import Memory, MemoryConfig
 from context_forcing.video.report import COLOURS, draw_report, forgotten, frame_status, per_part, reach_seconds, summary
 from context_forcing.video.sheet import LEFT, MARGIN, RIGHT, WIDTH, at_time, shortened
-from PIL import ImageDraw
 
 A_FRAME = 2 * 2 * 6 * 4 * 8 * 4  # keys and values, 2 layers, 6 tokens, 4 x 8 elements, float32
 
@@ -190,7 +191,7 @@ def test_fates():
 
 def test_fates_of_a_stride():
     memory = filled(10, policy="uniform", uniform_stride=6, slow=2)
-    promoted = {frame: "was slow" for frame in (6, 12)} | {frame: "slow" for frame in (18, 24)}
+    promoted = dict.fromkeys((6, 12), "was slow") | dict.fromkeys((18, 24), "slow")
     assert frame_status(memory) == (
         ["sink"] * 3 + [promoted.get(frame, "not kept") for frame in range(3, 27)] + ["fast"] * 3
     )

@@ -1,6 +1,7 @@
 """Stories: read as written, or refused by field, value and remedy."""
 
 import pytest
+
 from context_forcing.model.codecs.demo_text import canonical_words, encode_demo_text, unknown_words
 from context_forcing.model.units import check_size
 from context_forcing.video.story import MAX_SEED, SegmentSpec, load_story, parse_story

@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
+
 from context_forcing.memory.memory import CHANGES
 from context_forcing.model.codecs.demo_text import unknown_words
 from context_forcing.model.config import VAE_STRIDE

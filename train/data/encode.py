@@ -22,7 +22,8 @@ from ...model.codecs.wan_vae import load_wan_vae
 from ...model.device import pick_device
 from ...model.fingerprint import fingerprint
 from ...model.units import check_size, pixel_frames
-from ...video.mp4 import VideoError, check_video, read_runs, to_pixels
+from ...video.frames import to_pixels
+from ...video.reading import VideoError, check_video, read_runs
 from .shards import Header, ShardWriter
 from .sources import Source, list_sources
 

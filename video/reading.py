@@ -1,0 +1,126 @@
+"""Videos and pictures read by ffmpeg as streams: memory use does not grow with length."""
+
+import itertools
+import math
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+
+class VideoError(ValueError):
+    """A video cannot be used. The message is the reason, without the name of the file."""
+
+
+def check_video(path: str | Path, start: float = 0.0, end: float | None = None) -> None:
+    """Decode a video, or its part between two times in seconds, to the end. Raises VideoError for any error."""
+    if not Path(path).is_file():
+        raise VideoError("there is no such file")
+    for _ in _ffmpeg(path, "-f", "null", "-", start=start, end=end, stop_at_errors=True):
+        pass
+
+
+def check_whole(path: str | Path, num_frames: int, fps: float) -> None:
+    """Decode a video to the end. Raises VideoError for any error, another number of frames or another duration."""
+    count, first, last = 0, math.inf, -math.inf
+    options = ("-f", "null", "-", "-map", "0:v:0", "-c", "copy", "-f", "framecrc", "-")
+    for line in _ffmpeg(path, *options, stop_at_errors=True):
+        if line.startswith(b"#tb 0:"):
+            unit = Fraction(line.decode().split(":")[1].strip())
+        elif not line.startswith(b"#"):
+            # Stream, decoding time, presentation time, duration, size, checksum.
+            time, duration = (int(field) for field in line.split(b",")[2:4])
+            count, first, last = count + 1, min(first, time), max(last, time + duration)
+    if count != num_frames:
+        raise VideoError(f"has {count} frames, {num_frames} were written")
+    if abs((seconds := (last - first) * unit) - num_frames / fps) > 0.5 / fps:
+        raise VideoError(f"is {float(seconds):.3f} s long, {num_frames / fps:.3f} s were written")
+
+
+def read_frames(path: str | Path) -> tuple[float, Iterator[np.ndarray]]:
+    """Frames per second of a video, and every frame as a stream, uint8 [H, W, 3]. Raises VideoError for other files."""
+    import imageio_ffmpeg
+
+    if not Path(path).is_file():
+        raise VideoError("there is no such file")
+    stream = imageio_ffmpeg.read_frames(str(path), pix_fmt="rgb24")
+    try:
+        info = next(stream)
+    except (OSError, RuntimeError):
+        raise VideoError("ffmpeg finds no video in it") from None
+    width, height = info["size"]
+    return float(info["fps"]), (np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in stream)
+
+
+def read_runs(
+    path: str | Path,
+    num_frames: int,
+    size: tuple[int, int],
+    fps: float,
+    *,
+    start: float = 0.0,
+    end: float | None = None,
+    skip: int = 0,
+) -> Iterator[np.ndarray]:
+    """Consecutive runs of a video as uint8 [num_frames, H, W, 3], without the first `skip`; the last may be shorter.
+
+    Frames are resampled to `fps`, resized to cover `size` (width, height) in square pixels, and cropped to the centre.
+    A picture is a video of one frame. Raises VideoError for a file that does not decode.
+    """
+    width, height = size
+    zoom = f"max({width}/(iw*sar),{height}/ih)"
+    filters = (
+        f"fps={fps},scale=w='max({width},round(iw*sar*{zoom}))':h='max({height},round(ih*{zoom}))'"
+        f":flags=bicubic+accurate_rnd+full_chroma_int,crop={width}:{height}"
+    )
+    options = ("-vf", filters, "-f", "rawvideo", "-pix_fmt", "rgb24", "-")
+    runs = _ffmpeg(path, *options, start=start, end=end, run_bytes=num_frames * height * width * 3)
+    for data in itertools.islice(runs, skip, None):
+        yield np.frombuffer(data, np.uint8).reshape(-1, height, width, 3)
+
+
+def first_line(stderr: str) -> str:
+    """The first message of ffmpeg, without the address before it; empty if there is none."""
+    lines = (re.sub(r"^(\[[^]]*\]\s*)+", "", line).strip() for line in stderr.splitlines())
+    return next(filter(None, lines), "")
+
+
+def _ffmpeg(
+    path: str | Path,
+    *options: str,
+    start: float = 0.0,
+    end: float | None = None,
+    run_bytes: int = 0,
+    stop_at_errors: bool = False,
+) -> Iterator[bytes]:
+    """What ffmpeg writes to its output, in runs of `run_bytes`, or in lines if that is 0.
+
+    Raises VideoError if ffmpeg fails, before a last run that is shorter.
+    """
+    import imageio_ffmpeg
+
+    part = ["-ss", f"{start:.6f}"] if start else []
+    part += ["-t", f"{end - start:.6f}"] if end is not None else []
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", *["-xerror"] * stop_at_errors, *part]
+    command += ["-i", f"file:{path}", "-map", "0:v:0", *options]
+    with (
+        tempfile.TemporaryFile() as stderr,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, bufsize=2**20) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            while True:
+                data = process.stdout.read(run_bytes) if run_bytes else process.stdout.readline()
+                if (not data or len(data) < run_bytes) and process.wait():
+                    stderr.seek(0)
+                    message = first_line(stderr.read().decode(errors="replace"))
+                    raise VideoError(f"does not decode: {message or 'ffmpeg gave no reason'}")
+                if not data:
+                    return
+                yield data
+        finally:
+            process.kill()
