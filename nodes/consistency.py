@@ -85,5 +85,5 @@ class ContextForcingConsistency(io.ComfyNode):
                 progress.update(1)
 
         curve = measure_consistency(counted(), fps, extractors, every)
-        image = as_image(draw_consistency(curve))
+        image = as_image(draw_consistency({"video": curve}))
         return io.NodeOutput(image, describe(curve), ui=ui.PreviewImage(image, cls=cls))

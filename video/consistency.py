@@ -20,7 +20,7 @@ FeatureExtractor = Callable[[Sequence[np.ndarray]], Tensor]
 
 LOOKS_AT_ONCE = 16
 COLOUR_LEVELS = 16
-LINES = ((11, 111, 184), (217, 87, 26), (44, 138, 75))
+LINES = ((11, 111, 184), (217, 87, 26), (44, 138, 75), (138, 79, 191), (184, 134, 11), (59, 63, 70))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,37 +117,43 @@ def describe(curve: ConsistencyCurve) -> str:
     return "\n".join(lines)
 
 
-def draw_consistency(curve: ConsistencyCurve) -> Image.Image:
-    """Similarity to the first frame over time, a panel an eye, above the motion of the same frames."""
-    sheet = Sheet()
-    sheet.text(describe(curve), size=16)
+def draw_consistency(curves: Mapping[str, ConsistencyCurve]) -> Image.Image:
+    """Similarity to the first frame over time, one panel per extractor, above the motion of the same frames.
+
+    `curves` are those of one or more videos by name, all with the same extractors.
+    """
+    sheet, several = Sheet(), len(curves) > 1
+    for name, curve in curves.items():
+        sheet.text(f"{name}: {describe(curve)}" if several else describe(curve), size=16)
     sheet.text("A still picture is perfectly consistent: read the curves together.", 13, FAINT)
-    for i, (name, values) in enumerate(curve.similarity.items()):
-        low = min(0.9, *values)
-        _panel(sheet, f"{name}: cosine to the first frame", curve.times, values, (low - 0.1 * (1 - low), 1.0), LINES[i])
-    # The first frame has none before it.
-    high = 1.1 * max(1.0, *curve.motion)
-    _panel(sheet, "motion: mean change frame to frame, % of the full range", curve.times[1:], curve.motion[1:],
-           (0.0, high), LINES[-1])  # fmt: skip
+    if several:
+        sheet.legend({name: LINES[i % len(LINES)] for i, name in enumerate(curves)})
+    for name in next(iter(curves.values())).similarity:
+        low = min(0.9, *(min(curve.similarity[name]) for curve in curves.values()))
+        lines = [(curve.times, curve.similarity[name]) for curve in curves.values()]
+        _panel(sheet, f"{name}: cosine to the first frame", lines, (low - 0.1 * (1 - low), 1.0))
+    high = 1.1 * max(1.0, *(max(curve.motion) for curve in curves.values()))
+    # The first frame has no frame before it.
+    lines = [(curve.times[1:], curve.motion[1:]) for curve in curves.values()]
+    _panel(sheet, "motion: mean change frame to frame, % of the full range", lines, (0.0, high))
     return sheet.finished()
 
 
 def _panel(
-    sheet: Sheet,
-    title: str,
-    times: Sequence[float],
-    values: Sequence[float],
-    limits: tuple[float, float],
-    colour: tuple[int, int, int],
+    sheet: Sheet, title: str, lines: Sequence[tuple[Sequence[float], Sequence[float]]], limits: tuple[float, float]
 ) -> None:
+    """One line per pair of times and values."""
     sheet.room(10)
     sheet.text(title, 14)
     top = sheet.room(200) + 8
-    axes = Axes(top=top, bottom=top + 160, seconds=times[-1], low=limits[0], high=limits[1])
+    seconds = max(times[-1] for times, _ in lines)
+    axes = Axes(top=top, bottom=top + 160, seconds=seconds, low=limits[0], high=limits[1])
     axes.levels(sheet.draw)
     sheet.draw.line((LEFT, axes.bottom, RIGHT, axes.bottom), FAINT)
     axes.clock(sheet.draw)
-    points = [(axes.x(at), axes.y(value)) for at, value in zip(times, values)]
-    sheet.draw.line(points, colour, 2, joint="curve")
-    for x, y in points if len(points) <= 150 else ():
-        sheet.draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
+    for i, (times, values) in enumerate(lines):
+        colour = LINES[i % len(LINES)]
+        points = [(axes.x(at), axes.y(value)) for at, value in zip(times, values)]
+        sheet.draw.line(points, colour, 2, joint="curve")
+        for x, y in points if len(points) <= 150 else ():
+            sheet.draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)

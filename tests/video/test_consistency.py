@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from context_forcing.video.consistency import ConsistencyCurve, describe, draw_consistency, measure_consistency, palette
+from context_forcing.video.consistency import (
+    LINES,
+    ConsistencyCurve,
+    describe,
+    draw_consistency,
+    measure_consistency,
+    palette,
+)
 from context_forcing.video.sheet import WIDTH
 
 FPS = 8
@@ -87,9 +94,21 @@ def test_the_plot_has_a_panel_an_eye_and_one_of_motion(num_eyes, num_looks, monk
         fps=16, num_frames=16 * num_looks, times=tuple(map(float, range(num_looks))),
         similarity=dict.fromkeys(names, falling), motion=(0.0, *[2.5] * (num_looks - 1)),
     )  # fmt: skip
-    image = draw_consistency(curve)
+    image = draw_consistency({"one": curve})
     assert image.width == WIDTH
+    assert not any(text.startswith("one") for text in written)
     titles = [text for text in written if text.startswith(("palette: cosine", "CLIP: cosine", "motion: mean change"))]
     assert titles == [*(f"{name}: cosine to the first frame" for name in names), titles[-1]]
     assert "% of the full range" in titles[-1]
     assert describe(curve).count("least 0.700") == num_eyes and "2.50 %" in describe(curve)
+
+
+def test_several_videos_are_drawn_in_colours_of_their_own():
+    curves = {
+        name: ConsistencyCurve(
+            fps=16, num_frames=32, times=(0.0, 1.0), similarity={"palette": (1.0, end)}, motion=(0.0, 9.0)
+        )
+        for name, end in (("first", 0.8), ("second", 0.6))
+    }
+    colours = {colour for _, colour in draw_consistency(curves).getcolors(2**16)}
+    assert set(LINES[:2]) <= colours and not set(LINES[2:]) & colours
