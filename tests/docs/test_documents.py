@@ -54,6 +54,11 @@ def test_links_resolve(page):
             assert section in map(anchor, headings(path)), f"{page.name}: {target}#{section} does not exist"
 
 
+def test_readme_repeats_figures_of_the_results():
+    figures = re.findall(r"[+-]?\d\.\d\d \[[^]]*\]", text_of(ROOT / "README.md"))
+    assert figures and all(figure in text_of(ROOT / "docs" / "results.md") for figure in figures)
+
+
 def test_every_page_is_linked_from_readme():
     linked = {target for target, _ in LINK.findall(text_of(ROOT / "README.md"))}
     assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} <= linked
