@@ -3,7 +3,7 @@
 Needs matplotlib (extra `train`). Its global state is not used, so other code that plots is not disturbed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -85,31 +85,6 @@ def draw_drift(summary: Summary, fps: float, path: Path) -> None:
         ax.set_xlabel("quarter of the rollout")
     _legend(canvas, axes[0, 0])
     canvas.suptitle(f"Drift over long rollouts, {_rollouts(cells)} a point, 95 % intervals", fontsize=11, color=_INK)
-    canvas.savefig(path, dpi=110)
-
-
-def draw_consistency(videos: Sequence[Mapping], path: Path) -> None:
-    """Similarity to the first frame over time, one panel a model, above motion; one line a video.
-
-    `videos` have `name`, `times` (seconds), `similarity` (model -> values) and `motion`, as long as `times`.
-    """
-    models = list(videos[0]["similarity"])
-    canvas = Canvas(figsize=(10, 2.9 * (len(models) + 1)), layout="constrained")
-    axes = canvas.subplots(len(models) + 1, 1, sharex=True)
-    for i, video in enumerate(videos):
-        look = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.6, "label": video["name"]}
-        for ax, model in zip(axes, models):
-            ax.plot(video["times"], video["similarity"][model], **look)
-        # The first sample has no frame before it.
-        axes[-1].plot(video["times"][1:], video["motion"][1:], **look)
-    for ax, model in zip(axes, models):
-        _style(ax, ylabel=f"{model}: cosine\nto the first frame")
-        ax.set_ylim(top=1.01)
-    _style(axes[-1], ylabel="motion: mean change\nframe to frame, %")
-    axes[-1].set_ylim(bottom=0)
-    axes[-1].set_xlabel("seconds")
-    _legend(canvas, axes[0])
-    canvas.suptitle("Consistency to the first frame, and motion", fontsize=11, color=_INK)
     canvas.savefig(path, dpi=110)
 
 
