@@ -1,8 +1,20 @@
-"""Mappings read from files -> keyword arguments of dataclasses."""
+"""JSON objects and other mappings from files -> keyword arguments of dataclasses."""
 
 import dataclasses
+import json
 import typing
 from collections.abc import Mapping
+
+
+def json_object(text: str, where: object) -> dict[str, typing.Any]:
+    """The JSON object in a text. Raises ValueError, beginning with `where`, for any other text."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: not a JSON object")
+    return value
 
 
 def check_keys(cls: type, raw: object, where: str) -> Mapping:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..memory.config import MemoryConfig
-from ..memory.fields import checked_fields
+from ..memory.fields import checked_fields, json_object
 from .flow import SOLVERS, warped_sigmas
 
 CARD_KEY = "context_forcing"
@@ -111,11 +111,7 @@ class StudentCard:
     @classmethod
     def from_json(cls, text: str) -> "StudentCard":
         """A card from JSON text. Raises ValueError for an unknown field or an impossible value."""
-        try:
-            raw = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"student card: not JSON ({error})") from None
-        fields = checked_fields(cls, raw, "student card")
+        fields = checked_fields(cls, json_object(text, "student card"), "student card")
         if "memory" in fields:
             fields["memory"] = MemoryConfig.from_dict(fields["memory"])
         return cls(**fields)

@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..model.checkpoints.lora import add_low_rank
+
 ADAPTER = "default"
 """peft's name for the only adapter of a network."""
 BASE, DOWN, UP = ".base_layer", f".lora_A.{ADAPTER}", f".lora_B.{ADAPTER}"
@@ -67,8 +69,8 @@ def merge_lora(state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor
             continue
         plain = layer.removesuffix(BASE)
         if plain != layer and kind == "weight":
-            product = state[f"{plain}{UP}.weight"].float() @ state[f"{plain}{DOWN}.weight"].float()
-            value = (value.float() + config.scale * product).to(value.dtype)
+            up, down = state[f"{plain}{UP}.weight"], state[f"{plain}{DOWN}.weight"]
+            value = add_low_rank(value, up, down, config.scale).to(value.dtype)
         merged[plain + dot + kind] = value
     return merged
 

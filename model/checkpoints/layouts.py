@@ -1,85 +1,69 @@
-"""Key layouts of published checkpoints -> Wan's own names (method.md 1.5, 2.2, 2.3), and what is no student at all.
+"""Key layouts of published checkpoints -> Wan's own names (docs/method.md, Checkpoints); other models are refused.
 
-A stem is a name without `.weight` or `.bias`. Shapes are the same in all layouts, nothing is transposed.
+A stem is a name without `.weight` or `.bias`. Shapes are the same in all layouts; nothing is transposed.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from .float8 import split_scales
+
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-"""What FSDP, activation checkpointing and torch.compile put anywhere into a name."""
+"""What FSDP, activation checkpointing and torch.compile insert anywhere in a name."""
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
-GAN_EXTRAS = ("_cls_pred_branch", "_register_tokens", "_gan_ca_blocks")
-"""Parts of a discriminator that some trainers save along; no part of the student."""
+DISCRIMINATOR = ("_cls_pred_branch", "_register_tokens", "_gan_ca_blocks")
+"""Parts of a GAN discriminator that some trainers save with the student."""
 
-DIFFUSERS = {
-    "patch_embedding": "patch_embedding",
-    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
-    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
-    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-    "condition_embedder.time_proj": "time_projection.1",
-    "proj_out": "head.head",
-    "scale_shift_table": "head.modulation",
+STEMS = {
+    # Wan: (diffusers, FastVideo)
+    "patch_embedding": ("patch_embedding", "patch_embedding.proj"),
+    "text_embedding.0": ("condition_embedder.text_embedder.linear_1", "condition_embedder.text_embedder.fc_in"),
+    "text_embedding.2": ("condition_embedder.text_embedder.linear_2", "condition_embedder.text_embedder.fc_out"),
+    "time_embedding.0": ("condition_embedder.time_embedder.linear_1", "condition_embedder.time_embedder.mlp.fc_in"),
+    "time_embedding.2": ("condition_embedder.time_embedder.linear_2", "condition_embedder.time_embedder.mlp.fc_out"),
+    "time_projection.1": ("condition_embedder.time_proj", "condition_embedder.time_modulation.linear"),
+    "head.head": ("proj_out", "proj_out"),
+    "head.modulation": ("scale_shift_table", "scale_shift_table"),
 }
-DIFFUSERS_BLOCK = {
-    "scale_shift_table": "modulation",
-    **{f"attn1.to_{part}": f"self_attn.{part}" for part in "qkv"},
-    "attn1.to_out.0": "self_attn.o",
-    **{f"attn1.norm_{part}": f"self_attn.norm_{part}" for part in "qk"},
-    **{f"attn2.to_{part}": f"cross_attn.{part}" for part in "qkv"},
-    "attn2.to_out.0": "cross_attn.o",
-    **{f"attn2.norm_{part}": f"cross_attn.norm_{part}" for part in "qk"},
-    "norm2": "norm3",  # the one with weights, before cross-attention; diffusers' norm3 has none
-    "ffn.net.0.proj": "ffn.0",
-    "ffn.net.2": "ffn.2",
+BLOCK_STEMS = {
+    "modulation": ("scale_shift_table", "scale_shift_table"),
+    **{f"self_attn.{part}": (f"attn1.to_{part}", f"to_{part}") for part in "qkv"},
+    "self_attn.o": ("attn1.to_out.0", "to_out"),
+    **{f"self_attn.norm_{part}": (f"attn1.norm_{part}", f"norm_{part}") for part in "qk"},
+    **{f"cross_attn.{part}": (f"attn2.to_{part}", f"attn2.to_{part}") for part in "qkv"},
+    "cross_attn.o": ("attn2.to_out.0", "attn2.to_out"),
+    **{f"cross_attn.norm_{part}": (f"attn2.norm_{part}", f"attn2.norm_{part}") for part in "qk"},
+    # The affine norm before cross-attention; diffusers' norm3 has no weights.
+    "norm3": ("norm2", "self_attn_residual_norm.norm"),
+    "ffn.0": ("ffn.net.0.proj", "ffn.fc_in"),
+    "ffn.2": ("ffn.net.2", "ffn.fc_out"),
 }
-FASTVIDEO = {
-    "patch_embedding.proj": "patch_embedding",
-    "condition_embedder.text_embedder.fc_in": "text_embedding.0",
-    "condition_embedder.text_embedder.fc_out": "text_embedding.2",
-    "condition_embedder.time_embedder.mlp.fc_in": "time_embedding.0",
-    "condition_embedder.time_embedder.mlp.fc_out": "time_embedding.2",
-    "condition_embedder.time_modulation.linear": "time_projection.1",
-    "proj_out": "head.head",
-    "scale_shift_table": "head.modulation",
+LAYOUTS = {
+    layout: ({names[i]: wan for wan, names in STEMS.items()}, {names[i]: wan for wan, names in BLOCK_STEMS.items()})
+    for i, layout in enumerate(("diffusers", "FastVideo"))
 }
-FASTVIDEO_BLOCK = {
-    "scale_shift_table": "modulation",
-    **{f"to_{part}": f"self_attn.{part}" for part in "qkv"},
-    "to_out": "self_attn.o",
-    **{f"norm_{part}": f"self_attn.norm_{part}" for part in "qk"},
-    **{f"attn2.to_{part}": f"cross_attn.{part}" for part in "qkv"},
-    "attn2.to_out": "cross_attn.o",
-    **{f"attn2.norm_{part}": f"cross_attn.norm_{part}" for part in "qk"},
-    "self_attn_residual_norm.norm": "norm3",
-    "ffn.fc_in": "ffn.0",
-    "ffn.fc_out": "ffn.2",
-}
-LAYOUTS = {"diffusers": (DIFFUSERS, DIFFUSERS_BLOCK), "FastVideo": (FASTVIDEO, FASTVIDEO_BLOCK)}
+"""Stems outside and inside the blocks -> Wan's, by layout."""
 
-ONLY = "only text-to-video Wan 2.1 (16 channels) can be rolled out"
-UNSUPPORTED = (
-    ("quantized_weight", "quantised as LongLive-2's NVFP4 files are", f"{ONLY}, and not quantised like this"),
-    ("vace_", "a VACE model", ONLY),
-    *((part, "an image-to-video model", ONLY) for part in ("img_emb.", "k_img", "image_embedder.", "add_k_proj")),
-    *((part, f"a Wan model with inputs of its own ({part.strip('._')})", ONLY) for part in (
-        "control_adapter.", "audio_proj.", "casual_audio_encoder.", "face_adapter.", "ref_conv.",
-        "patch_embedding_pose.", "patch_embedding_mask.", "patch_embedding_global.", "to_gate_compress.",
-    )),
-    *((part, "a LoRA", "give it beside the student it belongs to: --lora, or ComfyUI's Load LoRA (Model)")
-      for part in ("lora_A.", "lora_B.", "lora_down.", "lora_up.")),
-    *((part, "a text encoder", "give the student; encoders go into models/text_encoders")
-      for part in ("encoder.block.", "shared.weight", "token_embedding.weight")),
-    *((part, "a VAE", "give the student; VAEs go into models/vae")
-      for part in ("decoder.conv1.", "decoder.conv_in.", "decoder.middle.")),
-)  # fmt: skip
-"""A part of a name that gives away what else a file is, what that is, and what to do."""
+SUPPORTED = "only text-to-video Wan 2.1 (16 channels) is supported"
+OTHER_MODELS = {
+    ("quantized_weight",): ("quantised like LongLive-2's NVFP4 files", f"{SUPPORTED}, without this quantisation"),
+    ("vace_",): ("a VACE model", SUPPORTED),
+    ("img_emb.", "k_img", "image_embedder.", "add_k_proj"): ("an image-to-video model", SUPPORTED),
+    (
+        "control_adapter.", "audio_proj.", "casual_audio_encoder.", "face_adapter.", "ref_conv.", "to_gate_compress.",
+        "patch_embedding_pose.", "patch_embedding_mask.", "patch_embedding_global.",
+    ): ("a Wan model with other inputs than text", SUPPORTED),
+    ("lora_A.", "lora_B.", "lora_down.", "lora_up."): (
+        "a LoRA", "give its student, and this file as --lora or to ComfyUI's Load LoRA (Model)"),
+    ("encoder.block.", "shared.weight", "token_embedding.weight"): (
+        "a text encoder", "give the student; text encoders belong in models/text_encoders"),
+    ("decoder.conv1.", "decoder.conv_in.", "decoder.middle."): (
+        "a VAE", "give the student; VAEs belong in models/vae"),
+}  # fmt: skip
+"""Parts of names that only another model has: what it is, and the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,49 +72,50 @@ class Named:
 
     layout: str
     removed: tuple[str, ...]
-    """Prefixes and wrappers that were in the names."""
+    """Prefixes and wrappers that were removed from the names."""
     tensors: dict[str, Tensor]
     scales: dict[str, Tensor]
-    """What a float8 weight is multiplied by, by the weight's name."""
+    """Factors of float8 weights, by the weight's name."""
 
 
 def plain_name(name: str) -> tuple[str, list[str]]:
-    """A name without wrappers and prefixes, and those it had."""
+    """A name without wrappers and prefixes, and those removed."""
     removed = [wrapper for wrapper in WRAPPERS if wrapper in name]
     for wrapper in removed:
         name = name.replace(wrapper, "")
     for prefixes in (("module.",), PREFIXES):
-        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
-        name, removed = name.removeprefix(prefix), removed + [prefix] * bool(prefix)
+        if prefix := next((prefix for prefix in prefixes if name.startswith(prefix)), ""):
+            name = name.removeprefix(prefix)
+            removed.append(prefix)
     return name, removed
 
 
 def layout_of(names: Iterable[str]) -> str:
-    """Whose names these are: Wan, diffusers or FastVideo."""
-    names = list(names)
-    if any(re.search(r"condition_embedder\.|(^|\.)attn[12]\.|patch_embedding\.proj\.", name) for name in names):
-        fast = re.compile(r"patch_embedding\.proj\.|\.fc_(in|out)\.|blocks\.\d+\.to_[qkvo]")
-        return "FastVideo" if any(fast.search(name) for name in names) else "diffusers"
-    return "Wan"
+    """The layout that names have: Wan, diffusers or FastVideo."""
+    text = "\n".join(names)
+    if not re.search(r"condition_embedder\.|(^|\.)attn[12]\.|patch_embedding\.proj\.", text, re.MULTILINE):
+        return "Wan"
+    is_fast = re.search(r"patch_embedding\.proj\.|\.fc_(in|out)\.|blocks\.\d+\.to_[qkvo]", text)
+    return "FastVideo" if is_fast else "diffusers"
 
 
 def wan_stem(stem: str, layout: str) -> str | None:
-    """A stem under Wan's name, None for one that the layout does not have."""
+    """A stem under Wan's name; None if the layout has no such stem."""
     if layout == "Wan":
         return stem
-    top, block = LAYOUTS[layout]
-    if inside := re.fullmatch(r"(blocks\.\d+\.)(.+)", stem):
-        return inside[1] + block[inside[2]] if inside[2] in block else None
-    return top.get(stem)
+    outer, inner = LAYOUTS[layout]
+    if block := re.fullmatch(r"(blocks\.\d+\.)(.+)", stem):
+        return block[1] + inner[block[2]] if block[2] in inner else None
+    return outer.get(stem)
 
 
 def wan_name(name: str, layout: str) -> str | None:
-    """A tensor's name as Wan has it, None for one that the layout does not have."""
-    if (whole := wan_stem(name, layout)) is not None:
-        return whole
+    """A tensor's name as Wan has it; None if the layout has no such name."""
+    if (whole := wan_stem(name, layout)) or name == "scaled_fp8":
+        return whole or name
     stem, _, leaf = name.rpartition(".")
     stem = wan_stem(stem, layout)
-    return None if stem is None else f"{stem}.{leaf}"
+    return stem and f"{stem}.{leaf}"
 
 
 def name_tensors(state: Mapping[str, Tensor], metadata: Mapping[str, str], where: object) -> Named:
@@ -138,90 +123,31 @@ def name_tensors(state: Mapping[str, Tensor], metadata: Mapping[str, str], where
 
     Raises ValueError, one line that begins with `where`, for what is not a Wan 2.1 text-to-video network.
     """
-    plain, removed = {}, []
+    plain, removed = {}, {}
     for name, tensor in state.items():
-        if any(extra in name for extra in GAN_EXTRAS):
-            continue
-        short, had = plain_name(name)
-        if short in plain:
-            raise ValueError(f"{where}: holds {short} twice, under different prefixes; give one network a file")
-        plain[short] = tensor
-        removed += [part for part in had if part not in removed]
-    refuse_unsupported(plain, where)
-    layout = layout_of(plain)
-    tensors, quantised = {}, {}
+        if not any(part in name for part in DISCRIMINATOR):
+            short, parts = plain_name(name)
+            if short in plain:
+                raise ValueError(f"{where}: holds {short} twice, under different prefixes; give one network per file")
+            plain[short] = tensor
+            removed |= dict.fromkeys(parts)
+    check_supported(plain, where)
+    layout, named = layout_of(plain), {}
     for name, tensor in plain.items():
-        wan = name if name == "scaled_fp8" else wan_name(name, layout)
-        if wan is None:
-            raise ValueError(f"{where}: {name} has no place in the {layout} layout of a Wan 2.1 model; {ONLY}")
-        kind = wan.rpartition(".")[2]
-        (quantised if kind in QUANTISED else tensors)[wan] = tensor
-    return Named(
-        layout=layout, removed=tuple(removed), tensors=tensors, scales=_scales(tensors, quantised, metadata, where)
-    )
+        if (wan := wan_name(name, layout)) is None:
+            raise ValueError(f"{where}: {name} is not part of a Wan 2.1 model in {layout} layout; {SUPPORTED}")
+        named[wan] = tensor
+    tensors, scales = split_scales(named, metadata, where)
+    return Named(layout=layout, removed=tuple(removed), tensors=tensors, scales=scales)
 
 
-QUANTISED = (
-    "scaled_fp8", "scale_weight", "scale_input", "weight_scale", "input_scale", "weight_scale_2", "comfy_quant",
-)  # fmt: skip
-"""What ComfyUI keeps beside quantised weights, in its older (scale_weight) and its newer spelling."""
-FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
-
-
-def _scales(
-    tensors: dict[str, Tensor], quantised: dict[str, Tensor], metadata: Mapping[str, str], where: object
-) -> dict[str, Tensor]:
-    """The scale of every float8 weight; none where nothing says that there are scales (method.md 7, 21)."""
-    scales = {}
-    for name, tensor in quantised.items():
-        stem, _, kind = name.rpartition(".")
-        if kind == "comfy_quant":
-            _check_format(bytes(tensor.flatten().to(torch.uint8).tolist()), where, stem)
-        if kind != "scaled_fp8" and f"{stem}.weight" not in tensors:
-            raise ValueError(f"{where}: {name} belongs to no weight; the file is damaged, download it again")
-        if kind in ("scale_weight", "weight_scale"):
-            scales[f"{stem}.weight"] = tensor
-    layers = _layers(metadata, where)
-    for stem, about in layers.items():
-        _check_format(json.dumps(about).encode(), where, stem)
-    if not quantised and not layers:
-        return {}
-    for name, tensor in tensors.items():
-        small = tensor.dtype in FLOAT8.values()
-        if small != (name in scales):
-            problem = "has no scale" if small else f"is {str(tensor.dtype).removeprefix('torch.')} and has a scale"
-            raise ValueError(f"{where}: {name} {problem}; the file is damaged, download it again")
-        if small and scales[name].numel() not in (1, tensor.shape[0]):
-            raise ValueError(f"{where}: {name} has {scales[name].numel()} scales; one, or one a row, can be read")
-    return scales
-
-
-def _layers(metadata: Mapping[str, str], where: object) -> dict:
-    try:
-        return dict(json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {}))
-    except (ValueError, TypeError, AttributeError):
-        raise ValueError(f"{where}: its _quantization_metadata cannot be read; download it again") from None
-
-
-def _check_format(text: bytes, where: object, stem: str) -> None:
-    try:
-        kind = json.loads(text).get("format")
-    except (ValueError, AttributeError):
-        kind = None
-    if kind not in FLOAT8:
-        raise ValueError(
-            f"{where}: {stem} is quantised as {kind}, which only ComfyUI reads; use Load Diffusion Model, our sampler"
-            " takes its MODEL"
-        )
-
-
-def refuse_unsupported(tensors: Mapping[str, Tensor], where: object) -> None:
-    """Raises ValueError, one line that says what the file is, for other models than Wan 2.1 text-to-video."""
-    for part, what, remedy in UNSUPPORTED:
-        if found := next((name for name in tensors if part in name), None):
-            raise ValueError(f"{where}: {what} ({found}); {remedy}")
+def check_supported(tensors: Mapping[str, Tensor], where: object) -> None:
+    """Raises ValueError, one line with what the file is, for other models than Wan 2.1 text-to-video."""
+    for parts, (model, remedy) in OTHER_MODELS.items():
+        if name := next((name for name in tensors if any(part in name for part in parts)), None):
+            raise ValueError(f"{where}: {model} ({name}); {remedy}")
     for name in ("patch_embedding.weight", "patch_embedding.proj.weight"):
         channels = tensors[name].shape[1] if name in tensors and tensors[name].ndim == 5 else 16
-        what = {36: "an image-to-video model", 48: "a Wan 2.2 5B model, of another latent space,"}.get(channels)
         if channels != 16:
-            raise ValueError(f"{where}: {what or 'a Wan model'} with {channels} input channels; {ONLY}")
+            model = {36: "an image-to-video model", 48: "a Wan 2.2 5B model"}.get(channels, "a Wan model")
+            raise ValueError(f"{where}: {model} with {channels} input channels; {SUPPORTED}")

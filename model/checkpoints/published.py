@@ -1,19 +1,19 @@
-"""Cards of published students, and which of them a file gets: by what is in it, never by its name (method.md 2.1)."""
+"""Cards of published students, and the choice of one for a file by its content, never by its name (docs/students.md)."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...memory.config import MEMORY_PRESETS, MemoryConfig
+from ...memory.fields import json_object
 from ..config import CARD_KEY, StudentCard, WanConfig, published_size
 from ..settings import parse_overrides, with_settings
 from .containers import Container
 
 LONGER = MemoryConfig()
-"""Self-Forcing students saw all of up to 21 frames. Longer films need a rule, and theirs has none: it is ours, within
-as many frames; the first nine are all remembered."""
+"""Self-Forcing students were trained on all of up to 21 frames. Longer videos need a policy, which they do not define:
+this is the package's default, within 21 frames."""
 FOUR_STEPS = (1000.0, 750.0, 500.0, 250.0)
 
 
@@ -25,11 +25,11 @@ class PublishedStudent:
     """Hugging Face repository and file."""
     card: StudentCard
     weights: str = "generator_ema"
-    """Which of two sets its authors run; files often hold one only."""
+    """The set of weights that its authors run, where a file has two."""
     hints: tuple[str, ...] = ()
-    """Parts of the path that suggest it. They are told to the user and decide nothing."""
+    """Parts of a path that suggest this student; for messages only."""
     differs: str = ""
-    """What its own code does and ours does not."""
+    """How the authors' own code differs from this package."""
 
 
 def _card(name: str, memory: MemoryConfig = LONGER, **fields) -> StudentCard:
@@ -64,7 +64,7 @@ PUBLISHED: Mapping[str, PublishedStudent] = {
     "longlive": PublishedStudent(
         published="Efficient-Large-Model/LongLive-1.3B: models/longlive_base.pt, with models/lora.pt",
         card=_card("longlive", MEMORY_PRESETS["longlive"]), weights="generator", hints=("longlive",),
-        differs="positions are ranks in the memory, not absolute",
+        differs="positions are ranks in the memory; the original uses absolute positions",
     ),
     "infinite-forcing": PublishedStudent(
         published="SOTAMak1r/Infinite-Forcing: ema_model.pt",
@@ -73,18 +73,18 @@ PUBLISHED: Mapping[str, PublishedStudent] = {
     "reward-forcing": PublishedStudent(
         published="daydreamlive/Reward-Forcing-T2V-1.3B: rewardforcing.pt",
         card=_card("reward-forcing", MemoryConfig(slow=0, fast=6, window=9, policy="fifo")), hints=("reward",),
-        differs="the sink stays as it is; theirs takes in a thousandth of what leaves",
+        differs="the sink is fixed; the original adds 0.001 of every frame that leaves",
     ),
     "memflow": PublishedStudent(
         published="daydreamlive/MemFlow: base.pt, with lora.pt",
         card=_card("memflow", MemoryConfig(slow=3, fast=9, window=15, policy="uniform", uniform_stride=9)),
         weights="generator", hints=("memflow",),
-        differs="slow memory keeps the latest of every third chunk; theirs those that the prompt asks for",
+        differs="slow memory keeps the last frame of every third chunk; the original keeps frames that match the prompt",
     ),
     "krea-14b": PublishedStudent(
         published="krea/krea-realtime-video: krea-realtime-video-14b.safetensors",
         card=_card("krea-14b", MemoryConfig(sink=0, slow=0, fast=6, window=6, policy="fifo"), base="wan2.1-14b"),
-        hints=("krea",), differs="remembered frames are not encoded anew for every chunk",
+        hints=("krea",), differs="remembered frames are not encoded again for every chunk",
     ),
     "context-forcing": PublishedStudent(
         published="ShuoChen20/context_forcing: model.pt",
@@ -96,7 +96,7 @@ PUBLISHED: Mapping[str, PublishedStudent] = {
             name=BASE, stage="bidirectional", steps=tuple(float(step) for step in range(1000, 0, -20)), shift=8.0,
             solver="euler", memory=LONGER,
         ),
-        hints=("wan2.1", "wan2_1"), differs="no causal student: made chunk by chunk, its videos fall apart",
+        hints=("wan2.1", "wan2_1"), differs="it is not a causal student, so long videos degrade",
     ),
 }  # fmt: skip
 """By name: what `--card` takes."""
@@ -106,86 +106,80 @@ CARDS = ("auto", *PUBLISHED)
 
 @dataclass(frozen=True, kw_only=True)
 class CardChoice:
-    """The card a file gets."""
+    """The card of a file."""
 
     card: StudentCard
     reason: str
     note: str = ""
-    """What the user should know before trusting it; empty where the file says it all."""
+    """What a user should read before relying on the card; empty if the file has one."""
 
 
 def published_student(name: str) -> PublishedStudent:
-    """A published student by name. Raises ValueError for an unknown one."""
+    """A published student by name. Raises ValueError for an unknown name."""
     if name not in PUBLISHED:
         raise ValueError(f"card: {name!r} is not one of {', '.join(CARDS)}")
     return PUBLISHED[name]
 
 
 def card_in(metadata: Mapping[str, str], path: str | Path) -> StudentCard | None:
-    """The card in a file's metadata, None where there is none. Raises ValueError for one that is not understood."""
-    if CARD_KEY not in metadata:
-        return None
+    """The card in a file's metadata, None if there is none. Raises ValueError for an invalid card."""
     try:
-        return StudentCard.from_json(metadata[CARD_KEY])
+        return StudentCard.from_json(metadata[CARD_KEY]) if CARD_KEY in metadata else None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def choose_card(container: Container, taken: str, name: str, config: WanConfig) -> CardChoice:
-    """The card of weights `taken` from a container without one; `name` is a published student, or `auto`.
-
-    Raises ValueError for bidirectional weights that were not asked for by name.
-    """
-    path = container.path
-    if name != "auto":
-        found = published_student(name)
-        note = f"{path}: taken as {name}; here {found.differs}" if found.differs else ""
-        return CardChoice(card=_sized(found.card, config), reason=f"asked for: {name}", note=note)
-    if container.scheduler == "SelfForcingFlowMatchScheduler":
-        return CardChoice(
-            card=_sized(PUBLISHED["self-forcing"].card, config), reason=f"its scheduler is {container.scheduler}"
-        )
-    architecture = str(container.config.get("_class_name", ""))
-    if architecture in ("WanModel", "WanTransformer3DModel"):
-        causal = ", ".join(name for name in PUBLISHED if name != BASE)
-        raise ValueError(
-            f"{path}: its config.json says {architecture}: plain Wan 2.1, which sees all frames at once, no causal"
-            f" student; if it is one, say which (card: {causal}); to load it all the same, card: {BASE}"
-        )
-    card = PUBLISHED[DEFAULT].card
-    steps = " ".join(f"{step:g}" for step in card.steps)
-    is_causal = taken.startswith("generator") or architecture.startswith("Causal") or _says_causal(container.metadata)
-    note = (
-        f"{path}: the file does not say how it was trained{'' if is_causal else ', nor that it is a causal student'};"
-        f" taken as {DEFAULT}: steps {steps}, shift {card.shift:g}, chunk {card.memory.chunk}, window"
-        f" {card.memory.window}.{_hint(path)} Choose with card: {', '.join(PUBLISHED)}"
-    )
-    return CardChoice(card=_sized(card, config), reason=f"nothing in it says how it was trained: {DEFAULT}", note=note)
-
-
-def _says_causal(metadata: Mapping[str, str]) -> bool:
-    """Whether ComfyUI's `config` metadata does."""
+def transformer_config(metadata: Mapping[str, str]) -> Mapping:
+    """`transformer` in ComfyUI's `config` metadata; empty if there is none."""
     try:
-        return json.loads(metadata.get("config", "{}")).get("transformer", {}).get("causal_ar") is True
-    except (ValueError, AttributeError, RecursionError):
-        return False
+        config = json_object(metadata.get("config", "{}"), "config").get("transformer")
+    except ValueError:
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def choose_card(container: Container, weights: str, name: str, config: WanConfig) -> CardChoice:
+    """The card of a file that has none of its own; `name` is a published student, or `auto`.
+
+    `weights` is the set taken from the file. Raises ValueError for bidirectional weights with `auto`.
+    """
+    path, base = container.path, published_size(config) or "wan2.1"
+    architecture = str(container.config.get("_class_name", ""))
+    if name != "auto":
+        known, reason = published_student(name), f"requested: {name}"
+        note = f"{path}: used as {name}; {known.differs}" if known.differs else ""
+    elif container.scheduler == "SelfForcingFlowMatchScheduler":
+        known, reason, note = PUBLISHED["self-forcing"], f"its scheduler is {container.scheduler}", ""
+    elif architecture in ("WanModel", "WanTransformer3DModel"):
+        raise ValueError(
+            f"{path}: config.json names {architecture}, the bidirectional Wan 2.1; for a causal student choose card:"
+            f" {', '.join(name for name in PUBLISHED if name != BASE)}; to use the model anyway, card: {BASE}"
+        )
+    else:
+        known, reason = PUBLISHED[DEFAULT], f"default, the file has no card: {DEFAULT}"
+        steps, memory = " ".join(f"{step:g}" for step in known.card.steps), known.card.memory
+        is_causal = weights.startswith("generator") or architecture.startswith("Causal")
+        is_causal = is_causal or transformer_config(container.metadata).get("causal_ar") is True
+        note = (
+            f"{path}: the file has no card{'' if is_causal else ' and may not be a causal student'}; used as {DEFAULT}:"
+            f" steps {steps}, shift {known.card.shift:g}, chunk {memory.chunk}, window {memory.window}."
+            f"{_hint(path)} Choose with card: {', '.join(PUBLISHED)}"
+        )
+    return CardChoice(card=dataclasses.replace(known.card, base=base), reason=reason, note=note)
 
 
 def _hint(path: Path) -> str:
-    """What the file's name and its folder's suggest; a kind before its family."""
-    told = "/".join(path.absolute().parts[-2:]).lower()
-    kinds = ("causal-forcing-1step", "causal-forcing-2step", "causal-forcing-framewise")
-    found = [name for name in (*kinds, *PUBLISHED) if any(hint in told for hint in PUBLISHED[name].hints)]
-    return f" Its name suggests {found[0]}." if found else ""
-
-
-def _sized(card: StudentCard, config: WanConfig) -> StudentCard:
-    """A known card on the base that the weights really have."""
-    return dataclasses.replace(card, base=published_size(config) or "wan2.1")
+    """The student that the names of a file and its folder suggest; variants are tried before their family."""
+    text = "/".join(path.absolute().parts[-2:]).lower()
+    variants = ("causal-forcing-1step", "causal-forcing-2step", "causal-forcing-framewise")
+    for name in (*variants, *PUBLISHED):
+        if any(hint in text for hint in PUBLISHED[name].hints):
+            return f" Its name suggests {name}."
+    return ""
 
 
 def override(card: StudentCard, overrides: Sequence[str]) -> StudentCard:
-    """A card with fields replaced: `steps=1000,500`, `shift=3`, `memory.slow=0`; a memory's field may stand alone.
+    """A card with fields replaced: `steps=1000,500`, `shift=3`, `memory.slow=0`; `memory.` may be left out.
 
     Raises ValueError for an unknown field or an impossible value.
     """

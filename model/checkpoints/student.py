@@ -3,26 +3,40 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config import CARD_KEY, PUBLISHED_SIZES, StudentCard, WanConfig
 from ..wan import WanModel
-from .containers import NESTED, SAFETENSORS, STORED_AS, Container, open_container, write_safetensors
+from .containers import DTYPE_NAMES, SAFETENSORS, Container, open_container, write_safetensors
+from .float8 import scaled
 from .layouts import Named, name_tensors
 from .lora import Lora, read_lora
-from .published import DEFAULT, CardChoice, card_in, choose_card, override, published_student
+from .published import DEFAULT, CardChoice, card_in, choose_card, override, published_student, transformer_config
 
 log = logging.getLogger("context_forcing")
 
 ASSETS = Path(__file__).parents[1] / "assets"
 DEMO_STUDENT = ASSETS / "demo_student.safetensors"
+Net = TypeVar("Net", bound=nn.Module)
+
 WEIGHTS = ("auto", "generator", "generator_ema")
+CHARACTERISTIC = {
+    "patch_embedding.weight": 5,
+    "head.modulation": 3,
+    "head.head.weight": 2,
+    "blocks.0.ffn.0.weight": 2,
+    "text_embedding.0.weight": 2,
+    "time_embedding.0.weight": 2,
+}
+"""Tensors that every Wan 2.1 network has, with their number of dims."""
 
 
 def write_student(path: str | Path, state: Mapping[str, Tensor], num_heads: int, card: StudentCard) -> None:
@@ -84,10 +98,10 @@ class StudentFile:
         if weights not in WEIGHTS:
             raise ValueError(f"weights: {weights!r} is not one of {', '.join(WEIGHTS)}")
         first = published_student(DEFAULT if card == "auto" else card).weights if weights == "auto" else weights
-        name, state = container.take((first, *(name for name in NESTED if name != first)))
+        name, state = container.take((first, "generator_ema", "generator", "model", "state_dict"))
         if weights not in ("auto", *name.split(".")):
-            held = f"holds {', '.join(container.held)}" if container.held else "holds one set of weights"
-            raise ValueError(f"{container.path}: {held}, no {weights}; leave weights at auto")
+            sets = ", ".join(container.sets) or "one set of weights"
+            raise ValueError(f"{container.path}: holds {sets}, no {weights}; leave weights at auto")
         return name, state
 
     @cached_property
@@ -98,7 +112,16 @@ class StudentFile:
     @cached_property
     def config(self) -> WanConfig:
         """Stage 4: the sizes of the network."""
-        return infer_config(self.named.tensors, num_heads_of(self.container), self.container.path)
+        path, config = self.container.path, self.container.config
+        given = (
+            transformer_config(self.container.metadata).get("num_heads"),
+            config.get("num_attention_heads"),
+            config.get("num_heads"),
+        )
+        num_heads = next((number for number in given if number is not None), None)
+        if num_heads is not None and (type(num_heads) is not int or num_heads < 1):
+            raise ValueError(f"{path}: num_heads: {num_heads!r} is not a number of heads")
+        return infer_config(self.named.tensors, num_heads, path)
 
     def check(self) -> None:
         """Run all stages."""
@@ -107,7 +130,7 @@ class StudentFile:
             net = WanModel(self.config)
         check_tensors(net, self.named.tensors, path)
         for name, tensor in self.named.tensors.items():
-            if tensor.dtype not in STORED_AS:
+            if tensor.dtype not in DTYPE_NAMES:
                 raise ValueError(f"{path}: {name} is {tensor.dtype}; weights are floats of 8 to 64 bits")
         _ = self.card_choice, self.loras
 
@@ -145,7 +168,7 @@ class StudentFile:
         """Whether ComfyUI can read the file itself: one safetensors file with Wan's names, and heads it can infer."""
         is_file = self.container.kind == "safetensors" and self.container.path.suffix.lower() in SAFETENSORS
         is_wan = self.named.layout == "Wan" and not self.named.removed and not self.loras
-        num_heads = metadata_num_heads(self.container.metadata) or self.config.dim // 128
+        num_heads = transformer_config(self.container.metadata).get("num_heads", self.config.dim // 128)
         return is_file and is_wan and num_heads == self.config.num_heads
 
     @property
@@ -155,10 +178,7 @@ class StudentFile:
 
     def tensor(self, name: str) -> Tensor:
         """A weight under Wan's name: as stored or, where it is scaled or a LoRA changes it, in float32."""
-        tensor = self.named.tensors[name]
-        if name in self.named.scales:
-            scale = self.named.scales[name].float()
-            tensor = tensor.float() * (scale if scale.numel() == 1 else scale.reshape(-1, *[1] * (tensor.ndim - 1)))
+        tensor = scaled(self.named.tensors[name], self.named.scales.get(name))
         for lora in self.loras:
             if lora.changes(name):
                 tensor = lora.add(name, tensor)
@@ -174,63 +194,53 @@ class StudentFile:
         """The network on the CPU, ready to run; logs `note`."""
         if self.note:
             log.warning("%s", self.note)
-        with torch.device("meta"):
-            net = WanModel(self.config)
         state = {name: self.tensor(name).to(dtype) for name in self.named.tensors}
-        net.load_state_dict(state, strict=True, assign=True)
-        return net.eval().requires_grad_(False)
-
-
-def num_heads_of(container: Container) -> int | None:
-    """Heads as the file or the folder it is in tell them. Raises ValueError for nonsense."""
-    try:
-        told = metadata_num_heads(container.metadata)
-    except ValueError as error:
-        raise ValueError(f"{container.path}: {error}") from None
-    for key in ("num_attention_heads", "num_heads"):
-        beside = container.config.get(key)
-        if told is None and type(beside) is int and beside > 0:
-            told = beside
-    return told
+        return build(lambda: WanModel(self.config), state, self.container.path)
 
 
 def infer_config(state: Mapping[str, Tensor], num_heads: int | None, path: str | Path) -> WanConfig:
-    """Sizes of the network whose state dict this is. Raises ValueError when it is not a Wan 2.1 text-to-video model."""
-    needed = ("patch_embedding.weight", "head.modulation", "head.head.weight", "blocks.0.ffn.0.weight",
-              "text_embedding.0.weight", "time_embedding.0.weight")  # fmt: skip
-    if missing := [key for key in needed if key not in state]:
-        raise ValueError(f"{path}: not a Wan 2.1 model, {missing[0]} is missing; give a student's weights")
-    for key in needed:
-        if key != "head.modulation" and state[key].ndim != (5 if key == needed[0] else 2):
+    """Sizes of the network with this state dict. Raises ValueError if it is not a Wan 2.1 text-to-video model."""
+    for key, ndim in CHARACTERISTIC.items():
+        if key not in state:
+            raise ValueError(f"{path}: not a Wan 2.1 model, {key} is missing; give a student's weights")
+        if state[key].ndim != ndim:
             raise ValueError(f"{path}: not a Wan 2.1 model, {key} has shape {tuple(state[key].shape)}")
     dim, channels = state["patch_embedding.weight"].shape[:2]
-    layers = {int(key.split(".")[1]) for key in state if key.startswith("blocks.") and key.split(".")[1].isdecimal()}
-    if max(layers) >= len(state):
-        raise ValueError(f"{path}: has a block {max(layers)} and {len(state)} tensors in all; not a whole network")
+    last = max(int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key))
+    if last >= len(state):
+        raise ValueError(f"{path}: has block {last}, but only {len(state)} tensors; download it again")
     try:
-        found = WanConfig(
+        config = WanConfig(
             dim=dim,
             ffn_dim=state["blocks.0.ffn.0.weight"].shape[0],
             num_heads=num_heads or max(1, dim // 128),
-            num_layers=max(layers) + 1,
+            num_layers=last + 1,
             channels=channels,
             freq_dim=state["time_embedding.0.weight"].shape[1],
             text_dim=state["text_embedding.0.weight"].shape[1],
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    for name, preset in PUBLISHED_SIZES.items():
-        if preset.dim == dim and preset != found:
-            sizes = (f.name for f in dataclasses.fields(preset))
-            wrong = next(size for size in sizes if getattr(preset, size) != getattr(found, size))
+    for name, sizes in PUBLISHED_SIZES.items():
+        if sizes.dim == dim and sizes != config:
+            size = next(f.name for f in dataclasses.fields(sizes) if getattr(sizes, f.name) != getattr(config, f.name))
             raise ValueError(
-                f"{path}: {name} by its width, but its {wrong} is {getattr(found, wrong)} in place of"
-                f" {getattr(preset, wrong)}; a part is missing or it is another model"
+                f"{path}: {size} is {getattr(config, size)}, {name} has {getattr(sizes, size)}; a part is missing, or"
+                " it is another model"
             )
-    return found
+    return config
 
 
-def check_tensors(net: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+def build(make: Callable[[], Net], state: Mapping[str, Tensor], path: str | Path) -> Net:
+    """A frozen network with these tensors; `make` runs on the meta device. Raises ValueError as `check_tensors`."""
+    with torch.device("meta"):
+        net = make()
+    check_tensors(net, state, path)
+    net.load_state_dict(state, strict=True, assign=True)
+    return net.eval().requires_grad_(False)
+
+
+def check_tensors(net: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
     """Raises ValueError, one line, unless the names and shapes are exactly the network's."""
     expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
@@ -240,14 +250,3 @@ def check_tensors(net: nn.Module, state: dict[str, Tensor], path: str | Path) ->
             f"{path}: {len(wrong)} of {len(expected)} tensors missing, extra or of another shape, first {wrong[0]}"
             f" (expected {expected.get(wrong[0])}, found {found.get(wrong[0])})"
         )
-
-
-def metadata_num_heads(metadata: Mapping[str, str]) -> int | None:
-    """Heads as ComfyUI's `config` metadata gives them, or None where it does not. Raises ValueError for nonsense."""
-    try:
-        num_heads = json.loads(metadata.get("config", "{}")).get("transformer", {}).get("num_heads")
-    except (json.JSONDecodeError, AttributeError, RecursionError):
-        return None
-    if num_heads is not None and (type(num_heads) is not int or num_heads < 1):
-        raise ValueError(f"num_heads: {num_heads!r} in the metadata is not a number of heads")
-    return num_heads

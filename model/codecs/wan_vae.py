@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..checkpoints.locate import read_config, read_tensors, subfolder
+from ..checkpoints.containers import read_json
+from ..checkpoints.locate import read_tensors, subfolder
 from ..checkpoints.student import check_tensors
 from ..units import LATENT_CHANNELS
 from .base import WAN_MEAN, WAN_STD, check_pixels
@@ -230,7 +231,7 @@ def load_wan_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> WanVAE
     path = subfolder(Path(path), "vae")
     state = {key.removeprefix(PREFIX): value for key, value in read_tensors(path).items()}
     if path.is_dir():
-        _check_statistics(read_config(path), path)
+        _check_statistics(read_json(path / "config.json"), path)
         state = {from_diffusers(key, state): value for key, value in state.items()}
     if reason := why_no_wan_vae(state):
         raise ValueError(

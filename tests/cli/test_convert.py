@@ -8,6 +8,7 @@ import yaml
 from safetensors.torch import save_file
 
 from context_forcing import cli
+from context_forcing.model.checkpoints import containers
 from context_forcing.model.checkpoints.student import StudentSource
 
 STORY = {"size": [48, 32], "seed": 4, "segments": [{"prompt": "A meadow by day.", "seconds": 0.75}]}
@@ -48,7 +49,7 @@ def test_convert_and_look(run, published, tmp_path):
     code, says, _ = run("convert", "--inspect", out)
     assert code == 0 and "bfloat16" in says and "69 of 69" in says and "the card in its metadata" in says
     code, _, err = run("convert", published, "-o", out)
-    assert code == 2 and "there already" in err and StudentSource(out).open().card == card
+    assert code == 2 and "exists; give another name" in err and StudentSource(out).open().card == card
 
 
 def test_looking_at_what_cannot_be_used(run, tmp_path):
@@ -74,3 +75,18 @@ def test_generate_reads_a_published_file_as_its_converted_one(run, published, tm
         assert code == 0, err
         made[name] = memory.read_bytes()
     assert made["converted"] == made["published"] != made["generator"]
+
+
+def test_generate_opens_each_file_once(run, published, tmp_path, monkeypatch):
+    (tmp_path / "story.yaml").write_text(yaml.safe_dump(STORY))
+    loras = [tmp_path / "first.safetensors", tmp_path / "second.safetensors"]
+    for path in loras:
+        save_file({"head.head.lora_A.weight": torch.ones(2, 128), "head.head.lora_B.weight": torch.ones(64, 2)}, path)
+    opened, read = [], containers._read_file
+    monkeypatch.setattr(containers, "_read_file", lambda path: opened.append(path) or read(path))
+    options = [part for path in loras for part in ("--lora", f"{path}:0.1")]
+    code, _, err = run(
+        "generate", tmp_path / "story.yaml", "-o", tmp_path / "film.mp4", "--student", published, *AS_DEMO, *options
+    )
+    assert code == 0, err
+    assert opened == [published, *loras]

@@ -155,7 +155,7 @@ def test_refusals_are_one_line_and_write_nothing(generate, models, models_dir, u
     refused(generate(PROMPTS, "film", *wan(models), "--vae", "wan2.2_vae.safetensors"), "48 latent channels")
     refused(generate(PROMPTS, "film", *wan(models), "--vae", "broken.pt"), "broken.pt: neither a")
     refused(generate(PROMPTS, "film", *wan(models), "--text-encoder", "clip_l.safetensors"), "not a UMT5 encoder")
-    refused(generate(PROMPTS, "film", *wan(tmp_path / "none")), "--models-dir", "is no folder")
+    refused(generate(PROMPTS, "film", *wan(tmp_path / "none")), "--models-dir", "is not a folder")
     (tmp_path / "empty" / "vae").mkdir(parents=True)
     empty = ("--student", student, "--models-dir", "empty")
     refused(generate(PROMPTS, "film", *empty), "--text-encoder: none of 0 files in empty/text_encoders and empty/clip")

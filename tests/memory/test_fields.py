@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import pytest
-from context_forcing.memory.fields import check_keys, checked_fields
+from context_forcing.memory.fields import check_keys, checked_fields, json_object
 
 
 @dataclass
@@ -42,3 +42,11 @@ def test_keys_alone():
     assert check_keys(Example, {"size": [1]}, "") == {"size": [1]}
     with pytest.raises(ValueError, match="^sizes: unknown key"):
         check_keys(Example, {"sizes": 1}, "")
+
+
+def test_json_objects():
+    assert json_object('{"a": [1]}', "card") == {"a": [1]}
+    for text, message in (("", "card: not JSON"), ("[" * 100_000, "card: not JSON"), ("[1]", "card: not a JSON object")):
+        with pytest.raises(ValueError, match=f"^{message}") as caught:
+            json_object(text, "card")
+        assert "\n" not in str(caught.value)

@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from context_forcing.memory import MemoryConfig
-from context_forcing.model.checkpoints.student import DEMO_STUDENT, StudentSource, metadata_num_heads
+from context_forcing.model.checkpoints.published import transformer_config
+from context_forcing.model.checkpoints.student import DEMO_STUDENT, StudentSource
 from context_forcing.model.codecs.demo_vae import DEMO_CODEC, load_demo_codec
 from context_forcing.model.config import CARD_KEY, StudentCard
 from context_forcing.model.fingerprint import fingerprint
@@ -72,7 +73,7 @@ def test_the_file_says_to_comfyui_what_it_cannot_guess(path):
     with safe_open(path, "pt") as f:
         metadata = f.metadata()
     assert json.loads(metadata["config"])["transformer"] == {"num_heads": 2, "causal_ar": True}
-    assert metadata_num_heads(metadata) == 2
+    assert transformer_config(metadata)["num_heads"] == 2
     assert json.loads(metadata[CARD_KEY])["memory"]["policy"] == "clean"
 
 
