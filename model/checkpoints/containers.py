@@ -170,7 +170,7 @@ def _not_plain(path: Path, content: str) -> ValueError:
     return ValueError(f"{path}: holds {content}; only tensors are read, ask the author for a .safetensors file")
 
 
-def _check_plain(path: Path, value: object, above: tuple[int, ...], checked: set[int]) -> None:
+def _check_plain(path: Path, value, above: tuple[int, ...], checked: set[int]) -> None:
     """Raises ValueError unless a tree is tensors, numbers and text in dicts and lists, none of them inside itself."""
     if type(value) in (dict, OrderedDict, defaultdict, list, tuple, set, torch.Size):
         if len(above) == MAX_DEPTH or id(value) in above:
@@ -249,7 +249,8 @@ def write_safetensors(
     The file is complete or does not exist. Raises ValueError where it cannot be written.
     """
     names = sorted(kept, key=lambda name: (-kept[name][0].itemsize, name))  # so that every tensor is aligned
-    header, end = {"__metadata__": dict(metadata)}, 0
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
     for name in names:
         dtype, shape = kept[name]
         begin, end = end, end + dtype.itemsize * torch.Size(shape).numel()

@@ -60,5 +60,5 @@ def scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
     """A weight times its scale, in float32; the weight as it is without a scale."""
     if scale is None:
         return weight
-    scale = scale.to(weight.device).float()
-    return weight.float() * (scale if scale.numel() == 1 else scale.reshape(-1, *[1] * (weight.ndim - 1)))
+    shape = [-1, *[1] * (weight.ndim - 1)] if scale.numel() > 1 else []
+    return weight.float() * scale.to(weight.device).float().reshape(shape)

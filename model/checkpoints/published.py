@@ -1,4 +1,4 @@
-"""Cards of published students, and the choice of one for a file by its content, never by its name (docs/students.md)."""
+"""Cards of published students; a file gets one by its content, never by its name (docs/students.md)."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -79,7 +79,7 @@ PUBLISHED: Mapping[str, PublishedStudent] = {
         published="daydreamlive/MemFlow: base.pt, with lora.pt",
         card=_card("memflow", MemoryConfig(slow=3, fast=9, window=15, policy="uniform", uniform_stride=9)),
         weights="generator", hints=("memflow",),
-        differs="slow memory keeps the last frame of every third chunk; the original keeps frames that match the prompt",
+        differs="slow memory keeps the last frame of every third chunk; the original those that match the prompt",
     ),
     "krea-14b": PublishedStudent(
         published="krea/krea-realtime-video: krea-realtime-video-14b.safetensors",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import pytest
+
 from context_forcing.memory.fields import check_keys, checked_fields, json_object
 
 
@@ -46,7 +47,11 @@ def test_keys_alone():
 
 def test_json_objects():
     assert json_object('{"a": [1]}', "card") == {"a": [1]}
-    for text, message in (("", "card: not JSON"), ("[" * 100_000, "card: not JSON"), ("[1]", "card: not a JSON object")):
+    for text, message in (
+        ("", "card: not JSON"),
+        ("[" * 100_000, "card: not JSON"),
+        ("[1]", "card: not a JSON object"),
+    ):
         with pytest.raises(ValueError, match=f"^{message}") as caught:
             json_object(text, "card")
         assert "\n" not in str(caught.value)

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from context_forcing.model.codecs.base import WAN_MEAN, WAN_STD
 from context_forcing.model.codecs.wan_vae import WanVAE, load_wan_vae
 from context_forcing.model.units import pixel_frames
-from safetensors.torch import save_file
 
 
 def random(*shape, seed=0):
