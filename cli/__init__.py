@@ -112,12 +112,12 @@ def generate(
 ) -> None:
     """Make a video from a story."""
     from ..memory.config import named_memory
-    from ..memory.snapshot import load_memory, save_memory
+    from ..memory.snapshot import fingerprint_memory, load_memory, save_memory
     from ..model.checkpoints.locate import locate_student
     from ..model.codecs.backbone import backbone_of
     from ..model.device import pick_device
     from ..video.frames import thumbnails
-    from ..video.journal import Journal, fingerprint_memory, journal_path
+    from ..video.journal import Journal, journal_path
     from ..video.mp4 import default_scale, hold_output, write_video
     from ..video.pipeline import Pipeline
     from ..video.report import draw_report, summary

@@ -1,8 +1,7 @@
-"""What is remembered. Pure torch; knows nothing of nodes, command line or training."""
+"""What is remembered of a video. Depends on torch and safetensors only."""
 
 from .config import MemoryConfig
-from .layer_store import ReleasedMemory, empty_memory
-from .memory import Memory
+from .memory import Memory, empty_memory
 from .view import MemoryView
 
-__all__ = ["Memory", "MemoryConfig", "MemoryView", "ReleasedMemory", "empty_memory"]
+__all__ = ["Memory", "MemoryConfig", "MemoryView", "empty_memory"]

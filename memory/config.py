@@ -81,9 +81,24 @@ class MemoryConfig:
             raise ValueError(f"slow_similarity_threshold: {tau!r} is not a cosine; it must be a number in [-1, 1]")
 
     @property
+    def num_slots(self) -> int:
+        """Latent frames in sink, slow and fast, the chunk being generated included."""
+        return self.sink + self.slow + self.fast
+
+    @property
     def capacity(self) -> int:
-        """Most latent frames a memory holds between chunks."""
-        return self.sink + self.slow + self.fast - self.chunk
+        """Largest number of latent frames remembered between chunks."""
+        return self.num_slots - self.chunk
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether every layer decides for itself which frames it keeps (memory/layer_store.py)."""
+        return self.policy == RELEASED
+
+    @property
+    def uses_threshold(self) -> bool:
+        """Whether the policy compares similarities with slow_similarity_threshold."""
+        return self.policy in ("novel", "clean", RELEASED)
 
     @classmethod
     def from_dict(cls, raw: object) -> "MemoryConfig":

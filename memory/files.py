@@ -56,22 +56,26 @@ def lock(path: Path) -> Iterator[None]:
                 path.unlink()
 
 
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to. At the end the file is flushed to the disk and renamed to `path`.
+
+    After an error `path` is unchanged and the new file is deleted. Raises OSError.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        settle(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def settle(part: Path, path: Path) -> None:
-    """Give a finished file its name; after that both are on the disk."""
+    """Flush a finished file to the disk, then rename it to `path`."""
     with open(part, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(part, path)
     sync_folder(path.parent)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is whole or not there."""
-    part = path.with_suffix(".part")
-    try:
-        part.write_bytes(content)
-        settle(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,147 +1,172 @@
-"""The memory of the released Context Forcing weights, policy `released` (method.md 8.1): a second kind of Memory.
+"""The memory of policy `released`: each layer keeps slots of its own (docs/method.md, Released memory).
 
-Every layer keeps slots of its own and decides for itself, in every pass of the network and not only in the one over
-clean latents: a chunk's first frame goes into slow memory as it stands in the first pass whose keys differ enough from
-those of the pass before, as a rule pure noise. That is what the weights were trained with; `clean` and `novel` are
-what this software holds for right.
+Every pass of the network updates the slots, passes over noise included. A chunk's first frame is promoted to slow with
+the keys of the first pass whose mean key differs enough from that of the pass before.
 
 Shapes: B batch (one video), T latent frames of a chunk, P tokens per latent frame, N heads, E head dim.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import RELEASED, MemoryConfig
-from .memory import FrameKV, Memory
+from .config import MemoryConfig
 from .policy import Decision, Slots
+from .stores import FrameKV, KVStore, WorkingBytes, by_pass
+from .view import Rotate
+
+FROM_NOISE = "policy released keeps keys of passes over noise, which cannot be computed from the latents"
+UNSUPPORTED = {
+    "compact": f"compact: {FROM_NOISE}; use the exact form",
+    "recommit": f"recommit: {FROM_NOISE}; generate the chunks again",
+    "attention report": "attention: with policy released every layer attends to other frames; leave the report out",
+    **{
+        name: f"change: {name} is not supported by policy released; use keep"
+        for name in ("recache", "flush", "cut", "cut_new_sink")
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSlots:
-    """What one layer holds. Never changes; `take` returns what it holds after one more pass."""
+    """The slots of one layer. A value: `take` returns the slots after one more pass."""
 
     frames: tuple[int, ...] = ()
-    """Absolute latent frame in every filled slot: sink, slow, fast with the newest chunk last; before all slots are
-    full, slow entries lie on the oldest frames after the sink."""
+    """Absolute latent frame of every filled slot: sink, slow, fast with the newest chunk last. Until all slots are
+    full, slow entries overwrite the oldest frames after the sink."""
     entries: tuple[FrameKV, ...] = ()
     """Raw keys and values of every filled slot, [B, P, N, E]."""
     num_slow: int = 0
     descriptor: Tensor | None = None
-    """Mean raw key of the last pass, [B, N * E]."""
+    """Mean raw key of the last pass, [B, N * E], float32."""
 
     def take(self, config: MemoryConfig, first: int, k_BTPNE: Tensor, v_BTPNE: Tensor) -> "LayerSlots":
-        """After a pass over the chunk that begins at latent frame `first`, whichever pass over it that is."""
+        """The slots after a pass over the chunk that begins at latent frame `first`."""
         descriptor = k_BTPNE.flatten(1, 2).mean(dim=1).flatten(1).float()
         chunk = tuple(FrameKV(k_BTPNE[:, t], v_BTPNE[:, t]) for t in range(k_BTPNE.shape[1]))
         frames, entries, num_slow = list(self.frames), list(self.entries), self.num_slow
         newest_slow = frames[config.sink + num_slow - 1] if num_slow else None
-        if newest_slow != first and self._stands_out(config, first, descriptor):
+        if newest_slow != first and self._is_new(config, first, descriptor):
             if num_slow < config.slow:
                 num_slow += 1
             else:
                 for part in (frames, entries):
-                    part[config.sink : config.sink + config.slow - 1] = part[
-                        config.sink + 1 : config.sink + config.slow
-                    ]
+                    last_slow = config.sink + config.slow - 1
+                    part[config.sink : last_slow] = part[config.sink + 1 : last_slow + 1]
             slot = config.sink + num_slow - 1
-            # A copy: a slice would hold the whole chunk's tensor for as long as it is remembered.
+            # Cloned: a slice would keep the tensor of the whole chunk alive.
             frames[slot], entries[slot] = first, FrameKV(chunk[0].keys.clone(), chunk[0].values.clone())
         new_frames, num_new = range(first, first + len(chunk)), len(chunk)
         if self.frames[-num_new:] == tuple(new_frames):  # a later pass over the same chunk
             del frames[-num_new:], entries[-num_new:]
-        elif len(frames) == config.sink + config.slow + config.fast:
+        elif len(frames) == config.num_slots:
             oldest_fast = config.sink + config.slow
             del frames[oldest_fast : oldest_fast + num_new], entries[oldest_fast : oldest_fast + num_new]
         return LayerSlots(
             frames=(*frames, *new_frames), entries=(*entries, *chunk), num_slow=num_slow, descriptor=descriptor
         )
 
-    def tensors(self) -> list[Tensor]:
-        """All that it holds."""
-        new_kv = [tensor for entry in self.entries for tensor in (entry.keys, entry.values)]
-        return new_kv if self.descriptor is None else [*new_kv, self.descriptor]
-
-    def _stands_out(self, config: MemoryConfig, first: int, descriptor: Tensor) -> bool:
+    def _is_new(self, config: MemoryConfig, first: int, descriptor: Tensor) -> bool:
         if not config.slow or first < config.sink + config.chunk or self.descriptor is None:
             return False
         similarity = F.cosine_similarity(descriptor, self.descriptor.to(descriptor.device), dim=-1).mean()
         return bool(similarity < config.slow_similarity_threshold)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReleasedMemory(Memory):
-    """A memory whose layers keep slots of their own. `slots` says which frames any of them holds."""
+@dataclass
+class LayerView:
+    """The slots of all layers during the passes over one chunk. Every pass replaces them, layer by layer."""
 
-    policies: ClassVar[tuple[str, ...]] = (RELEASED,)
-    can_be_compact: ClassVar[bool] = False
+    layers: dict[int, LayerSlots]
+    config: MemoryConfig
+    first_frame: int
+
+    def positions(self, num_frames: int) -> range:
+        """Temporal positions of all slots. A chunk has those of the last filled slots."""
+        return range(self.config.num_slots)
+
+    def take(self, layer: int, k_BTPNE: Tensor, v_BTPNE: Tensor) -> LayerSlots:
+        """Update the slots of one layer with raw keys and values of a pass."""
+        slots = self.layers.get(layer, LayerSlots()).take(self.config, self.first_frame, k_BTPNE, v_BTPNE)
+        self.layers[layer] = slots
+        return slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStore(KVStore):
+    """Slots per layer. `slots` are the frames that any layer remembers."""
+
     layers: tuple[LayerSlots, ...] = ()
     """Empty before the first chunk."""
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors())
+    def append(
+        self, config: MemoryConfig, frames: range, new_kv: Sequence[LayerSlots]
+    ) -> tuple["LayerStore", tuple[Decision, ...]]:
+        """`new_kv` are the layers' slots after the pass at sigma 0."""
+        sink = config.sink
+        slow = {frame for layer in new_kv for frame in layer.frames[sink : sink + layer.num_slow]}
+        fast = {frame for layer in new_kv for frame in layer.frames[sink + layer.num_slow :]} - slow
+        slots = Slots(new_kv[0].frames[:sink], tuple(sorted(slow)), tuple(sorted(fast)), (None,) * len(fast))
+        return LayerStore(slots=slots, layers=tuple(new_kv)), (Decision(frames[0], frames[0] in slow, None),)
+
+    def view(self, config: MemoryConfig, next_frame: int, rotate: Rotate, lazy: bool) -> LayerView:
+        """Keys are rotated by the pass: their slots change in every pass."""
+        return LayerView(dict(enumerate(self.layers)), config, next_frame)
+
+    def frame_kvs(self) -> Iterator[tuple[int, FrameKV]]:
+        for layer in self.layers:
+            yield from zip(layer.frames, layer.entries)
+
+    def to(self, device: torch.device, dtype: torch.dtype | None, before: KVStore | None) -> "LayerStore":
+        """Descriptors stay on their device."""
+        existing = by_pass(before)
+        move = lambda kv: kv.to(device, dtype, existing.get(id(kv.written)))
+        layers = (dataclasses.replace(layer, entries=tuple(map(move, layer.entries))) for layer in self.layers)
+        return dataclasses.replace(self, layers=tuple(layers))
+
+    def tensors(self) -> list[Tensor]:
+        tensors = []
+        for layer in self.layers:
+            tensors += [tensor for kv in layer.entries for tensor in (kv.keys, kv.values)]
+            tensors += [] if layer.descriptor is None else [layer.descriptor]
+        return tensors
+
+    def state(self) -> tuple[dict, dict[str, Tensor]]:
+        tensors = {}
+        for number, layer in enumerate(self.layers):
+            tensors[f"keys.{number}"] = torch.stack([entry.keys for entry in layer.entries]).cpu()
+            tensors[f"values.{number}"] = torch.stack([entry.values for entry in layer.entries]).cpu()
+            tensors[f"descriptor.{number}"] = layer.descriptor.cpu()
+        return {"layers": [[layer.frames, layer.num_slow] for layer in self.layers]}, tensors
+
+    @classmethod
+    def from_state(cls, slots: Slots, header: dict, tensors: dict[str, Tensor]) -> "LayerStore":
+        layers = []
+        for number, (frames, num_slow) in enumerate(header["layers"]):
+            keys, values, descriptor = (tensors.pop(f"{part}.{number}") for part in ("keys", "values", "descriptor"))
+            same_length = len(frames) == len(keys) == len(values)
+            if not same_length or type(num_slow) is not int or not 0 <= num_slow < len(frames):
+                raise ValueError(f"damaged: the tensors of layer {number} do not fit its header")
+            entries = tuple(FrameKV(k.contiguous(), v.contiguous()) for k, v in zip(keys, values))
+            layers.append(LayerSlots(frames=tuple(frames), entries=entries, num_slow=num_slow, descriptor=descriptor))
+        return cls(slots=slots, layers=tuple(layers))
+
+    def working_bytes(
+        self, config: MemoryConfig, kv_placement: str, num_layers: int, elements: int, itemsize: int
+    ) -> WorkingBytes:
+        # The chunk and a promoted frame are new; the memory before the chunk stays until its end.
+        frames = config.chunk + 1 + (config.num_slots if kv_placement != "from RAM" else 0)
+        # Keys of all slots before, during (float32) and after their rotation; values.
+        in_pass = elements * config.num_slots * (2 * 4 + 3 * itemsize)
+        return WorkingBytes(2 * num_layers * elements * itemsize * frames, in_pass, 0)
 
     @property
     def key_shapes(self) -> set[tuple[int, ...]]:
-        return {(len(self.layers), *entry.keys.shape) for layer in self.layers for entry in layer.entries}
+        return {(len(self.layers), *kv.keys.shape) for _, kv in self.frame_kvs()}
 
-    @property
-    def is_compact(self) -> bool:
-        return False
-
-    def tensors(self) -> list[Tensor]:
-        return [*super().tensors(), *(tensor for layer in self.layers for tensor in layer.tensors())]
-
-    def compact(self) -> "Memory":
-        raise ValueError(
-            "compact: a memory of policy released keeps keys of passes over noise, which cannot be made anew from the"
-            " film; keep it exact"
-        )
-
-    def check_change(self, change: str) -> None:
-        """Only `keep`: what is held cannot be written anew, and its slots are counted from the film's first frame."""
-        super().check_change(change)
-        if change != "keep":
-            raise ValueError(
-                f"change: {change} is not there for a memory of policy released; its prompts take over by keep"
-            )
-
-    def append(self, latents_BCTHW: Tensor, new_kv: Sequence[LayerSlots]) -> "Memory":
-        """Commit a chunk: clean latents, and what every layer holds after the pass over them."""
-        self._check_fits(latents_BCTHW)
-        first, sink = self.num_frames, self.config.sink
-        slow = {frame for layer in new_kv for frame in layer.frames[sink : sink + layer.num_slow]}
-        plain = {frame for layer in new_kv for frame in layer.frames[sink + layer.num_slow :]} - slow
-        grown = dataclasses.replace(
-            self,
-            slots=Slots(new_kv[0].frames[:sink], tuple(sorted(slow)), tuple(sorted(plain)), (None,) * len(plain)),
-            layers=tuple(new_kv),
-            decisions=(*self.decisions, Decision(first, first in slow, None)),
-        )
-        return grown.with_latents(latents_BCTHW)
-
-    def to(
-        self, device: torch.device | str, dtype: torch.dtype | None = None, before: "Memory | None" = None
-    ) -> "Memory":
-        """Descriptors stay where they are."""
-        held = [entry for layer in before.layers for entry in layer.entries] if isinstance(before, type(self)) else []
-        there = {id(entry.written): entry for entry in held}
-        layers = tuple(
-            dataclasses.replace(
-                layer, entries=tuple(entry.to(device, dtype, there.get(id(entry.written))) for entry in layer.entries)
-            )
-            for layer in self.layers
-        )
-        return dataclasses.replace(self, layers=layers)
-
-
-def empty_memory(config: MemoryConfig, latent_size: tuple[int, int, int]) -> Memory:
-    """The memory of a video that has not begun, of the kind that the policy asks for; C, H, W of a latent frame."""
-    kind = ReleasedMemory if config.policy == RELEASED else Memory
-    return kind(config=config, latent_size=latent_size)
+    def unsupported(self, operation: str) -> str:
+        return UNSUPPORTED.get(operation, "")

@@ -1,37 +1,34 @@
-"""A memory on disk: one safetensors file.
+"""A memory in one safetensors file.
 
-As it is saved: with its keys and values, then continuing from it is bit-identical; or compact, without them, then
-they are made anew from the film when it is continued.
+An exact file has keys and values: the video continues bit for bit. A compact file has latents only; keys and values are
+computed again when the video continues.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .config import RELEASED, MemoryConfig
-from .layer_store import LayerSlots, ReleasedMemory
-from .memory import FrameKV, Memory, Segment, all_finite
+from .config import MemoryConfig
+from .files import atomic_path
+from .memory import Memory, Segment, all_finite, store_class
 from .policy import Decision, Slots
 
 HEADER_KEY = "context_forcing_memory"
 DIGEST_KEY = "sha256"
 VERSION = 2
 FILE_NAMES = {"similarity_to_previous": "likeness"}
-"""Fields that the file has under other names."""
+"""Names of fields in the file, where they differ."""
 FIELD_NAMES = {name: field for field, name in FILE_NAMES.items()}
 
 
 def save_memory(path: str | Path, memory: Memory) -> None:
-    """Write a memory, with its keys and values if it has them. The file is whole or not there."""
-    path = Path(path)
+    """Write a memory atomically, with keys and values if it has them. Raises ValueError if it cannot be written."""
+    store_header, tensors = memory.store.state()
     header = {
         "version": VERSION,
         "form": "compact" if memory.is_compact else "exact",
@@ -39,42 +36,28 @@ def save_memory(path: str | Path, memory: Memory) -> None:
         "scene_begins": memory.scene_begins,
         "config": dataclasses.asdict(memory.config),
         "latent_size": memory.latent_size,
-        "slots": {FILE_NAMES.get(name, name): value for name, value in dataclasses.asdict(memory.slots).items()},
+        "slots": _slots_fields(memory.slots),
         "chunks": [chunk.shape[2] for chunk in memory.latent_chunks],
         "decisions": [dataclasses.astuple(decision) for decision in memory.decisions],
         "segments": [dataclasses.astuple(segment) for segment in memory.segments],
+        **store_header,
     }
-    if isinstance(memory, ReleasedMemory):
-        header["layers"] = [[layer.frames, layer.num_slow] for layer in memory.layers]
-        tensors = {name: tensor for n, layer in enumerate(memory.layers) for name, tensor in _layer_out(n, layer)}
-    else:
-        tensors = {
-            f"{part}.{frame}": getattr(held, part).cpu().contiguous()
-            for frame, held in memory.remembered.items()
-            for part in ("keys", "values")
-        }
     if memory.latent_chunks:
         tensors["film"] = torch.cat(memory.latent_chunks, dim=2)
     for name, tensor in (("text", memory.text), ("given", memory.start_latents)):
         if tensor is not None:
             tensors[name] = tensor.contiguous()
-    # Inside the header: safetensors writes several metadata keys in no fixed order.
+    # The digest is part of the header: safetensors writes several metadata keys in no fixed order.
     text = json.dumps({**header, DIGEST_KEY: digest(header, tensors)})
-    part = path.with_name(path.name + ".part")
     try:
-        save_file(tensors, part, {HEADER_KEY: text})
-        # On the disk before it has its name: `generate` then gives up its journal.
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with atomic_path(Path(path)) as part:
+            save_file(tensors, part, {HEADER_KEY: text})
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be written ({error})") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def digest(header: dict, tensors: dict[str, torch.Tensor]) -> str:
-    """Fingerprint of a whole snapshot: header, names, shapes, types and every byte."""
+    """SHA-256 of a snapshot: header, names, shapes, types and every byte."""
     sha = hashlib.sha256(json.dumps(header).encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -83,9 +66,9 @@ def digest(header: dict, tensors: dict[str, torch.Tensor]) -> str:
 
 
 def load_memory(path: str | Path, student: str = "") -> Memory:
-    """Read a memory, for the student with this fingerprint if one is given; samplers check that again.
+    """Read a memory; with `student`, only one of the student with this fingerprint.
 
-    Raises ValueError, one line, for another student, a damaged file or one that is no memory; nothing is half-loaded.
+    Raises ValueError for the memory of another student, and for a damaged or foreign file.
     """
     path = Path(path)
     if not path.is_file():
@@ -97,23 +80,17 @@ def load_memory(path: str | Path, student: str = "") -> Memory:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
     if HEADER_KEY not in metadata:
-        raise ValueError(f"{path}: not a memory; it has no {HEADER_KEY} header")
+        raise ValueError(f"{path}: not a memory; the file has no {HEADER_KEY} header")
     try:
         header = json.loads(metadata[HEADER_KEY])
-        version = header["version"]
-        if version != VERSION:
-            raise ValueError(f"version {version} was written by another version of this software, {VERSION} is known")
+        if header["version"] != VERSION:
+            raise ValueError(f"version: {header['version']} is not supported, only {VERSION}; use another release")
         if student and header["student"] not in ("", student):
-            raise ValueError(
-                "made by another student; keys of one network mean nothing to another, load the student it came from"
-            )
+            raise ValueError("student: the memory belongs to another student; load the student that generated it")
         if header.pop(DIGEST_KEY, None) != digest(header, tensors):
-            raise ValueError("damaged: its contents do not have the digest it was saved with; use another copy")
+            raise ValueError("damaged: the contents do not match their digest; use another copy")
         if bad := [name for name, tensor in tensors.items() if not all_finite([tensor])]:
-            raise ValueError(
-                f"NaN or infinity in its {bad[0]}: what made it had failed before it was saved; go on from an earlier"
-                " memory"
-            )
+            raise ValueError(f"NaN or infinity in {bad[0]}; continue from an earlier memory")
         return _build(header, tensors)
     except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: damaged header ({error!r})") from None
@@ -121,75 +98,67 @@ def load_memory(path: str | Path, student: str = "") -> Memory:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _layer_out(number: int, layer: LayerSlots) -> Iterator[tuple[str, torch.Tensor]]:
-    yield f"keys.{number}", torch.stack([entry.keys for entry in layer.entries]).cpu()
-    yield f"values.{number}", torch.stack([entry.values for entry in layer.entries]).cpu()
-    yield f"descriptor.{number}", layer.descriptor.cpu()
-
-
-def _layers_in(header: dict, tensors: dict[str, torch.Tensor]) -> tuple[LayerSlots, ...]:
-    layers = []
-    for number, (frames, num_slow) in enumerate(header["layers"]):
-        keys, values = tensors[f"keys.{number}"], tensors[f"values.{number}"]
-        if not len(frames) == len(keys) == len(values) or type(num_slow) is not int or not 0 <= num_slow < len(frames):
-            raise ValueError(f"damaged: layer {number} does not hold what its header says")
-        layers.append(
-            LayerSlots(
-                frames=tuple(frames),
-                entries=tuple(FrameKV(k.contiguous(), v.contiguous()) for k, v in zip(keys, values)),
-                num_slow=num_slow,
-                descriptor=tensors[f"descriptor.{number}"],
-            )
-        )
-    return tuple(layers)
-
-
 def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
     slots = Slots(**{FIELD_NAMES.get(name, name): tuple(value) for name, value in header["slots"].items()})
     config = MemoryConfig.from_dict(header["config"])
     channels, height, width = header["latent_size"]
     chunks = header["chunks"]
-    is_released = config.policy == RELEASED
-    remembered = slots.all if header["form"] == "exact" and not is_released else ()
-    text, given = tensors.get("text"), tensors.get("given")
-    for name, right in {
+    text, start = tensors.pop("text", None), tensors.pop("given", None)
+    start_size = None if start is None or start.ndim != 5 else (*start.shape[:2], *start.shape[3:])
+    for name, is_valid in {
         "form": header["form"] in ("exact", "compact"),
         "chunks": all(type(length) is int and length > 0 for length in chunks),
         "slots": len(set(slots.all)) == len(slots.all) and len(slots.similarity_to_previous) == len(slots.fast),
         "text": text is None or (text.ndim == 3 and text.shape[0] == 1),
-        "given": given is None
-        or (given.ndim == 5 and (*given.shape[:2], *given.shape[3:]) == (1, channels, height, width)),
+        "given": start is None or start_size == (1, channels, height, width),
     }.items():
-        if not right:
-            raise ValueError(f"damaged: its {name} cannot be")
-    expected = {f"{part}.{frame}" for frame in remembered for part in ("keys", "values")}
-    if is_released:
-        parts = ("keys", "values", "descriptor")
-        expected = {f"{part}.{layer}" for layer in range(len(header["layers"])) for part in parts}
-    expected |= {"film"} if chunks else set()
-    if expected != tensors.keys() - {"text", "given"}:
-        raise ValueError(f"damaged: tensors {sorted(expected ^ tensors.keys())[:3]} are missing or extra")
-    film = tensors["film"] if chunks else torch.zeros(1, channels, 0, height, width)
+        if not is_valid:
+            raise ValueError(f"damaged: {name} has an impossible value")
+    film = tensors.pop("film") if chunks else torch.zeros(1, channels, 0, height, width)
     if film.shape != (1, channels, sum(chunks), height, width):
-        raise ValueError(f"damaged: the film has shape {tuple(film.shape)}, its header says otherwise")
+        raise ValueError(f"damaged: film has shape {tuple(film.shape)}, which does not fit the header")
     if any(not 0 <= frame < film.shape[2] for frame in slots.all):
-        raise ValueError("damaged: it remembers frames that the film does not have")
-    held = {frame: FrameKV(tensors[f"keys.{frame}"], tensors[f"values.{frame}"]) for frame in remembered}
-    layers = _layers_in(header, tensors) if is_released else ()
-    entries = (*held.values(), *(entry for layer in layers for entry in layer.entries))
-    if len({tuple(tensor.shape) for each in entries for tensor in (each.keys, each.values)}) > 1:
-        raise ValueError("damaged: remembered frames differ in shape")
-    kind = functools.partial(ReleasedMemory, layers=layers) if is_released else Memory
-    return kind(
+        raise ValueError("damaged: slots have frames that the film does not have")
+    store = store_class(config).from_state(slots, header, tensors)
+    if tensors:
+        raise ValueError(f"damaged: tensors {sorted(tensors)[:3]} do not belong to the memory")
+    if len({tuple(tensor.shape) for _, kv in store.frame_kvs() for tensor in (kv.keys, kv.values)}) > 1:
+        raise ValueError("damaged: keys and values differ in shape")
+    return Memory(
         config=config,
         latent_size=(channels, height, width),
-        slots=slots,
-        remembered=held,
+        store=store,
         latent_chunks=tuple(chunk.contiguous() for chunk in film.split(chunks, dim=2)) if chunks else (),
         decisions=tuple(Decision(*decision) for decision in header["decisions"]),
         segments=tuple(Segment(*segment) for segment in header["segments"]),
         student=header["student"],
         text=text,
-        start_latents=given,
+        start_latents=start,
         scene_begins=header["scene_begins"],
     )
+
+
+def fingerprint_memory(memory: Memory) -> str:
+    """Short hash of a memory that a video begins from. Journals store it, so it must not change between releases."""
+    config = _literal("MemoryConfig", dataclasses.asdict(memory.config))
+    segments = tuple(_literal("Segment", dataclasses.asdict(segment)) for segment in memory.segments)
+    slots = _literal("Slots", _slots_fields(memory.slots))
+    sha = hashlib.sha256(repr((config, memory.latent_size, slots, segments)).encode())
+    others = [tensor for tensor in (memory.text, memory.start_latents) if tensor is not None]
+    stored = memory.store.tensors()
+    for tensor in (*memory.latent_chunks, *(others + stored if memory.config.per_layer else stored + others)):
+        sha.update(str(tuple(tensor.shape)).encode())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()[:16]
+
+
+def _slots_fields(slots: Slots) -> dict:
+    return {FILE_NAMES.get(name, name): value for name, value in dataclasses.asdict(slots).items()}
+
+
+class _Literal(str):
+    __repr__ = str.__str__
+
+
+def _literal(name: str, fields: dict) -> _Literal:
+    return _Literal(f"{name}({', '.join(f'{key}={value!r}' for key, value in fields.items())})")

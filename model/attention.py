@@ -1,9 +1,10 @@
-"""One attention function, several backends.
+"""Attention functions by name.
 
 Shapes: B batch, S queries, K keys, N heads, E head dim.
 """
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Mapping
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,13 +14,43 @@ Attention = Callable[..., Tensor]
 
 
 def sdpa(q_BSNE: Tensor, k_BKNE: Tensor, v_BKNE: Tensor, bias: Tensor | None = None) -> Tensor:
-    """PyTorch's own: exact, everywhere, the default."""
+    """PyTorch's exact attention, for every device."""
     out = F.scaled_dot_product_attention(
         q_BSNE.transpose(1, 2), k_BKNE.transpose(1, 2), v_BKNE.transpose(1, 2), attn_mask=bias
     )
     return out.transpose(1, 2)
 
 
+def _load_sage() -> Attention:
+    try:
+        sageattn = importlib.import_module("sageattention").sageattn
+    except ImportError:
+        raise ValueError(
+            "attention: sage needs the package sageattention; pip install sageattention, or use sdpa"
+        ) from None
+
+    def sage(q_BSNE: Tensor, k_BKNE: Tensor, v_BKNE: Tensor, bias: Tensor | None = None) -> Tensor:
+        """SageAttention's quantised attention, for CUDA; sdpa for calls with a bias, which it does not take."""
+        if bias is not None:
+            return sdpa(q_BSNE, k_BKNE, v_BKNE, bias)
+        if not q_BSNE.is_cuda:
+            raise ValueError(f"attention: sage runs on CUDA, not on {q_BSNE.device.type}; use sdpa")
+        return sageattn(q_BSNE, k_BKNE, v_BKNE, tensor_layout="NHD", is_causal=False)
+
+    return sage
+
+
+ATTENTIONS: Mapping[str, Callable[[], Attention]] = {"sdpa": lambda: sdpa, "sage": _load_sage}
+"""Attention functions by name; each is loaded by calling its entry."""
+
+
+def load_attention(name: str) -> Attention:
+    """An attention function by name. Raises ValueError for an unknown name, or if its package is not installed."""
+    if name not in ATTENTIONS:
+        raise ValueError(f"attention: {name!r} is not one of {', '.join(ATTENTIONS)}")
+    return ATTENTIONS[name]()
+
+
 def plain(tensor: Tensor) -> Tensor:
-    """The same as a Tensor: quantised weights may have a class of their own, that is passed on to what they touch."""
+    """The tensor as a plain Tensor. Classes of quantised weights would otherwise pass on to activations."""
     return tensor.as_subclass(Tensor)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..memory.layer_store import ReleasedMemory
 from ..memory.memory import Memory
 from .attention import Attention
 from .causal import TextContext
@@ -60,16 +59,14 @@ def attention_mass(
     """
     if memory.text is None or not memory.latent_chunks:
         raise ValueError("memory: nothing was made on it yet; attention is that of the chunk after a segment")
-    if isinstance(memory, ReleasedMemory):
-        raise ValueError(
-            "memory: the layers of policy released look at frames of their own; their attention is not shown"
-        )
+    memory.check_supports("attention report")
     sampler = sampler_of(memory.text)
     memory = sampler.prepare(memory)
     if memory.is_compact:
         memory = sampler.recache(memory)
-    listener = AttentionRecorder(sampler.attention, sampler.text, len(memory.slots.all) + memory.config.chunk)
-    listening = dataclasses.replace(sampler, attention=listener)
+    network, num_frames = sampler.network, len(memory.slots.all) + memory.config.chunk
+    listener = AttentionRecorder(network.attention, sampler.text, num_frames)
+    listening = dataclasses.replace(sampler, network=dataclasses.replace(network, attention=listener))
     noise, found = seeded_noise(memory.segments[-1].seed, memory.latent_size), {}
     for sigma, _ in zip(sigmas, listening.denoise(memory, sampler.view(memory), sigmas, noise)):
         found[sigma] = tuple(torch.stack(listener.shares).mean(dim=0).tolist())

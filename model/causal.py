@@ -16,20 +16,17 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..memory.view import MemoryView
-from .attention import Attention, plain, sdpa
-from .rope import rotary_table, rotate
+from .attention import Attention, sdpa
 
 AttendSelf = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q_BTPNE, k_BTPNE, v_BTPNE) -> out_BTPNE"""
 
-Call = Callable[..., Any]
-"""(module, function, *args) -> function(module, *args): how the pass enters a block; training passes its own, to shard
-and to recompute."""
+ModuleRunner = Callable[..., Any]
+"""(module, function, *args) -> function(module, *args). The pass runs the network and its blocks through one."""
 
 
-def direct(module: nn.Module, function: Callable, *args):
-    """Just the function."""
+def run_directly(module: nn.Module, function: Callable, *args):
+    """The ModuleRunner that only calls the function."""
     return function(module, *args)
 
 
@@ -45,7 +42,7 @@ class TextContext(NamedTuple):
     num_groups: int = 1
 
 
-def embed_text(net: nn.Module, text_BLC: Tensor, num_groups: int = 1, call: Call = direct) -> TextContext:
+def embed_text(net: nn.Module, text_BLC: Tensor, num_groups: int = 1, run: ModuleRunner = run_directly) -> TextContext:
     """Text embeddings -> what cross-attention needs.
 
     Wan pads the text with zero rows to `text_len` and attends to all of them (method.md 1.2.4). Zero rows have
@@ -66,7 +63,7 @@ def embed_text(net: nn.Module, text_BLC: Tensor, num_groups: int = 1, call: Call
     embedded_BLD = net.text_embedding(text_BLC)
     keys, values = [], []
     for block in net.blocks:
-        k, v = call(block, _text_keys, embedded_BLD)
+        k, v = run(block, _text_keys, embedded_BLD)
         keys.append(k)
         values.append(v)
     return TextContext(tuple(keys), tuple(values), bias, num_groups)
@@ -99,7 +96,7 @@ def causal_forward(
     text: TextContext,
     attend_self: AttendSelf,
     attention: Attention = sdpa,
-    call: Call = direct,
+    run: ModuleRunner = run_directly,
 ) -> Tensor:
     """Predicted flow [B, C, T, H, W] of latents at `timestep_BT` (0 .. 1000, one per frame); method.md 1.2."""
     dtype = x_BCTHW.dtype
@@ -109,7 +106,7 @@ def causal_forward(
     temb_BTD = net.time_embedding(sinusoid(timestep_BT, net.time_embedding[0].in_features).to(dtype))
     tproj_BT6D = net.time_projection(temb_BTD).unflatten(-1, (6, -1))
     for layer, block in enumerate(net.blocks):
-        x = call(block, _block, layer, x, tproj_BT6D, text, attend_self, attention)
+        x = run(block, _block, layer, x, tproj_BT6D, text, attend_self, attention)
     shift, scale = (net.head.modulation.to(x) + temb_BTD[:, :, None]).unsqueeze(-2).unbind(dim=2)
     patches = net.head.head(net.head.norm(x) * (1 + scale) + shift)
     _, patch_rows, patch_columns = net.patch_size
@@ -132,7 +129,7 @@ def _block(
     text: TextContext,
     attend_self: AttendSelf,
     attention: Attention,
-    inside: Call = direct,
+    inside: ModuleRunner = run_directly,
 ) -> Tensor:
     q, k, v, modulation = inside(block, _until_attention, x_BTPD, tproj_BT6D)
     y = attend_self(layer, q, k, v)
@@ -172,18 +169,19 @@ def _after_text(block: nn.Module, x_BTPD: Tensor, y_BSNE: Tensor, modulation_BT6
     return x + gate * block.ffn(y).view_as(x)
 
 
-def compiled(**options) -> Call:
-    """A `call` that runs what is in a block but attention as torch.compile makes it; `options` are torch.compile's.
+def compiled(**options) -> ModuleRunner:
+    """A ModuleRunner that compiles the parts of a block around attention; `options` are those of torch.compile.
 
-    Attention sees a memory that grows; all else has the same shapes chunk after chunk and compiles once for all blocks.
+    Attention is not compiled because the memory grows. The other parts have the same shapes in every chunk and compile
+    once for all blocks.
     """
     parts = {part: torch.compile(part, **options) for part in (_until_attention, _until_text, _after_text)}
     inside = lambda block, part, *args: parts[part](block, *args)
 
-    def call(module: nn.Module, function: Callable, *args):
+    def run(module: nn.Module, function: Callable, *args):
         return function(module, *args, inside) if function is _block else function(module, *args)
 
-    return call
+    return run
 
 
 def _heads(attn: nn.Module, x: Tensor) -> Tensor:
@@ -197,41 +195,3 @@ def sinusoid(timestep_BT: Tensor, width: int) -> Tensor:
     frequency = 10000.0 ** (-torch.arange(half, device=timestep_BT.device, dtype=real) / half)
     angle = timestep_BT.to(real)[..., None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
-
-
-class MemoryAttention:
-    """Self-attention of one chunk: over the memory, and over itself in both directions.
-
-    The chunk stands right after the memory, frames at positions M .. M + T - 1, or from position `first` on. With `keep=True` the raw keys
-    and values of the pass stay in `kept` as one pair per layer, [B, T, P, N, E], to be remembered.
-    """
-
-    def __init__(
-        self,
-        view: MemoryView | None,
-        grid: tuple[int, int],
-        num_frames: int,
-        head_dim: int,
-        device: torch.device,
-        attention: Attention = sdpa,
-        keep: bool = False,
-        first: int | None = None,
-    ):
-        if first is None:
-            first = view.num_frames if view else 0
-        positions = torch.arange(first, first + num_frames, device=device)
-        self.table = rotary_table(positions, *grid, head_dim)
-        self.view = view
-        self.attention = attention
-        self.new_kv: list[tuple[Tensor, Tensor]] | None = [] if keep else None
-
-    def __call__(self, layer: int, q_BTPNE: Tensor, k_BTPNE: Tensor, v_BTPNE: Tensor) -> Tensor:
-        if self.new_kv is not None and len(self.new_kv) == layer:  # a pass that is recomputed comes here again
-            self.new_kv.append((plain(k_BTPNE), plain(v_BTPNE)))
-        q = rotate(q_BTPNE, self.table).flatten(1, 2)
-        k = rotate(k_BTPNE, self.table).flatten(1, 2)
-        v = v_BTPNE.flatten(1, 2)
-        if self.view and self.view.keys:
-            k = torch.cat([self.view.keys[layer], k], dim=1)
-            v = torch.cat([self.view.values[layer].to(v.device), v], dim=1)
-        return self.attention(q, k, v).view_as(q_BTPNE)

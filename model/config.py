@@ -8,15 +8,10 @@ from dataclasses import dataclass, field
 from ..memory.config import MemoryConfig
 from ..memory.fields import checked_fields, json_object
 from .flow import SOLVERS, warped_sigmas
+from .units import PIXEL_MULTIPLE
 
 CARD_KEY = "context_forcing"
 """The key of the student card in a safetensors file's metadata."""
-
-VAE_STRIDE = (4, 8, 8)
-"""Pixel frames, rows and columns in one latent, Wan 2.1 VAE."""
-
-PIXEL_MULTIPLE = 16
-"""Width and height are multiples of this: VAE stride 8 times patch 2."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ Slot = dict[str, Tensor]
 
 
 class Offload:
-    """A Call (causal.py) for a network whose blocks stay in CPU memory; the rest of it moves to the device."""
+    """A ModuleRunner (causal.py) for a network whose blocks stay in CPU memory; the rest of it moves to the device."""
 
     def __init__(self, net: nn.Module, device: torch.device):
         self.after = dict(zip(net.blocks, [*net.blocks[1:], net.blocks[0]]))

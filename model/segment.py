@@ -63,8 +63,10 @@ def generate_segment(
         now = sampler
         if differs and number < blend:
             now = sampler_of(between(before, text, (number + 1) / (blend + 1)))
-        x0 = next(finished, None) if memory.can_be_compact else None
-        memory = now.generate_chunk(memory, sigmas, noise) if x0 is None else now.commit(memory, x0.to(now.device))
+        x0 = next(finished, None) if memory.supports("recommit") else None
+        memory = (
+            now.generate_chunk(memory, sigmas, noise) if x0 is None else now.commit(memory, x0.to(now.network.device))
+        )
         yield memory
 
 

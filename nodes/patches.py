@@ -12,7 +12,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY, TORCH_COMPILE_KWARGS
 
 from ..model.attention import Attention, sdpa
-from ..model.causal import Call, compiled, direct
+from ..model.causal import ModuleRunner, compiled, run_directly
 from ..model.config import StudentCard
 
 log = logging.getLogger("context_forcing")
@@ -52,16 +52,16 @@ def attention_of(model, name: str) -> Attention:
     return attention
 
 
-def call_of(model) -> Call:
+def runner_of(model) -> ModuleRunner:
     """How passes enter blocks: compiled where a torch.compile node says so."""
     options = model.model_options.get(TORCH_COMPILE_KWARGS)
     if options is None:
-        return direct
+        return run_directly
     # Graphs of CUDA write every block's keys to one place; those that are remembered must stay.
     graphs = (options["options"] or {}).get("triton.cudagraphs") or options["backend"] == "cudagraphs"
     if graphs or options["mode"] in ("reduce-overhead", "max-autotune"):
         log.warning("model: torch.compile with CUDA graphs overwrites what is remembered; blocks run uncompiled")
-        return direct
+        return run_directly
     return compiled(**options)
 
 

@@ -11,16 +11,25 @@ from comfy_api.latest import io
 from PIL import Image
 
 from ..memory.memory import CHANGES, Memory
-from ..model.causal import embed_text
 from ..model.codecs.backbone import backbone_of
 from ..model.codecs.base import VAE, denormalise
-from ..model.config import VAE_STRIDE, StudentCard
-from ..model.sampler import COMMIT_ATTENDS, KV_PLACEMENTS, CausalSampler, chunks_for, working_bytes
+from ..model.config import StudentCard
+from ..model.network import Network
+from ..model.sampler import (
+    COMMIT_ATTENDS,
+    KV_PLACEMENTS,
+    CausalSampler,
+    SamplerOptions,
+    chunks_for,
+    make_sampler,
+    working_bytes,
+)
 from ..model.segment import generate_segment
+from ..model.units import latent_seconds
 from ..video.frames import to_uint8
 from .demo import WORDS
 from .handle import CATEGORY, MemoryHandle, MemoryType, card_of, log, student_of, wan_network
-from .patches import ATTENTIONS, attention_of, call_of, compute_dtype, warn_of_ignored
+from .patches import ATTENTIONS, attention_of, compute_dtype, runner_of, warn_of_ignored
 from .save_load import PLACES, at_rest, autosaved
 
 PREVIEW_SIDE = 512
@@ -56,28 +65,31 @@ def previewer_of(vae: VAE | None) -> Callable[[torch.Tensor], tuple | None]:
 
 
 def sampler_for(
-    model, card: StudentCard, memory: Memory, attention: str = "sdpa", layout: str = "at once", **options
+    model, card: StudentCard, memory: Memory, attention: str = "sdpa", layout: str = "at once", commit_attends="all"
 ) -> Callable[[torch.Tensor], CausalSampler]:
-    """Makes room for the student; then text embeddings -> a sampler under them. `options` are CausalSampler's."""
-    net, dtype, device = wan_network(model), compute_dtype(model), model.load_device
+    """Makes room for the student; then text embeddings -> a sampler under them."""
+    device = model.load_device
+    network = Network(
+        wan_network(model), device, compute_dtype(model), run=runner_of(model),
+        on_pass=mm.throw_exception_if_processing_interrupted,
+    )  # fmt: skip
+    options = SamplerOptions(
+        attention=attention_of(model, attention), commit_attends=commit_attends, kv_placement=layout
+    )
     warn_of_ignored(model)
-    needed = working_bytes(net, memory, dtype, layout)
+    needed = working_bytes(network, memory, layout)
     if needed > (total := mm.get_total_memory(device)):
-        others = {name: working_bytes(net, memory, dtype, name) / 1e9 for name in KV_PLACEMENTS}
+        others = {name: working_bytes(network, memory, name) / 1e9 for name in KV_PLACEMENTS}
         log.warning(
             "memory: its keys and values and one pass take %.1f GB beside the weights, the device has %.1f; by the"
             " sampler's layout: %s", needed / 1e9, total / 1e9,
             ", ".join(f"{name} {size:.1f} GB" for name, size in others.items()),
         )  # fmt: skip
     if layout != "from RAM":
-        needed -= sum(held.num_bytes for held in memory.remembered.values() if held.keys.device.type == device.type)
+        needed -= memory.num_bytes_on(device)
     mm.load_models_gpu([model], memory_required=needed)
-    shared = dict(
-        net=net, device=device, dtype=dtype, solver=card.solver, first_sigmas=card.first_sigmas,
-        attention=attention_of(model, attention), kv_placement=layout, call=call_of(model), student=student_of(model),
-        on_pass=mm.throw_exception_if_processing_interrupted, **options,
-    )  # fmt: skip
-    return lambda text: CausalSampler(text=embed_text(net, text.to(device, dtype)), **shared)
+    student = student_of(model)
+    return lambda text: make_sampler(network, card, text, options, student)
 
 
 class ContextForcingSampler(io.ComfyNode):
@@ -157,15 +169,15 @@ class ContextForcingSampler(io.ComfyNode):
         keep_in="RAM", autosave=False, layout="at once",
     ) -> io.NodeOutput:  # fmt: skip
         card, text, before = card_of(model), text_of(positive), memory.memory
-        if keep_in == "compact" and not before.can_be_compact:
-            before.compact()  # says why not, before an hour's work
+        if keep_in == "compact":
+            before.check_supports("compact")
         chunk = before.config.chunk
         num_chunks = chunks_for(seconds, card.fps, chunk)
-        made = num_chunks * chunk * VAE_STRIDE[0] / card.fps
+        made = latent_seconds(num_chunks * chunk, card.fps)
         if abs(made - seconds) > 1e-6:
             log.info("segment of %g s rounded up to %g s: whole chunks", seconds, made)
 
-        sampler_of = sampler_for(model, card, before, attention, layout, commit_attends=commit_attends)
+        sampler_of = sampler_for(model, card, before, attention, layout, commit_attends)
         progress, preview = comfy.utils.ProgressBar(num_chunks), previewer_of(backbone_of(card.base).preview_vae)
         chunks = generate_segment(
             sampler_of, before, text, prompt=positive[0][1].get(WORDS, ""), seed=seed, num_chunks=num_chunks,

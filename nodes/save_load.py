@@ -49,7 +49,7 @@ def autosaved(wanted: bool) -> Iterator[Kept]:
         if wanted and kept.memory is not None:
             try:
                 path = new_file(f"{FOLDER}/autosave")
-                save_memory(path, kept.memory.compact() if kept.memory.can_be_compact else kept.memory)
+                save_memory(path, kept.memory.compact() if kept.memory.supports("compact") else kept.memory)
                 log.info("memory saved to %s", path)
             except (ValueError, OSError) as error:
                 # The segment itself is whole, or its own error is the one to be told.

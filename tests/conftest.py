@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import save_file
 
 from context_forcing.memory import Memory, MemoryConfig
-from context_forcing.memory import empty_memory as memory_of_kind
-from context_forcing.model.causal import embed_text
+from context_forcing.memory import empty_memory as new_empty_memory
 from context_forcing.model.checkpoints.student import write_student
 from context_forcing.model.codecs.umt5 import UMT5Encoder
 from context_forcing.model.codecs.wan_vae import WanVAE
 from context_forcing.model.config import WanConfig
-from context_forcing.model.sampler import CausalSampler
+from context_forcing.model.network import Network
+from context_forcing.model.sampler import CausalSampler, SamplerOptions
 from context_forcing.model.wan import Block, Head, WanModel
 
 collect_ignore = ["host"]
@@ -67,13 +67,18 @@ def net():
 
 @pytest.fixture(scope="session")
 def make_sampler():
-    """(net, prompt seed, **options) -> a sampler with a random prompt of five rows."""
+    """(net, prompt seed, **options) -> a sampler under `text`, or a random prompt of five rows, on the CPU.
 
-    def make(net, prompt: int = 0, **options) -> CausalSampler:
-        text = torch.randn(1, 5, net.config.text_dim, generator=torch.Generator().manual_seed(prompt))
-        return CausalSampler(
-            net=net, text=embed_text(net, text), device=torch.device("cpu"), dtype=torch.float32, **options
-        )
+    Options are those of Network, SamplerOptions and CausalSampler.
+    """
+
+    def make(net, prompt: int = 0, text=None, dtype=torch.float32, **options) -> CausalSampler:
+        if text is None:
+            text = torch.randn(1, 5, net.config.text_dim, generator=torch.Generator().manual_seed(prompt))
+        pick = lambda *names: {name: options.pop(name) for name in names if name in options}
+        network = Network(net, torch.device("cpu"), dtype, **pick("attention", "run", "on_pass"))
+        how = SamplerOptions(**pick("commit_attends", "kv_placement", "check_finite"))
+        return CausalSampler(network=network, text=network.embed_text(text), options=how, **options)
 
     return make
 
@@ -83,7 +88,7 @@ def empty_memory():
     """(**settings) -> an empty memory of tiny latents."""
 
     def make(**settings) -> Memory:
-        return memory_of_kind(MemoryConfig(**settings), LATENT_SIZE)
+        return new_empty_memory(MemoryConfig(**settings), LATENT_SIZE)
 
     return make
 
@@ -98,15 +103,9 @@ def same_memory():
         return (
             all(getattr(a, name) == getattr(b, name) for name in plain)
             and all(alike(getattr(a, name), getattr(b, name)) for name in ("text", "start_latents"))
-            and list(a.remembered) == list(b.remembered)
-            and all(
-                torch.equal(a.remembered[f].keys, b.remembered[f].keys)
-                and torch.equal(a.remembered[f].values, b.remembered[f].values)
-                and a.remembered[f].keys.dtype == b.remembered[f].keys.dtype
-                for f in a.remembered
-            )
+            and [frame for frame, _ in a.store.frame_kvs()] == [frame for frame, _ in b.store.frame_kvs()]
             and len(a.tensors()) == len(b.tensors())
-            and all(torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors()))
+            and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors()))
         )
 
     return same

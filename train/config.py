@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..memory.config import CLEAN_POLICIES, MEMORY_PRESETS, MemoryConfig
-from ..model.config import PRESETS, VAE_STRIDE
+from ..model.config import PRESETS
 from ..model.settings import parse_overrides, read_settings, with_settings
+from ..model.units import PIXELS_PER_LATENT
 from .lora import LoraConfig
 from .parallel import PRECISIONS
 from .stages.recycling import RecyclingConfig
@@ -111,7 +112,7 @@ class NetworkConfig(LoopConfig):
     @property
     def latent_size(self) -> tuple[int, int, int]:
         """C, H, W of a latent frame."""
-        return PRESETS[self.preset].channels, self.size[1] // VAE_STRIDE[1], self.size[0] // VAE_STRIDE[2]
+        return PRESETS[self.preset].channels, self.size[1] // PIXELS_PER_LATENT, self.size[0] // PIXELS_PER_LATENT
 
     @property
     def frame_tokens(self) -> int:

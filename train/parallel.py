@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..model.causal import Call
+from ..model.network import ModuleRunner, Network
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What the networks compute in; master weights, optimiser states and losses are float32 always."""
@@ -106,18 +106,23 @@ def reshard(net: nn.Module) -> None:
             module.reshard()
 
 
-def entry(net: nn.Module, recompute: bool = False) -> Call:
+def entry(net: nn.Module, recompute: bool = False) -> ModuleRunner:
     """How passes enter `net`: through its hooks, and with `recompute` keeping only block inputs for the backward pass.
 
     Recomputing is right only because a pass reads immutable memories: nothing it saw can have changed.
     """
 
-    def call(module: nn.Module, function: Callable, *args):
+    def run(module: nn.Module, function: Callable, *args):
         if not recompute or module is net or not torch.is_grad_enabled():
             return module(function, *args)
         return checkpoint(module, function, *args, use_reentrant=False)
 
-    return call
+    return run
+
+
+def network_of(net: nn.Module, parallel: Parallel, precision: str, recompute: bool = False) -> Network:
+    """A network that computes in a precision on this process's device; its passes enter through `entry`."""
+    return Network(net, parallel.device, PRECISIONS[precision], run=entry(net, recompute))
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -16,8 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..memory.files import sync_folder, write_whole
-from ..memory.memory import Memory
+from ..memory.files import atomic_path, sync_folder
 
 log = logging.getLogger("context_forcing")
 
@@ -28,7 +27,7 @@ DIGEST_KEY = "sha256"
 DTYPE = torch.float32
 """Of every film (CausalSampler)."""
 HEADER = "journal.json"
-OURS = re.compile(r"journal\.(json|part)|chunk-\d+\.(safetensors|part)")
+OURS = re.compile(r"journal\.(json|part|json\.part)|chunk-\d+\.(safetensors|part|safetensors\.part)")
 CHUNK = re.compile(r"chunk-(\d+)\.safetensors")
 
 
@@ -65,7 +64,8 @@ class Journal:
                 shutil.rmtree(folder)
             try:
                 folder.mkdir()
-                write_whole(header, json.dumps({"format": FORMAT, **asked}, indent=1).encode())
+                with atomic_path(header) as part:
+                    part.write_bytes(json.dumps({"format": FORMAT, **asked}, indent=1).encode())
             except OSError as error:
                 raise ValueError(f"{folder}: cannot be written ({error.strerror})") from None
             sync_folder(folder.parent)
@@ -95,7 +95,8 @@ class Journal:
         if number >= len(self.made):
             path, latents = self._path(number), latents_BCTHW.contiguous()
             try:
-                write_whole(path, save({"latents": latents}, {DIGEST_KEY: self._digest(number, latents)}))
+                with atomic_path(path) as part:
+                    part.write_bytes(save({"latents": latents}, {DIGEST_KEY: self._digest(number, latents)}))
             except OSError as error:
                 raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
 
@@ -170,12 +171,3 @@ class _Untrusted(Exception):
 def _metadata(data: bytes) -> dict[str, str]:
     """Of a safetensors file."""
     return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-
-
-def fingerprint_memory(memory: Memory) -> str:
-    """Short name of a memory that a video begins from."""
-    sha = hashlib.sha256(repr((memory.config, memory.latent_size, memory.slots, memory.segments)).encode())
-    for tensor in memory.tensors():
-        sha.update(str(tuple(tensor.shape)).encode())
-        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return sha.hexdigest()[:16]

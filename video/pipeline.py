@@ -9,19 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..memory.config import MemoryConfig
-from ..memory.layer_store import empty_memory
-from ..memory.memory import Memory
-from ..model.causal import Call, direct, embed_text
+from ..memory.memory import Memory, empty_memory
 from ..model.checkpoints.student import StudentFile
 from ..model.codecs.backbone import Codecs, backbone_of
 from ..model.codecs.base import VAE, TextEncoder, denormalise, normalise
 from ..model.config import StudentCard
 from ..model.fingerprint import fingerprint
+from ..model.network import Network, run_directly
 from ..model.offload import Offload
-from ..model.sampler import CausalSampler, chunks_for
+from ..model.sampler import CausalSampler, SamplerOptions, chunks_for, make_sampler
 from ..model.segment import generate_segment
 from ..model.units import latent_size, pixel_size
 from .frames import num_start_frames, to_pixels
@@ -35,13 +34,10 @@ log = logging.getLogger("context_forcing")
 class Pipeline:
     """A student with its text encoder and codec, on a device."""
 
-    net: nn.Module
+    network: Network
     card: StudentCard
     text_encoder: TextEncoder
     vae: VAE
-    device: torch.device
-    dtype: torch.dtype
-    call: Call = direct
     unmerged: Mapping[str, Tensor] = field(default_factory=dict)
     """The student's weights as they were before LoRAs were merged into them; empty where none were."""
 
@@ -60,24 +56,29 @@ class Pipeline:
         """
         net, card = student.load(dtype), student.card
         codecs = codecs or backbone_of(card.base).built_in_codecs(device)
-        call = Offload(net, device) if offload else direct
+        run = Offload(net, device) if offload else run_directly
+        network = Network(net if offload else net.to(device), device, dtype, run=run)
         return cls(
-            net=net if offload else net.to(device), card=card, text_encoder=codecs.text_encoder, vae=codecs.vae,
-            device=device, dtype=dtype, call=call, unmerged=student.unmerged,
-        )  # fmt: skip
+            network=network, card=card, text_encoder=codecs.text_encoder, vae=codecs.vae, unmerged=student.unmerged
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student and the VAE compute."""
+        return self.network.device
 
     @cached_property
     def fingerprint(self) -> str:
         """Names the weights, so that a memory is never continued by another student; by the same with another LoRA it may
         be."""
-        return fingerprint(self.net, self.unmerged)
+        return fingerprint(self.network.net, self.unmerged)
 
     @property
     def names(self) -> dict[str, str]:
         """What a video depends on beside its story: weights, and where and how they run."""
         return {
-            "student": fingerprint(self.net), "text encoder": self.text_encoder.name, "codec": fingerprint(self.vae),
-            "device": self.device.type, "dtype": str(self.dtype),
+            "student": fingerprint(self.network.net), "text encoder": self.text_encoder.name,
+            "codec": fingerprint(self.vae), "device": self.device.type, "dtype": str(self.network.dtype),
         }  # fmt: skip
 
     def empty_memory(self, size: tuple[int, int] | None = None, **settings) -> Memory:
@@ -87,19 +88,12 @@ class Pipeline:
         return new_memory(config, width, height)
 
     @torch.inference_mode()
-    def sampler(self, text_BLC: Tensor, on_pass: Callable[[], None] = lambda: None) -> CausalSampler:
+    def sampler(
+        self, text_BLC: Tensor, on_pass: Callable[[], None] = lambda: None, options: SamplerOptions | None = None
+    ) -> CausalSampler:
         """The student under a prompt's embeddings."""
-        return CausalSampler(
-            net=self.net,
-            text=embed_text(self.net, text_BLC.to(self.device, self.dtype), call=self.call),
-            device=self.device,
-            dtype=self.dtype,
-            solver=self.card.solver,
-            first_sigmas=self.card.first_sigmas,
-            on_pass=on_pass,
-            call=self.call,
-            student=self.fingerprint,
-        )
+        network = dataclasses.replace(self.network, on_pass=on_pass)
+        return make_sampler(network, self.card, text_BLC, options or SamplerOptions(), self.fingerprint)
 
     def generate(
         self, story: Story, memory: Memory, on_pass: Callable[[], None] = lambda: None, made: Iterable[Tensor] = ()

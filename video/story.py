@@ -9,9 +9,8 @@ from pathlib import Path
 import yaml
 
 from ..memory.memory import CHANGES, Memory
-from ..model.config import VAE_STRIDE
 from ..model.sampler import chunks_for
-from ..model.units import check_size
+from ..model.units import check_size, latent_seconds, pixel_size
 
 MAX_SEED = 2**63 - 1
 MAX_BLEND = 1000
@@ -51,12 +50,12 @@ class Story:
         """Raises ValueError for what a memory of this kind cannot do, before anything is made."""
         for scene in self.segments if memory.latent_chunks else self.segments[1:]:
             memory.check_change(scene.change)
-        if compact and not memory.can_be_compact:
-            memory.compact()
+        if compact:
+            memory.check_supports("compact")
 
     def check_continues(self, memory: Memory, settings: Mapping[str, object]) -> None:
         """Raises ValueError where a memory was made at another size, or with other `settings` of its config."""
-        height, width = (side * VAE_STRIDE[1] for side in memory.latent_size[1:])
+        width, height = pixel_size(memory.latent_size)
         if self.size is not None and self.size != (width, height):
             raise ValueError(f"size: the story says {list(self.size)}, the memory was made at {[width, height]}")
         made = dataclasses.asdict(memory.config)
@@ -68,7 +67,7 @@ class Story:
 
     def rounded(self, fps: float, chunk: int) -> Iterator[str]:
         """A line for every segment that is longer than it says, because chunks are whole."""
-        a_chunk = VAE_STRIDE[0] * chunk / fps
+        a_chunk = latent_seconds(chunk, fps)
         for i, scene in enumerate(self.segments):
             seconds = chunks_for(scene.seconds, fps, chunk) * a_chunk
             if abs(seconds - scene.seconds) > 1e-6:

@@ -14,8 +14,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..model.config import VAE_STRIDE
 from ..model.sampler import MAX_SECONDS
+from ..model.units import FRAMES_PER_LATENT
 from .story import CHANGES, MAX_BLEND, MAX_SEED, SegmentSpec, Story, load_story
 
 ERRORS_NAMED = 5
@@ -75,7 +75,7 @@ def chunk_story(storyboard: Storyboard, fps: float, chunk: int, seed: int = 0) -
 
     Raises ValueError, one line, for segments that are left with none.
     """
-    chunk_seconds = VAE_STRIDE[0] * chunk / fps
+    chunk_seconds = FRAMES_PER_LATENT * chunk / fps
     times = [*(cue.begins for cue in storyboard.cues), storyboard.ends]
     # Times are rounded, not lengths: so errors do not add up.
     bounds = [math.floor(round(time / chunk_seconds, 6) + 0.5) for time in times]

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from context_forcing.memory import Memory, MemoryConfig
+from context_forcing.memory import MemoryConfig, empty_memory
 from context_forcing.memory.snapshot import save_memory
 from context_forcing.model.config import StudentCard
 
@@ -203,7 +203,7 @@ REPORT_MISTAKES = {
 def test_what_cannot_be_reported_is_one_line(generate, run, tmp_path, monkeypatch):
     code, err, _ = generate(told(0.75), "film.mp4", "--memory-out", tmp_path / "kept.memory")
     assert code == 0, err
-    save_memory(tmp_path / "empty.memory", Memory(config=MemoryConfig(), latent_size=(16, 4, 6)))
+    save_memory(tmp_path / "empty.memory", empty_memory(MemoryConfig(), (16, 4, 6)))
     (tmp_path / "text.memory").write_text("no memory")
     monkeypatch.chdir(tmp_path)
     for name, (memory, options, words) in REPORT_MISTAKES.items():

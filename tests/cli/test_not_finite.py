@@ -76,8 +76,11 @@ def test_a_memory(generate, save, tmp_path):
     save()
     assert generate(0.75)[0] == 0
     memory = load_memory(tmp_path / "memory.st")
-    held = dataclasses.replace(memory.remembered[1], values=torch.full_like(memory.remembered[1].values, NAN))
-    save_memory(tmp_path / "bad.st", dataclasses.replace(memory, remembered=memory.remembered | {1: held}))
+    held = dataclasses.replace(memory.store.frames[1], values=torch.full_like(memory.store.frames[1].values, NAN))
+    save_memory(
+        tmp_path / "bad.st",
+        dataclasses.replace(memory, store=dataclasses.replace(memory.store, frames=memory.store.frames | {1: held})),
+    )
     (tmp_path / "film.mp4").unlink()
     code, said = generate(0.75, "--memory-in", tmp_path / "bad.st")
-    assert code == 2 and "bad.st: NaN or infinity in its values.1" in said and not (tmp_path / "film.mp4").exists()
+    assert code == 2 and "bad.st: NaN or infinity in values.1" in said and not (tmp_path / "film.mp4").exists()

@@ -57,23 +57,21 @@ class Bench:
     def headless(self, state: dict, dtype=torch.float32, shift=5.0):
         """(latents, memory) of three chunks, by the headless sampler."""
         from context_forcing.memory.config import MemoryConfig
-        from context_forcing.model.causal import embed_text
         from context_forcing.model.codecs.base import denormalise
         from context_forcing.model.config import StudentCard
         from context_forcing.model.fingerprint import fingerprint
-        from context_forcing.model.sampler import CausalSampler
+        from context_forcing.model.network import Network
+        from context_forcing.model.sampler import make_sampler
         from context_forcing.model.segment import generate_segment
         from context_forcing.video.pipeline import new_memory
 
         net = self.make_net(**SIZES)
         net.load_state_dict({key: value.float() for key, value in state.items()})
         net = net.to(dtype)
-        sampler_of = lambda text: CausalSampler(
-            net=net, text=embed_text(net, text.to(dtype)), device=torch.device("cpu"), dtype=dtype,
-            student=fingerprint(net),
-        )  # fmt: skip
+        network, card = Network(net, torch.device("cpu"), dtype), StudentCard(shift=shift)
+        sampler_of = lambda text: make_sampler(network, card, text, student=fingerprint(net))
         *_, memory = generate_segment(
             sampler_of, new_memory(MemoryConfig(sink=1, slow=2, fast=4), 48, 32), self.positive[0][0], prompt="",
-            seed=5, num_chunks=3, sigmas=StudentCard(shift=shift).sigmas,
+            seed=5, num_chunks=3, sigmas=card.sigmas,
         )  # fmt: skip
         return denormalise(torch.cat(memory.latent_chunks, dim=2)), memory

@@ -8,7 +8,7 @@ import pytest
 SCRIPT = """
 import gc, os, sys
 import torch
-from context_forcing.memory import Memory, MemoryConfig
+from context_forcing.memory import MemoryConfig, empty_memory
 
 def resident():
     gc.collect()
@@ -24,11 +24,11 @@ def go_on(memory, chunks, seed):
         memory = memory.append(torch.zeros(1, 16, 3, 4, 4), [(kv(), kv()) for _ in range(4)])
     return memory
 
-trunk = go_on(Memory(config=MemoryConfig(), latent_size=(16, 4, 4)), 8, 0)
+trunk = go_on(empty_memory(MemoryConfig(), (16, 4, 4)), 8, 0)
 before = resident()
 futures = [go_on(trunk, 3, seed) for seed in (1, 2, 3)]
 grown = resident() - before
-unique = lambda memories: {t.data_ptr(): t.nbytes for m in memories for r in m.remembered.values() for t in (r.keys, r.values)}
+unique = lambda memories: {t.data_ptr(): t.nbytes for m in memories for r in m.store.frames.values() for t in (r.keys, r.values)}
 new = sum(unique([trunk, *futures]).values()) - sum(unique([trunk]).values())
 print(trunk.num_bytes, new, grown)
 """

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+
 from context_forcing.memory import MemoryConfig
 from context_forcing.memory.config import MEMORY_PRESETS, named_memory
 

@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
+
 from context_forcing.memory import files as disk
-from context_forcing.memory.files import HeldError, lock, write_whole
+from context_forcing.memory.files import HeldError, atomic_path, lock
 
 HOLDER = """
 import sys, time
@@ -130,7 +131,9 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
 def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(disk.os, "fsync", lambda fd: synced.append(os.fstat(fd).st_mode))
-    write_whole(tmp_path / "a.txt", b"all of it")
+    with atomic_path(tmp_path / "a.txt") as part:
+        part.write_bytes(b"all of it")
+        assert not (tmp_path / "a.txt").exists()
     assert (tmp_path / "a.txt").read_bytes() == b"all of it" and [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     assert len(synced) == 2 or os.name == "nt"
 
@@ -138,6 +141,9 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
         raise OSError(disk.errno.EIO, "Input/output error")
 
     monkeypatch.setattr(disk.os, "replace", replace)
-    with pytest.raises(OSError):
-        write_whole(tmp_path / "a.txt", b"half of it")
-    assert (tmp_path / "a.txt").read_bytes() == b"all of it" and len(list(tmp_path.iterdir())) == 1
+    for error in (OSError, KeyError):
+        with pytest.raises(error), atomic_path(tmp_path / "a.txt") as part:
+            part.write_bytes(b"half of it")
+            if error is KeyError:
+                raise KeyError
+        assert (tmp_path / "a.txt").read_bytes() == b"all of it" and len(list(tmp_path.iterdir())) == 1

@@ -4,10 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from context_forcing.memory import Memory, MemoryConfig, ReleasedMemory, empty_memory
+
+from context_forcing.memory import MemoryConfig, empty_memory
 from context_forcing.memory.config import MEMORY_PRESETS
-from context_forcing.memory.layer_store import LayerSlots
+from context_forcing.memory.layer_store import LayerSlots, LayerStore
+from context_forcing.memory.memory import OPERATIONS
 from context_forcing.memory.snapshot import load_memory, save_memory
+from context_forcing.memory.stores import FrameStore
 from context_forcing.video.report import forgotten, frame_status
 
 CONFIG = MEMORY_PRESETS["released"]
@@ -93,8 +96,8 @@ def test_saved_and_read_it_is_the_same(tmp_path):
     memory = two_layers()
     save_memory(tmp_path / "memory", memory)
     again = load_memory(tmp_path / "memory")
-    assert isinstance(again, ReleasedMemory) and same(memory, again)
-    assert [layer.frames for layer in again.layers] == [layer.frames for layer in memory.layers]
+    assert isinstance(again.store, LayerStore) and same(memory, again)
+    assert [layer.frames for layer in again.store.layers] == [layer.frames for layer in memory.store.layers]
     save_memory(tmp_path / "memory2", again)
     assert (tmp_path / "memory").read_bytes() == (tmp_path / "memory2").read_bytes()
 
@@ -102,14 +105,14 @@ def test_saved_and_read_it_is_the_same(tmp_path):
 def test_moving_shares_what_is_there_already():
     memory = two_layers()
     there = memory.to("cpu", torch.float64)
-    assert memory.num_bytes > 0 and there.layers[0].entries[0].keys.dtype == torch.float64
+    assert memory.num_bytes > 0 and there.store.layers[0].entries[0].keys.dtype == torch.float64
     further = there.to("cpu", torch.float32, before=memory)
-    assert all(a is b for x, y in zip(further.layers, memory.layers) for a, b in zip(x.entries, y.entries))
+    assert all(a is b for x, y in zip(further.store.layers, memory.store.layers) for a, b in zip(x.entries, y.entries))
 
 
 def test_what_cannot_be_done_with_it_is_refused():
     memory = two_layers()
-    with pytest.raises(ValueError, match="keep it exact"):
+    with pytest.raises(ValueError, match="use the exact form"):
         memory.compact()
     for change in ("recache", "flush", "cut", "cut_new_sink"):
         with pytest.raises(ValueError, match="keep"):
@@ -119,10 +122,22 @@ def test_what_cannot_be_done_with_it_is_refused():
         dataclasses.replace(CONFIG, sink=2)
 
 
-def test_a_memory_is_of_the_kind_its_policy_asks_for():
-    assert type(empty_memory(MemoryConfig(), SIZE)) is Memory
-    with pytest.raises(AssertionError):
-        Memory(config=CONFIG, latent_size=SIZE)
+def test_the_policy_decides_the_kind_of_store():
+    assert type(empty_memory(MemoryConfig(), SIZE).store) is FrameStore
+    assert type(empty_memory(CONFIG, SIZE).store) is LayerStore
+
+
+def test_what_is_not_supported_is_known_before_work_begins():
+    per_layer, per_frame = empty_memory(CONFIG, SIZE), empty_memory(MemoryConfig(), SIZE)
+    assert [name for name in OPERATIONS if per_layer.supports(name)] == ["keep"]
+    assert all(per_frame.supports(name) for name in OPERATIONS)
+    with pytest.raises(ValueError, match="^attention: with policy released"):
+        per_layer.check_supports("attention report")
+
+
+def test_bytes_by_device():
+    memory = two_layers()
+    assert memory.num_bytes_on(torch.device("cpu")) == memory.num_bytes > 0 == memory.num_bytes_on(torch.device("cuda"))
 
 
 def test_the_report_does_not_speak_of_cuts():

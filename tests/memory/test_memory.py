@@ -2,13 +2,14 @@
 
 import dataclasses
 
-import context_forcing.memory.memory as memory_module
 import numpy as np
 import pytest
 import torch
-from context_forcing.memory import Memory, MemoryConfig
+
+import context_forcing.memory.stores as stores_module
+from context_forcing.memory import MemoryConfig, empty_memory
 from context_forcing.memory.config import CLEAN_POLICIES
-from context_forcing.memory.memory import key_similarity
+from context_forcing.memory.stores import key_similarity
 
 LAYERS, TOKENS, HEADS, HEAD_DIM = 3, 6, 2, 8
 LATENT_SIZE = (16, 4, 6)
@@ -41,11 +42,11 @@ def remember(memory, keys, num_frames):
 
 
 def make(**settings):
-    return Memory(config=MemoryConfig(**settings), latent_size=LATENT_SIZE)
+    return empty_memory(MemoryConfig(**settings), LATENT_SIZE)
 
 
 def bytes_of(memory):
-    tensors = [t for held in memory.remembered.values() for t in (held.keys, held.values)]
+    tensors = [t for held in memory.store.frames.values() for t in (held.keys, held.values)]
     return [t.clone() for t in (*tensors, *memory.latent_chunks)]
 
 
@@ -69,20 +70,20 @@ def test_against_similarities_taken_from_all_keys_ever(expected, policy, evictio
         assert decision.similarity == (score if score is None else pytest.approx(score, abs=1e-5))
     if policy in ("clean", "novel"):
         assert 0 < sum(d.promoted for d in memory.decisions) < len(memory.decisions), "the walk decides nothing"
-    assert list(memory.remembered) == list(memory.slots.all)
-    for frame, held in memory.remembered.items():
+    assert list(memory.store.frames) == list(memory.slots.all)
+    for frame, held in memory.store.frames.items():
         assert torch.equal(held.keys[:, 0], keys[frame]) and torch.equal(held.values[:, 0], -keys[frame])
 
 
 def test_two_futures_touch_neither_each_other_nor_their_past():
     here, there = views_of_a_walk(60, seed=1), views_of_a_walk(60, seed=2)
     past = remember(make(), here, 30)
-    shared, before = dict(past.remembered), bytes_of(past)
+    shared, before = dict(past.store.frames), bytes_of(past)
     one = remember(past.begin("one", 1), here, 60)
     one_bytes = bytes_of(one)
     two = remember(past.begin("two", 2), there, 60)
 
-    assert past.segments == () and past.num_frames == 30 and past.remembered == shared
+    assert past.segments == () and past.num_frames == 30 and past.store.frames == shared
     assert all(torch.equal(a, b) for a, b in zip(bytes_of(past), before, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(bytes_of(one), one_bytes, strict=True))
     assert one.slots != two.slots
@@ -95,18 +96,18 @@ def test_memories_share_storage():
     keys = views_of_a_walk(60, seed=1)
     past = remember(make(), keys, 30)
     future = remember(past, keys, 36)
-    both = past.remembered.keys() & future.remembered.keys()
+    both = past.store.frames.keys() & future.store.frames.keys()
     assert len(both) > 5
     for frame in both:
-        assert past.remembered[frame].keys.data_ptr() == future.remembered[frame].keys.data_ptr()
-        assert past.remembered[frame].values.data_ptr() == future.remembered[frame].values.data_ptr()
+        assert past.store.frames[frame].keys.data_ptr() == future.store.frames[frame].keys.data_ptr()
+        assert past.store.frames[frame].values.data_ptr() == future.store.frames[frame].values.data_ptr()
     for old, new in zip(past.latent_chunks, future.latent_chunks):
         assert old.data_ptr() == new.data_ptr()
 
 
 def test_a_remembered_frame_does_not_keep_its_chunk_alive():
     memory = remember(make(), views_of_a_walk(60, seed=1), 60)
-    for held in memory.remembered.values():
+    for held in memory.store.frames.values():
         for tensor in (held.keys, held.values):
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
@@ -147,10 +148,10 @@ def test_latents_of_absolute_frames():
 def test_to_converts_keys_and_leaves_the_film():
     memory = remember(make(), views_of_a_walk(30, seed=1), 30)
     half = memory.to("cpu", torch.bfloat16)
-    assert {held.keys.dtype for held in half.remembered.values()} == {torch.bfloat16}
-    assert {held.values.dtype for held in half.remembered.values()} == {torch.bfloat16}
+    assert {held.keys.dtype for held in half.store.frames.values()} == {torch.bfloat16}
+    assert {held.values.dtype for held in half.store.frames.values()} == {torch.bfloat16}
     assert {chunk.dtype for chunk in half.latent_chunks} == {torch.float32}
-    assert {held.keys.dtype for held in memory.remembered.values()} == {torch.float32}
+    assert {held.keys.dtype for held in memory.store.frames.values()} == {torch.float32}
 
 
 def test_similarity_is_the_mean_of_per_token_cosines():
@@ -188,7 +189,7 @@ def test_similarity_in_parts_is_the_same(monkeypatch, elements):
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, LAYERS, 1, TOKENS, HEADS, HEAD_DIM, generator=generator)
     whole = key_similarity(a, b)
-    monkeypatch.setattr(memory_module, "SIMILARITY_ELEMENTS", elements)
+    monkeypatch.setattr(stores_module, "SIMILARITY_ELEMENTS", elements)
     assert torch.equal(key_similarity(a, b), whole)
 
 

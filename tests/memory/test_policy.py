@@ -4,11 +4,12 @@ import random
 from dataclasses import astuple
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from context_forcing.memory import MemoryConfig
 from context_forcing.memory.config import CLEAN_POLICIES, EVICTIONS
 from context_forcing.memory.policy import Slots, advance
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 SIZES = [
     dict(sink=3, slow=12, fast=6, chunk=3),

@@ -6,10 +6,11 @@ import random
 
 import pytest
 import torch
-from context_forcing.memory.snapshot import DIGEST_KEY, HEADER_KEY, digest, load_memory, save_memory
-from context_forcing.model.sampler import seeded_noise
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from context_forcing.memory.snapshot import DIGEST_KEY, HEADER_KEY, digest, load_memory, save_memory
+from context_forcing.model.sampler import seeded_noise
 
 STUDENT = "0123456789abcdef"
 SIGMAS = (1.0, 0.6)
@@ -96,7 +97,7 @@ def test_a_memory_is_on_the_disk_before_it_has_its_name(memory, tmp_path, monkey
     path, synced = tmp_path / "new.memory", []
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append((os.fstat(fd).st_size, path.exists())))
     save_memory(path, memory)
-    assert synced == [(path.stat().st_size, False)]
+    assert synced[0] == (path.stat().st_size, False) and (len(synced) == 2 or os.name == "nt"), "file, then folder"
 
 
 def test_another_student(path):
@@ -211,13 +212,13 @@ FORGERIES = {
 def test_a_forged_header_with_a_right_digest(path, edit, name):
     """Anybody can compute a digest: what cannot be is refused all the same."""
     rewrite(path, edit, forge=True)
-    assert f"its {name} cannot be" in refused(path)
+    assert f"{name} has an impossible value" in refused(path)
 
 
 @pytest.mark.parametrize("name", ["text", "given"])
 def test_forged_tensors_with_a_right_digest(path, name):
     rewrite(path, edit_tensors=lambda tensors: tensors.update({name: torch.zeros(3, 3)}), forge=True)
-    assert f"its {name} cannot be" in refused(path)
+    assert f"{name} has an impossible value" in refused(path)
 
 
 def mutations(path, num, first, last):

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+
 from context_forcing.memory.memory import Memory
 from context_forcing.model import attention_mass as probe
 from context_forcing.model.attention_mass import AttentionRecorder, attention_mass, mass_per_frame
-from context_forcing.model.causal import embed_text
-from context_forcing.model.sampler import CausalSampler, seeded_noise
+from context_forcing.model.sampler import seeded_noise
 from context_forcing.model.segment import generate_segment
 from context_forcing.video.report import PARTS, per_part
 
@@ -17,10 +17,12 @@ SIZES = dict(sink=2, slow=4, fast=4, chunk=2, window=10, slow_similarity_thresho
 
 
 @pytest.fixture(scope="module")
-def sampler_of(net):
-    return lambda text: CausalSampler(
-        net=net, text=embed_text(net, text), device=torch.device("cpu"), dtype=torch.float32, student="me"
-    )
+def sampler_of(net, make_sampler):
+    return lambda text: make_sampler(net, text=text, student="me")
+
+
+def with_attention(sampler, attention):
+    return dataclasses.replace(sampler, network=dataclasses.replace(sampler.network, attention=attention))
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +79,10 @@ def test_it_is_the_attention_of_the_chunk_that_comes_next(sampler_of, begun, mon
 
     def note(q, k, v, bias=None):
         given.append((q, k, bias))
-        return sampler.attention(q, k, v, bias)
+        return sampler.network.attention(q, k, v, bias)
 
     sampler = sampler_of(begun.text)
-    noting = dataclasses.replace(sampler, attention=note)
+    noting = with_attention(sampler, note)
     list(noting.denoise(begun, sampler.view(begun), SIGMAS, seeded_noise(3, begun.latent_size)))
     num_frames = len(begun.slots.all) + 2
     own = [(q, k) for q, k, bias in given if bias is None]
@@ -96,10 +98,10 @@ def test_listening_changes_neither_memory_nor_chunk(sampler_of, begun, same_memo
     attention_mass(sampler_of, begun, SIGMAS)
     assert same_memory(begun, before)
     sampler, noise = sampler_of(begun.text), seeded_noise(3, begun.latent_size)
-    listener = AttentionRecorder(sampler.attention, sampler.text, len(begun.slots.all) + 2)
+    listener = AttentionRecorder(sampler.network.attention, sampler.text, len(begun.slots.all) + 2)
     chunks = [
         each.generate_chunk(begun, SIGMAS, noise).latent_chunks[-1]
-        for each in (sampler, dataclasses.replace(sampler, attention=listener))
+        for each in (sampler, with_attention(sampler, listener))
     ]
     assert torch.equal(*chunks)
 

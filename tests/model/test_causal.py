@@ -4,7 +4,11 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from context_forcing.model.causal import MemoryAttention, TextContext, causal_forward, compiled, embed_text
+
+from context_forcing.memory import MemoryView
+from context_forcing.model.attention import sdpa
+from context_forcing.model.causal import TextContext, causal_forward, compiled, embed_text
+from context_forcing.model.network import Network
 from context_forcing.model.rope import rotary_table, rotate
 
 GRID, HEAD_DIM, TOKENS = (2, 3), 32, 6
@@ -39,8 +43,13 @@ class BlockCausal:
 
 def flow_over(sampler, memory, x, t):
     """Flow of a chunk at timestep `t` against a memory."""
-    attend = MemoryAttention(sampler.view(memory), GRID, x.shape[2], HEAD_DIM, CPU)
-    return causal_forward(sampler.net, x, torch.full((1, x.shape[2]), t), sampler.text, attend)
+    attend = sampler.network.attend(sampler.view(memory), x.shape[2], memory.latent_size)
+    return sampler.network.flow(x, t / 1000, sampler.text, attend)
+
+
+def attention_to(net, view, num_frames, attention=sdpa):
+    """Self-attention of a chunk over a view."""
+    return Network(net, CPU, torch.float32, attention).attend(view, num_frames, (16, 4, 6))
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
@@ -56,7 +65,7 @@ def test_cached_rollout_is_one_block_causal_pass(net, make_sampler, empty_memory
         memory = sampler.commit(memory, part)
     assert relative(torch.cat(flows, dim=2), expected) < 1e-5
     assert memory.slots.all == tuple(range(12))
-    for frame, held in memory.remembered.items():
+    for frame, held in memory.store.frames.items():
         for layer, (k, v) in enumerate(whole.new_kv):
             assert relative(held.keys[layer], k[:, frame]) < 1e-5
             assert relative(held.values[layer], v[:, frame]) < 1e-5
@@ -87,7 +96,7 @@ def test_a_future_frame_changes_nothing(net, make_sampler, empty_memory):
         memory = empty_memory(**KEEP_ALL)
         for part in clip.split(3, dim=2):
             memory = sampler.commit(memory, part)
-        return torch.stack([memory.remembered[frame].keys for frame in range(9)])
+        return torch.stack([memory.store.frames[frame].keys for frame in range(9)])
 
     before = keys_of_first_chunks(clip)
     clip[:, :, 9:] = 7
@@ -127,7 +136,7 @@ def test_keys_are_remembered_before_rotation(net, make_sampler, empty_memory):
 
 def _per_layer(memory):
     """Keys and values of all remembered frames, per layer [T, P, N, E]."""
-    held = [memory.remembered[frame] for frame in memory.slots.all]
+    held = [memory.store.frames[frame] for frame in memory.slots.all]
     return torch.cat([h.keys for h in held], 1), torch.cat([h.values for h in held], 1)
 
 
@@ -148,11 +157,11 @@ def test_without_first_hides_frames_and_moves_none(net, make_sampler, empty_memo
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
 
     x, t = random(1, 16, 2, 4, 6, seed=5), torch.full((1, 2), 500.0)
-    less = MemoryAttention(view.without_first(hidden), GRID, 2, HEAD_DIM, CPU)
-    by_hand = MemoryAttention(view, GRID, 2, HEAD_DIM, CPU, attention=masked)
+    less = attention_to(net, view.without_first(hidden), 2)
+    by_hand = attention_to(net, view, 2, masked)
     got = causal_forward(net, x, t, sampler.text, less)
     assert relative(got, causal_forward(net, x, t, sampler.text, by_hand)) < 1e-5
-    all_seen = causal_forward(net, x, t, sampler.text, MemoryAttention(view, GRID, 2, HEAD_DIM, CPU))
+    all_seen = causal_forward(net, x, t, sampler.text, attention_to(net, view, 2))
     assert (relative(got, all_seen) > 1e-3) == (hidden > 0)
 
 
@@ -178,7 +187,7 @@ def test_zero_rows_of_text_are_merged_exactly(make_net, text_len, used, zero_row
     merged = embed_text(net, text)
     assert merged.keys[0].shape[1] == min(used + 1, text_len)
     x, t = random(1, 16, 3, 4, 6), torch.full((1, 3), 500.0)
-    attend = MemoryAttention(None, GRID, 3, HEAD_DIM, CPU)
+    attend = attention_to(net, MemoryView(), 3)
     flow = causal_forward(net, x, t, merged, attend)
     assert relative(flow, causal_forward(net, x, t, expected, attend)) < 1e-5
 
@@ -186,7 +195,7 @@ def test_zero_rows_of_text_are_merged_exactly(make_net, text_len, used, zero_row
 def test_padding_takes_part_in_attention(net):
     text = random(1, 5, 32)
     x, t = random(1, 16, 3, 4, 6), torch.full((1, 3), 500.0)
-    attend = MemoryAttention(None, GRID, 3, HEAD_DIM, CPU)
+    attend = attention_to(net, MemoryView(), 3)
     padded = embed_text(net, text)
     bare = TextContext(tuple(k[:, :5] for k in padded.keys), tuple(v[:, :5] for v in padded.values), None)
     assert relative(causal_forward(net, x, t, bare, attend), causal_forward(net, x, t, padded, attend)) > 1e-3
@@ -196,7 +205,7 @@ def test_a_zero_row_between_words_keeps_its_place(net):
     text = random(1, 5, 32)
     text[:, 2] = 0
     x, t = random(1, 16, 3, 4, 6), torch.full((1, 3), 500.0)
-    attend = MemoryAttention(None, GRID, 3, HEAD_DIM, CPU)
+    attend = attention_to(net, MemoryView(), 3)
     flow = causal_forward(net, x, t, embed_text(net, text), attend)
     assert relative(flow, causal_forward(net, x, t, padded_text(net, text), attend)) < 1e-5
 
@@ -211,7 +220,7 @@ def test_text_groups_are_separate_passes(net):
     texts, clip = random(4, 5, 32), random(2, 16, 6, 4, 6)
     texts[1, 3:] = 0
     t = torch.tensor([[900.0] * 3 + [300.0] * 3]).expand(2, -1)
-    alone = MemoryAttention(None, GRID, 3, HEAD_DIM, CPU)
+    alone = attention_to(net, MemoryView(), 3)
 
     def isolated(layer, q, k, v):
         return torch.cat([alone(layer, *part) for part in zip(*(x.split(3, dim=1) for x in (q, k, v)))], dim=1)
@@ -239,7 +248,7 @@ def test_blocks_compile_once_whatever_the_memory_holds(make_net, make_sampler, e
     with torch.inference_mode():
         plain = rollout(make_sampler(net))
         for _ in range(2):
-            made = rollout(make_sampler(net, call=compiled(backend=counter)))
+            made = rollout(make_sampler(net, run=compiled(backend=counter)))
             assert relative(made, plain) < 1e-5
             assert counter.frame_count == 3
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from context_forcing.model.fingerprint import fingerprint
 
 

@@ -4,16 +4,18 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from context_forcing.memory.memory import all_finite
 from context_forcing.memory.snapshot import load_memory, save_memory
-from context_forcing.model.causal import compiled, embed_text, sinusoid
+from context_forcing.model.causal import compiled, sinusoid
 from context_forcing.model.finite import NotFiniteError
 from context_forcing.model.flow import TIMESTEPS
+from context_forcing.model.network import Network
 from context_forcing.model.offload import Offload
-from context_forcing.model.sampler import KV_PLACEMENTS, CausalSampler, seeded_noise
+from context_forcing.model.sampler import KV_PLACEMENTS, seeded_noise
 from context_forcing.model.segment import generate_segment
 from context_forcing.train.stages.student import Student
-from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
 NAN = float("nan")
@@ -55,10 +57,11 @@ def refusal(sampler, memory, num_chunks=1):
 
 def poison(memory, frame):
     """NaN in a key of one remembered frame."""
-    held = memory.remembered[frame]
+    held = memory.store.frames[frame]
     keys = held.keys.clone()
     keys[1, 0, 0, 0, 0] = NAN
-    return dataclasses.replace(memory, remembered=memory.remembered | {frame: dataclasses.replace(held, keys=keys)})
+    frames = memory.store.frames | {frame: dataclasses.replace(held, keys=keys)}
+    return dataclasses.replace(memory, store=dataclasses.replace(memory.store, frames=frames))
 
 
 def poison_when(net, module, sigma):
@@ -84,7 +87,7 @@ def poison_when(net, module, sigma):
 )
 def test_a_weight_is_named(bad_net, make_sampler, begun, same_memory, weight, names):
     before = begun()
-    copy = dataclasses.replace(before, remembered=dict(before.remembered))
+    copy = dataclasses.replace(before, store=dataclasses.replace(before.store, frames=dict(before.store.frames)))
     bad_net.get_parameter(weight).data.flatten()[3] = NAN
     said = refusal(make_sampler(bad_net), before)
     assert said.startswith("chunk 3 (latent frames 4-5), step 1 (noise level 1): ")
@@ -98,10 +101,10 @@ def test_however_it_runs(bad_net, make_sampler, empty_memory, settings, how):
     bad_net.blocks[2].ffn[0].weight.data[0, 0] = float("inf")
     options = {"kv_placement": how} if how in KV_PLACEMENTS else {}
     if how == "compiled":
-        options["call"] = compiled(backend="eager")
+        options["run"] = compiled(backend="eager")
+    elif how == "offload":
+        options["run"] = Offload(bad_net, CPU)
     sampler = make_sampler(bad_net, **options)
-    if how == "offload":
-        sampler = dataclasses.replace(sampler, call=Offload(bad_net, CPU))
     said = refusal(sampler, empty_memory(**settings))
     assert said.startswith("chunk 1 (latent frames 0-1), step 1 ") and "blocks.2.ffn.0.weight" in said
 
@@ -155,7 +158,7 @@ def test_a_start_image(net, make_sampler, empty_memory, num_start_frames):
     clip = torch.randn(1, 16, num_start_frames, 4, 6)
     given = memory.with_start_latents(clip)
     clip[0, 3, -1, 0, 0] = float("inf")
-    with pytest.raises(ValueError, match="^latents: NaN or infinity in those of the start image or clip"):
+    with pytest.raises(ValueError, match="^latents: NaN or infinity in the start image or clip"):
         memory.with_start_latents(clip)
     said = refusal(make_sampler(net), dataclasses.replace(given, start_latents=clip))
     frames = {1: "chunk 1 (latent frames 0-1)", 2: "chunk 1 (latent frames 0-1)", 5: "chunk 3 (latent frames 4-5)"}
@@ -166,22 +169,20 @@ def test_a_memory(bad_net, make_sampler, begun, tmp_path):
     """By the frame that is to blame; as a file it is refused before anything is made."""
     memory = poison(begun(), 2)
     said = refusal(make_sampler(bad_net), memory)
-    assert (
-        "chunk 3 (latent frames 4-5): NaN or infinity in what the memory already held of latent frame 2; go on" in said
-    )
+    assert "chunk 3 (latent frames 4-5): NaN or infinity in the remembered latent frame 2; continue" in said
     save_memory(tmp_path / "bad.safetensors", memory)
-    with pytest.raises(ValueError, match=r"bad.safetensors: NaN or infinity in its keys.2: "):
+    with pytest.raises(ValueError, match=r"bad.safetensors: NaN or infinity in keys.2; "):
         load_memory(tmp_path / "bad.safetensors")
 
 
 def test_a_released_memory(bad_net, make_sampler, begun):
     memory = begun(**RELEASED)
-    entries = memory.layers[1].entries
+    layers = memory.store.layers
+    entries = layers[1].entries
     bad = (*entries[:2], dataclasses.replace(entries[2], values=entries[2].values * NAN), *entries[3:])
-    layers = (memory.layers[0], dataclasses.replace(memory.layers[1], entries=bad), *memory.layers[2:])
-    assert f"latent frame {memory.layers[1].frames[2]};" in refusal(
-        make_sampler(bad_net), dataclasses.replace(memory, layers=layers)
-    )
+    layers = (layers[0], dataclasses.replace(layers[1], entries=bad), *layers[2:])
+    broken = dataclasses.replace(memory, store=dataclasses.replace(memory.store, layers=layers))
+    assert f"latent frame {layers[1].frames[2]};" in refusal(make_sampler(bad_net), broken)
 
 
 def test_frames_that_are_written_anew(net, make_sampler, empty_memory):
@@ -203,7 +204,7 @@ def test_a_chunk_of_an_earlier_run(net, make_sampler, empty_memory):
 def test_a_prompt(net, make_sampler, empty_memory):
     memory, text = empty_memory(**CLEAN), torch.randn(1, 5, 32)
     text[0, 2, 3] = NAN
-    sampler_of = lambda text: CausalSampler(net=net, text=embed_text(net, text), device=CPU, dtype=torch.float32)
+    sampler_of = lambda text: make_sampler(net, text=text)
     with pytest.raises(ValueError, match="^text: NaN or infinity in the embeddings of the prompt 'a meadow'"):
         next(generate_segment(sampler_of, memory, text, prompt="a meadow", seed=0, num_chunks=1, sigmas=SIGMAS))
     assert "in the prompt in layer blocks.0, not in its weights" in refusal(sampler_of(text), memory)
@@ -211,12 +212,11 @@ def test_a_prompt(net, make_sampler, empty_memory):
     assert "): NaN or infinity in the prompt's embeddings;" in refusal(sampler_of(text), begun)
 
 
-def test_half_precision_that_overflows(bad_net, empty_memory):
+def test_half_precision_that_overflows(bad_net, make_sampler, empty_memory):
     """The weights are finite, what they make is not: the remedy is another dtype."""
     net = bad_net.half()
     net.blocks[1].ffn[2].weight.data.mul_(1e5)
-    text = embed_text(net, torch.randn(1, 5, 32).half())
-    said = refusal(CausalSampler(net=net, text=text, device=CPU, dtype=torch.float16), empty_memory(**CLEAN))
+    said = refusal(make_sampler(net, dtype=torch.float16), empty_memory(**CLEAN))
     assert "in the output of layer blocks.1, not in its weights; run it in bf16 or fp32" in said
 
 
@@ -228,7 +228,7 @@ def test_what_does_not_come_again(bad_net, make_sampler, empty_memory):
         return out * NAN if len(passes) == 2 else None
 
     bad_net.blocks[1].ffn.register_forward_hook(once)
-    assert "NaN or infinity in it, but not in a repeat of its passes; generate again" in refusal(
+    assert "NaN or infinity in it, but not in a repeat; generate again" in refusal(
         make_sampler(bad_net), empty_memory(**CLEAN)
     )
 
@@ -258,7 +258,7 @@ def test_the_host_waits_once_a_chunk_and_no_value_changes(net, make_sampler, emp
     counts, made = [], []
     for checks in (False, True):
         with Waits() as waits:
-            made.append(roll(make_sampler(net, checks=checks), empty_memory(**CLEAN), 3))
+            made.append(roll(make_sampler(net, check_finite=checks), empty_memory(**CLEAN), 3))
         counts.append(waits.count)
     assert counts[1] - counts[0] == 3 and same_memory(*made)
 
@@ -266,8 +266,7 @@ def test_the_host_waits_once_a_chunk_and_no_value_changes(net, make_sampler, emp
 def test_training_has_a_rule_of_its_own(bad_net, empty_memory):
     """Its rollouts go on: the update that they lead to is dropped."""
     bad_net.requires_grad_(True).blocks[2].ffn[0].weight.data[0, 0] = NAN
-    direct = lambda module, function, *args: function(module, *args)
-    student = Student(bad_net, torch.randn(1, 5, 32), CPU, torch.float32, direct)
+    student = Student(Network(bad_net, CPU, torch.float32), torch.randn(1, 5, 32))
     memory = empty_memory(**CLEAN)
     noise = seeded_noise(5, memory.latent_size)
     context = student.rollout(memory, 1, SIGMAS, noise)
@@ -282,7 +281,7 @@ def test_gradients_pass_the_check(bad_net, make_sampler, begun):
     for checks in (False, True):
         weight = bad_net.requires_grad_(True).blocks[1].ffn[0].weight
         weight.grad = None
-        after = make_sampler(bad_net, checks=checks).commit(before, torch.ones(1, 16, 2, 4, 6))
-        after.remembered[5].keys.sum().backward()
+        after = make_sampler(bad_net, check_finite=checks).commit(before, torch.ones(1, 16, 2, 4, 6))
+        after.store.frames[5].keys.sum().backward()
         found.append(weight.grad.clone())
     assert torch.equal(*found) and found[0].any()

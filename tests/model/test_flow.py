@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from context_forcing.model.config import StudentCard
 from context_forcing.model.flow import add_noise, shift_sigma, warped_sigmas, x0_from_flow
 

@@ -4,15 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from context_forcing.memory import Memory, MemoryConfig, empty_memory
-from context_forcing.memory.config import MEMORY_PRESETS
-from context_forcing.model.causal import MemoryAttention, causal_forward, embed_text
-from context_forcing.model.config import WanConfig
-from context_forcing.model.flow import warped_sigmas
-from context_forcing.model.sampler import CausalSampler
-from context_forcing.model.wan import WanModel
 from safetensors import safe_open
 from safetensors.torch import load_file
+
+from context_forcing.memory import MemoryConfig, MemoryView, empty_memory
+from context_forcing.memory.config import MEMORY_PRESETS
+from context_forcing.model.causal import causal_forward, embed_text
+from context_forcing.model.config import WanConfig
+from context_forcing.model.flow import warped_sigmas
+from context_forcing.model.network import Network
+from context_forcing.model.wan import WanModel
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EVERYTHING = MemoryConfig(sink=3, slow=0, fast=18)
@@ -40,9 +41,9 @@ def net():
 @pytest.mark.parametrize("case", ["t", "t_frames"])
 def test_bidirectional(net, case):
     g = load_file(GOLDEN / "bidirectional.safetensors")
-    frames, rows, columns = g["x"].shape[2], g["x"].shape[3] // 2, g["x"].shape[4] // 2
+    frames, latent_size = g["x"].shape[2], (g["x"].shape[1], *g["x"].shape[3:])
     timestep = g[case] if case == "t_frames" else g[case][:, None].expand(-1, frames)
-    attend = MemoryAttention(None, (rows, columns), frames, 128, torch.device("cpu"))
+    attend = Network(net, torch.device("cpu"), torch.float32).attend(MemoryView(), frames, latent_size)
     flow = causal_forward(net, g["x"], timestep, embed_text(net, g["text"]), attend)
     assert relative(flow, g["flow" if case == "t" else "flow_frames"]) < 1e-5
 
@@ -55,14 +56,14 @@ def test_bidirectional(net, case):
         ("causal_two_step_shift8", (1000, 500), 8.0),
     ],
 )
-def test_rollout(net, name, steps, shift):
+def test_rollout(net, make_sampler, name, steps, shift):
     g = load_file(GOLDEN / f"{name}.safetensors")
     to_ours = lambda x: x.movedim(1, 2)  # golden layout is B, T, C, H, W
     sigmas = warped_sigmas(steps, shift)
     assert torch.allclose(torch.tensor(sigmas), g["sigmas"].float(), rtol=1e-6)
     assert torch.allclose(1000 * torch.tensor(sigmas), g["timesteps"].float(), rtol=1e-6)
-    sampler = CausalSampler(net=net, text=embed_text(net, g["text"]), device=torch.device("cpu"), dtype=torch.float32)
-    memory = Memory(config=EVERYTHING, latent_size=tuple(g["noise"].shape[2:]))
+    sampler = make_sampler(net, text=g["text"])
+    memory = empty_memory(EVERYTHING, tuple(g["noise"].shape[2:]))
     given = 0
     if "initial" in g:
         for chunk in to_ours(g["initial"]).split(3, dim=2):
@@ -79,10 +80,10 @@ def test_rollout(net, name, steps, shift):
     assert relative(made, to_ours(g["latents"])) < 1e-5
 
 
-def test_released_memory(net):
+def test_released_memory(net, make_sampler):
     """The Slow-Fast cache as the released Context Forcing code keeps it: latents, and what lies in every slot."""
     g = load_file(GOLDEN / "slowfast_released.safetensors")
-    sampler = CausalSampler(net=net, text=embed_text(net, g["text"]), device=torch.device("cpu"), dtype=torch.float32)
+    sampler = make_sampler(net, text=g["text"])
     memory = empty_memory(MEMORY_PRESETS["released"], tuple(g["noise"].shape[2:]))
 
     def noise(frame, step):
@@ -90,6 +91,6 @@ def test_released_memory(net):
 
     sigmas = warped_sigmas((1000, 750, 500, 250), 5.0)
     for chunk, memory in enumerate(sampler.rollout(memory, 12, sigmas=sigmas, noise=noise)):
-        found = [[*layer.frames, *[-1] * (21 - len(layer.frames))] for layer in memory.layers]
+        found = [[*layer.frames, *[-1] * (21 - len(layer.frames))] for layer in memory.store.layers]
         assert found == g["sources"][chunk].tolist()
     assert relative(torch.cat(memory.latent_chunks, dim=2), g["latents"].movedim(1, 2)) < 1e-5

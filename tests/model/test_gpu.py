@@ -55,7 +55,7 @@ def test_layouts_make_the_same_film_and_keep_the_memory_where_they_say():
         for after in sampler.rollout(memory, 9, sigmas=pipeline.card.sigmas, noise=seeded_noise(3, memory.latent_size)):
             pass
         where = "cpu" if layout == "from RAM" else "cuda"
-        assert {held.keys.device.type for held in after.remembered.values()} == {where}
+        assert {held.keys.device.type for held in after.store.frames.values()} == {where}
         films.append(torch.cat(after.latent_chunks, dim=2))
     for film_of_layout in films[1:]:
         assert (film_of_layout - films[0]).norm() / films[0].norm() < 1e-4

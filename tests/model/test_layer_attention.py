@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from context_forcing.memory.snapshot import load_memory, save_memory
 from context_forcing.model.sampler import COMMIT_ATTENDS, KV_PLACEMENTS, seeded_noise
 from context_forcing.model.segment import generate_segment
@@ -19,7 +20,7 @@ def roll(sampler, memory, num_chunks, seed=5):
 @pytest.fixture(scope="module")
 def nine_chunks(net, make_sampler, empty_memory):
     memory = roll(make_sampler(net), empty_memory(**SMALL), 9)
-    assert all(len(layer.frames) == 10 and layer.num_slow == 4 for layer in memory.layers)
+    assert all(len(layer.frames) == 10 and layer.num_slow == 4 for layer in memory.store.layers)
     return memory
 
 
@@ -61,9 +62,11 @@ def test_what_the_commit_pass_sees(net, make_sampler, empty_memory, nine_chunks)
         assert torch.equal(memory.latent_chunks[-1], roll(make_sampler(net), nine_chunks, 1).latent_chunks[-1]), (
             "denoising sees all"
         )
-        keys.add(tuple(memory.layers[-1].entries[-1].keys.flatten()[-9:].tolist()))
+        keys.add(tuple(memory.store.layers[-1].entries[-1].keys.flatten()[-9:].tolist()))
         first, plain = roll(sampler, empty_memory(**SMALL), 1), roll(make_sampler(net), empty_memory(**SMALL), 1)
-        assert torch.equal(first.layers[-1].entries[-1].keys, plain.layers[-1].entries[-1].keys), "a chunk sees itself"
+        assert torch.equal(first.store.layers[-1].entries[-1].keys, plain.store.layers[-1].entries[-1].keys), (
+            "a chunk sees itself"
+        )
     assert len(keys) == 3
 
 

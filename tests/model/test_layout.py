@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from context_forcing.memory import Memory, MemoryConfig
-from context_forcing.model.causal import embed_text
+from torch.profiler import ProfilerActivity, profile
+
+from context_forcing.memory import MemoryConfig
+from context_forcing.memory import empty_memory as new_empty_memory
+from context_forcing.memory.config import MEMORY_PRESETS
 from context_forcing.model.config import PRESETS
-from context_forcing.model.sampler import COMMIT_ATTENDS, KV_PLACEMENTS, CausalSampler, seeded_noise, working_bytes
+from context_forcing.model.network import Network
+from context_forcing.model.sampler import COMMIT_ATTENDS, KV_PLACEMENTS, seeded_noise, working_bytes
 from context_forcing.model.wan import WanModel
 from context_forcing.video.pipeline import new_memory
-from torch.profiler import ProfilerActivity, profile
 
 SMALL = dict(sink=1, slow=2, fast=4, chunk=2, window=7, slow_similarity_threshold=0.999)
 
@@ -32,7 +35,7 @@ def test_layouts_make_the_same_memory(net, make_sampler, empty_memory, same_memo
 
 
 def test_an_unknown_layout_is_named(net, make_sampler):
-    with pytest.raises(ValueError, match="^layout: 'everywhere' is not one of at once, by layer, from RAM"):
+    with pytest.raises(ValueError, match="^kv_placement: 'everywhere' is not one of at once, by layer, from RAM"):
         make_sampler(net, kv_placement="everywhere")
 
 
@@ -49,22 +52,24 @@ def peak_bytes(function) -> int:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("name", ["slow-fast", "released"])
 @pytest.mark.parametrize("layout", KV_PLACEMENTS)
 @pytest.mark.parametrize("num_layers", [8, 24])
-def test_working_bytes_are_what_a_chunk_takes(make_net, layout, num_layers):
+def test_working_bytes_are_what_a_chunk_takes(make_net, make_sampler, name, layout, num_layers):
     """In bf16, what GPUs run; feed-forward and window in the proportions of Wan 2.1."""
     latent_size = (16, 16, 24)
     net = make_net(dim=128, ffn_dim=448, num_layers=num_layers, text_len=64).bfloat16()
-    text = embed_text(net, torch.randn(1, 64, 32).bfloat16())
-    sampler = CausalSampler(net=net, text=text, device=torch.device("cpu"), dtype=torch.bfloat16, kv_placement=layout)
-    memory = roll(sampler, Memory(config=MemoryConfig(), latent_size=latent_size), 7, (1.0,))
-    assert len(memory.slots.all) == memory.config.capacity
+    sampler = make_sampler(net, text=torch.randn(1, 64, 32), dtype=torch.bfloat16, kv_placement=layout)
+    config = MEMORY_PRESETS[name]
+    memory = roll(sampler, new_empty_memory(config, latent_size), 14, (1.0,))
+    held = [len(layer.frames) for layer in memory.store.layers] if config.per_layer else [len(memory.slots.all)]
+    assert set(held) == {config.num_slots if config.per_layer else config.capacity}, "it is full"
     noise = seeded_noise(1, latent_size)
     # Text keys, and a memory that is not in RAM, are there before the chunk and count too.
-    there = sum(tensor.nbytes for tensor in (*text.keys, *text.values))
+    there = sum(tensor.nbytes for tensor in (*sampler.text.keys, *sampler.text.values))
     there += memory.num_bytes if layout != "from RAM" else 0
     taken = there + peak_bytes(lambda: sampler.generate_chunk(memory, (1.0, 0.5), noise))
-    assert working_bytes(net, memory, torch.bfloat16, layout) == pytest.approx(taken, rel=0.15)
+    assert working_bytes(sampler.network, memory, layout) == pytest.approx(taken, rel=0.15)
 
 
 def test_working_bytes_of_real_students():
@@ -72,9 +77,9 @@ def test_working_bytes_of_real_students():
     expected = {"wan2.1-1.3b": (12.5, 7.3, 2.2), "wan2.1-14b": (54.4, 31.4, 8.4)}
     for name, sizes in expected.items():
         with torch.device("meta"):
-            net = WanModel(PRESETS[name])
+            network = Network(WanModel(PRESETS[name]), torch.device("meta"), torch.bfloat16)
         memory = new_memory(MemoryConfig(), 832, 480)
-        found = [working_bytes(net, memory, torch.bfloat16, layout) / 1e9 for layout in KV_PLACEMENTS]
+        found = [working_bytes(network, memory, layout) / 1e9 for layout in KV_PLACEMENTS]
         assert found == pytest.approx(sizes, abs=0.06)
         # 18 frames twice and 6 of the chunk; 18 and 6; 6: the rest is one layer's work.
         frame = {"wan2.1-1.3b": 6.04 / 21, "wan2.1-14b": 26.8 / 21}[name]

@@ -41,26 +41,26 @@ def test_results_are_those_without_bit_for_bit(student, same_memory):
 
 def test_every_pass_over_a_block_runs_on_copies_of_its_weights(student):
     pipeline = Pipeline.load(StudentSource(student).open(), CPU, torch.float32, offload=True)
-    own = {weight.data_ptr() for weight in pipeline.net.blocks.parameters()}
-    used, call = [], pipeline.call
+    own = {weight.data_ptr() for weight in pipeline.network.net.blocks.parameters()}
+    used, call = [], pipeline.network.run
 
     def watched(module, function, *args):
-        if module is pipeline.net:
+        if module is pipeline.network.net:
             return call(module, function, *args)
 
         def inside(block, *args):
             weights = dict(block.named_parameters())
             assert len(weights) == 27 and not own & {weight.data_ptr() for weight in weights.values()}
-            used.append(list(pipeline.net.blocks).index(block))
+            used.append(list(pipeline.network.net.blocks).index(block))
             return function(block, *args)
 
         return call(module, inside, *args)
 
-    pipeline = dataclasses.replace(pipeline, call=watched)
+    pipeline = dataclasses.replace(pipeline, network=dataclasses.replace(pipeline.network, run=watched))
     next(pipeline.generate(STORY, pipeline.empty_memory()))
     # The prompt's keys, two denoising steps and the commit pass.
     assert used == [0, 1, 2] * 4
-    assert own == {weight.data_ptr() for weight in pipeline.net.blocks.parameters()}, "they are back"
+    assert own == {weight.data_ptr() for weight in pipeline.network.net.blocks.parameters()}, "they are back"
 
 
 def test_two_blocks_are_on_the_device_and_the_next_is_fetched_ahead(make_net):
@@ -84,7 +84,9 @@ def test_on_a_gpu_too(student, same_memory):
     made = []
     for offload in (False, True):
         pipeline = Pipeline.load(StudentSource(student).open(), torch.device("cuda"), torch.float32, offload=offload)
-        assert {weight.device.type for weight in pipeline.net.blocks.parameters()} == {"cpu" if offload else "cuda"}
+        assert {weight.device.type for weight in pipeline.network.net.blocks.parameters()} == {
+            "cpu" if offload else "cuda"
+        }
         *_, memory = pipeline.generate(STORY, pipeline.empty_memory())
         made.append(memory.to("cpu", torch.float32))
     assert same_memory(*made)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from context_forcing.model.rope import rotary_table, rotate
 
 ROWS, COLUMNS = 3, 5

@@ -2,12 +2,13 @@
 
 import math
 
-import context_forcing.model.causal as causal
-import context_forcing.model.sampler as sampler_module
 import pytest
 import torch
+
+import context_forcing.model.network as network_module
 from context_forcing.memory import MemoryConfig
 from context_forcing.memory.snapshot import load_memory, save_memory
+from context_forcing.model.network import Network
 from context_forcing.model.rope import rotary_table
 from context_forcing.model.sampler import COMMIT_ATTENDS, chunks_for, seeded_noise, working_bytes
 
@@ -154,10 +155,10 @@ def test_what_the_commit_pass_sees(net, make_sampler, empty_memory):
     for choice in COMMIT_ATTENDS:
         memory = roll(make_sampler(net, commit_attends=choice), start, 1)
         assert torch.equal(film(memory), film(roll(make_sampler(net), start, 1))), "denoising sees everything"
-        keys[choice] = memory.remembered[7].keys
+        keys[choice] = memory.store.frames[7].keys
         first = roll(make_sampler(net, commit_attends=choice), empty_memory(**SMALL), 1)
         assert torch.equal(
-            first.remembered[1].keys, roll(make_sampler(net), empty_memory(**SMALL), 1).remembered[1].keys
+            first.store.frames[1].keys, roll(make_sampler(net), empty_memory(**SMALL), 1).store.frames[1].keys
         )
     assert len({tuple(k.flatten()[-50:].tolist()) for k in keys.values()}) == 3
 
@@ -175,8 +176,7 @@ def test_rotary_positions_stay_in_the_window(net, make_sampler, empty_memory, mo
         used.append(positions)
         return rotary_table(positions, *args)
 
-    monkeypatch.setattr(causal, "rotary_table", recorded)
-    monkeypatch.setattr(sampler_module, "rotary_table", recorded)
+    monkeypatch.setattr(network_module, "rotary_table", recorded)
     memory = roll(make_sampler(net), empty_memory(**sizes), 25, sigmas=(1.0,))
     highest = max(int(positions.max()) for positions in used if len(positions))
     assert highest == memory.config.window - 1
@@ -224,18 +224,18 @@ def test_on_pass_comes_before_every_pass_and_can_stop_it(net, make_sampler, empt
 
 def test_film_is_float32_on_the_cpu_whatever_the_network_runs_in(make_net, make_sampler, empty_memory):
     net = make_net().bfloat16()
-    text = causal.embed_text(net, torch.randn(1, 5, 32).bfloat16())
-    sampler = sampler_module.CausalSampler(net=net, text=text, device=torch.device("cpu"), dtype=torch.bfloat16)
+    sampler = make_sampler(net, text=torch.randn(1, 5, 32), dtype=torch.bfloat16)
     memory = roll(sampler, empty_memory(**SMALL), 3)
     assert film(memory).dtype == torch.float32 and film(memory).isfinite().all()
-    assert {held.keys.dtype for held in memory.remembered.values()} == {torch.bfloat16}
+    assert {held.keys.dtype for held in memory.store.frames.values()} == {torch.bfloat16}
 
 
 def test_working_bytes_grow_with_the_memory_not_the_video(net, empty_memory, six_chunks):
-    small = working_bytes(net, six_chunks, torch.float32)
-    assert small == working_bytes(net, empty_memory(**SMALL), torch.float32)
+    network, half = (Network(net, torch.device("cpu"), dtype) for dtype in (torch.float32, torch.bfloat16))
+    small = working_bytes(network, six_chunks)
+    assert small == working_bytes(network, empty_memory(**SMALL))
     assert small >= six_chunks.num_bytes
-    assert working_bytes(net, empty_memory(), torch.float32) > small > working_bytes(net, six_chunks, torch.bfloat16)
+    assert working_bytes(network, empty_memory()) > small > working_bytes(half, six_chunks)
 
 
 def test_other_sizes_need_no_change(net, make_sampler):
@@ -246,7 +246,7 @@ def test_other_sizes_need_no_change(net, make_sampler):
     assert film(memory).shape == (1, 16, 6, 4, 6)
     memory = roll(make_sampler(net), new_memory(config, 16, 80), 3, sigmas=(1.0,))
     assert film(memory).shape == (1, 16, 6, 10, 2)
-    assert memory.remembered[0].keys.shape[2] == 5
+    assert memory.store.frames[0].keys.shape[2] == 5
     with pytest.raises(ValueError, match="^size: width 40 "):
         new_memory(config, 40, 32)
 
@@ -262,10 +262,10 @@ def test_euler_follows_the_flow_and_draws_noise_once(net, make_sampler, empty_me
     made = film(sampler.generate_chunk(memory, SIGMAS, counted))
     assert set(drawn) == {0}
 
-    attend = sampler._attend(memory, sampler.view(memory), memory.config.chunk)
+    attend = sampler.network.attend(sampler.view(memory), memory.config.chunk, memory.latent_size)
     x = torch.stack([noise(frame, 0) for frame in range(memory.config.chunk)], dim=2)
     for sigma, following in zip(SIGMAS, (*SIGMAS[1:], 0.0)):
-        x = x + (following - sigma) * sampler._flow(x, sigma, attend)
+        x = x + (following - sigma) * sampler.network.flow(x, sigma, sampler.text, attend)
     assert torch.allclose(made, x, atol=1e-5)
 
 

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+
+from context_forcing.memory import MemoryView
 from context_forcing.memory.memory import CHANGES
-from context_forcing.model.causal import embed_text
 from context_forcing.model.sampler import CausalSampler
 from context_forcing.model.segment import between, generate_segment, used_rows
 
@@ -18,13 +19,12 @@ def text(seed, rows=5):
 
 
 @pytest.fixture(scope="module")
-def tell(net):
+def tell(net, make_sampler):
     """(memory, prompt, chunks, ...) -> the memory after a segment; `tell.texts` are the prompts samplers were made for."""
 
     def sampler_of(prompt):
         go.texts.append(prompt)
-        context = embed_text(net, prompt)
-        return CausalSampler(net=net, text=context, device=torch.device("cpu"), dtype=torch.float32, student="me")
+        return make_sampler(net, text=prompt, student="me")
 
     def go(memory, prompt, num_chunks, seed=3, **settings):
         go.texts = []
@@ -53,7 +53,7 @@ def tail(memory, chunks=1):
 
 
 def keys(memory):
-    return {frame: held.keys for frame, held in memory.remembered.items()}
+    return {frame: held.keys for frame, held in memory.store.frames.items()}
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -100,16 +100,16 @@ def test_recache_writes_every_remembered_frame_under_the_new_prompt(tell, begun,
     assert keys(after).keys() == keys(before).keys() == set(begun.slots.all)
     assert all(torch.equal(keys(before)[frame], keys(begun)[frame]) for frame in keys(before)), "the old one is whole"
     for frame in begun.slots.all:
-        stale, fresh = before.remembered[frame], after.remembered[frame]
+        stale, fresh = before.store.frames[frame], after.store.frames[frame]
         assert not torch.allclose(fresh.keys[-1], stale.keys[-1], atol=1e-4), f"frame {frame} is stale"
         assert fresh.keys.abs().sum() > 0 and fresh.values.abs().sum() > 0
     assert after.slots == before.slots and after.latent_chunks == before.latent_chunks
 
 
-def test_recache_under_the_same_prompt_finds_what_was_never_out_of_sight(tell, net, empty_memory):
+def test_recache_under_the_same_prompt_finds_what_was_never_out_of_sight(tell, net, make_sampler, empty_memory):
     """As long as nothing was forgotten, rewriting sees exactly what was seen when the film was made."""
     memory = tell(empty_memory(**SIZES), text(0), 2)
-    sampler = CausalSampler(net=net, text=embed_text(net, text(0)), device=torch.device("cpu"), dtype=torch.float32)
+    sampler = make_sampler(net, text=text(0))
     assert memory.slots.all == (0, 1, 2, 3)
     again = sampler.recache(memory)
     for frame in memory.slots.all:
@@ -122,12 +122,12 @@ def test_rewritten_keys_are_not_taken_for_the_old_ones(tell, begun):
     rest = after.to("cpu", before=begun)
     assert all(torch.equal(keys(rest)[frame], keys(after)[frame]) for frame in after.slots.all)
     kept = tell(begun, text(1), 1).to("cpu", torch.bfloat16).to("cpu", torch.float32, before=begun)
-    assert all(kept.remembered[frame] is begun.remembered[frame] for frame in kept.slots.all if frame < 10)
+    assert all(kept.store.frames[frame] is begun.store.frames[frame] for frame in kept.slots.all if frame < 10)
 
 
-def test_recache_is_causal(tell, begun, net):
+def test_recache_is_causal(make_sampler, begun, net):
     """A remembered frame's keys do not know of those after it."""
-    sampler = CausalSampler(net=net, text=embed_text(net, text(1)), device=torch.device("cpu"), dtype=torch.float32)
+    sampler = make_sampler(net, text=text(1))
     before = sampler.recache(begun)
     last = begun.slots.all[-1]
     chunks = list(begun.latent_chunks)
@@ -142,23 +142,21 @@ def test_recache_is_causal(tell, begun, net):
 def test_flush_keeps_sink_and_last_chunk(tell, begun):
     told = begun.begin("", 0, text(1), "flush")
     assert told.slots.sink == begun.slots.sink and told.slots.slow == () and told.slots.fast == (8, 9)
-    assert set(told.remembered) == set(told.slots.all)
-    assert all(told.remembered[frame] is begun.remembered[frame] for frame in told.remembered)
+    assert set(told.store.frames) == set(told.slots.all)
+    assert all(told.store.frames[frame] is begun.store.frames[frame] for frame in told.store.frames)
     after = tell(begun, text(1), 4, change="flush")
     assert not torch.allclose(tail(after), tail(tell(begun, text(1), 4)), atol=1e-4)
 
 
 @pytest.mark.parametrize("change, sink", [("cut", (0, 1)), ("cut_new_sink", ())])
 def test_a_cut_forgets_and_jumps_once(tell, begun, change, sink, monkeypatch):
-    from context_forcing.model import sampler as module
+    first, real = [], MemoryView.positions
 
-    first, real = [], module.MemoryAttention
+    def spy(view, num_frames):
+        first.append(real(view, num_frames).start)
+        return real(view, num_frames)
 
-    def spy(view, grid, num_frames, head_dim, device, attention, keep, begins):
-        first.append(view.num_frames if begins is None else begins)
-        return real(view, grid, num_frames, head_dim, device, attention, keep, begins)
-
-    monkeypatch.setattr(module, "MemoryAttention", spy)
+    monkeypatch.setattr(MemoryView, "positions", spy)
     after = tell(begun, text(0), 2, change=change)
     in_scene = len(sink)
     # window 10 - chunk 2 for the denoising and the commit of the first chunk; then right behind what is remembered
@@ -255,11 +253,11 @@ def test_splitting_after_given_frames_changes_nothing(tell, empty_memory, same_m
 
 
 def test_frames_are_given_to_empty_memories_of_their_size(begun, empty_memory):
-    with pytest.raises(ValueError, match="10 latent frames already"):
+    with pytest.raises(ValueError, match="the video has 10 latent frames"):
         begun.with_start_latents(torch.zeros(1, 16, 1, 4, 6))
     with pytest.raises(ValueError, match="does not fit"):
         empty_memory(**SIZES).with_start_latents(torch.zeros(1, 16, 1, 4, 4))
-    with pytest.raises(ValueError, match="given what its video begins with already"):
+    with pytest.raises(ValueError, match="has a start image or clip already"):
         empty_memory(**SIZES).with_start_latents(torch.zeros(1, 16, 1, 4, 6)).with_start_latents(
             torch.zeros(1, 16, 1, 4, 6)
         )
@@ -289,9 +287,7 @@ def test_a_compact_memory_is_rebuilt_under_the_prompt_it_ends_with(tell, begun):
     assert torch.equal(tell.texts[0], text(0)) and torch.equal(tell.texts[-1], text(1))
 
 
-def test_another_student_s_memory_is_refused(net, begun):
-    sampler = CausalSampler(
-        net=net, text=embed_text(net, text(0)), device=torch.device("cpu"), dtype=torch.float32, student="you"
-    )
+def test_another_student_s_memory_is_refused(net, make_sampler, begun):
+    sampler = make_sampler(net, text=text(0), student="you")
     with pytest.raises(ValueError, match="another student"):
         sampler.prepare(begun)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from context_forcing.model.config import PRESETS, WanConfig
 from context_forcing.model.wan import WanModel
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from context_forcing.memory import Memory, MemoryConfig
-from context_forcing.model.causal import MemoryAttention, causal_forward, embed_text
+from context_forcing.memory import MemoryConfig, empty_memory
+from context_forcing.model.causal import causal_forward, embed_text
+from context_forcing.model.network import Network
 from context_forcing.model.sampler import CausalSampler
 from context_forcing.train.config import CONFIGS, load_config
 from context_forcing.train.data.clips import make_batch, memory_layout, random_clip
@@ -39,18 +40,22 @@ def clips(net):
     return clean, noisy, sigma, random(2 * NUM_CHUNKS, 5, 32, seed=3)
 
 
+def network_of(net):
+    return Network(net, torch.device("cpu"), torch.float32)
+
+
 def by_memory(net, clips, b, settings):
     """One clip through the sampler's way: chunk by chunk over a Memory. Slots, clean flows and noisy flows."""
     clean, noisy, sigma, text = clips
-    memory = Memory(config=MemoryConfig(chunk=CHUNK, **settings), latent_size=(16, 4, 6))
+    memory = empty_memory(MemoryConfig(chunk=CHUNK, **settings), (16, 4, 6))
     slots, flows = [], ([], [])
     for c in range(NUM_CHUNKS):
         frames = slice(c * CHUNK, (c + 1) * CHUNK)
         rows = embed_text(net, text[b * NUM_CHUNKS + c][None])
-        sampler = CausalSampler(net=net, text=rows, device=torch.device("cpu"), dtype=torch.float32)
+        sampler = CausalSampler(network=network_of(net), text=rows)
         slots.append(memory.slots.all)
         for stream, (clip, level) in enumerate([(clean, 0 * sigma), (noisy, sigma)]):
-            attend = MemoryAttention(sampler.view(memory), GRID, CHUNK, 32, torch.device("cpu"))
+            attend = sampler.network.attend(sampler.view(memory), CHUNK, memory.latent_size)
             timestep = 1000 * level[b : b + 1, frames]
             flows[stream].append(causal_forward(net, clip[b : b + 1, :, frames], timestep, rows, attend))
         memory = sampler.commit(memory, clean[b : b + 1, :, frames])
@@ -73,7 +78,7 @@ def test_a_teacher_forced_pass_is_the_samplers(net, clips, settings):
         by_memory(net, clips, 0, settings), by_memory(net, clips, 1, SETTINGS[2]),
     )  # fmt: skip
     slots = padded([slots_a, slots_b], capacity=9)
-    flow = teacher_forced_flow(net, SimpleNamespace(text=text, slots=slots), clean, noisy, sigma, CHUNK)
+    flow = teacher_forced_flow(network_of(net), SimpleNamespace(text=text, slots=slots), clean, noisy, sigma, CHUNK)
     assert relative(flow[:1], noisy_a) < 1e-5 and relative(flow[1:], noisy_b) < 1e-5
 
     attend = TeacherForcing(slots, CHUNK, GRID, 32)
@@ -95,7 +100,7 @@ def test_what_a_chunk_must_not_see_does_not_change_it(make_net, clips):
     seen = layout[NUM_CHUNKS - 2]
     assert 0 < len(seen) < last.start
     flow = lambda clean, noisy: teacher_forced_flow(
-        net, SimpleNamespace(text=text, slots=slots), clean, noisy, sigma, CHUNK
+        network_of(net), SimpleNamespace(text=text, slots=slots), clean, noisy, sigma, CHUNK
     )[0, :, last]
     before = flow(clean, noisy)
     for frame in range(NUM_CHUNKS * CHUNK):
@@ -117,7 +122,7 @@ def test_the_future_changes_nothing_at_any_depth(net, clips):
     layout, *_ = by_memory(net, clips, 0, SETTINGS[0])
     slots = padded([layout, layout], capacity=5)
     flow = lambda clean, noisy: teacher_forced_flow(
-        net, SimpleNamespace(text=text, slots=slots), clean, noisy, sigma, CHUNK
+        network_of(net), SimpleNamespace(text=text, slots=slots), clean, noisy, sigma, CHUNK
     )[:, :, : 4 * CHUNK]
     before = flow(clean, noisy)
     clean, noisy = clean.clone(), noisy.clone()
@@ -181,7 +186,7 @@ def test_steps_lower_the_loss():
     draws = Draws.of(config, batch, torch.Generator().manual_seed(0))
     optimizers, losses = build_optimizers(net, "muon", 2e-3, (0.9, 0.98), 0.01), []
     for _ in range(12):
-        loss = training_loss(net, config, batch, draws) / column_weights(config, batch).sum()
+        loss = training_loss(network_of(net), config, batch, draws) / column_weights(config, batch).sum()
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()

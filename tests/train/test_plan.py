@@ -7,8 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from context_forcing.memory import Memory, MemoryConfig
+from context_forcing.memory import MemoryConfig, empty_memory
 from context_forcing.model.config import PRESETS, WanConfig
+from context_forcing.model.network import Network
 from context_forcing.model.sampler import seeded_noise
 from context_forcing.model.wan import WanModel
 from context_forcing.train import plan_stage
@@ -53,8 +54,8 @@ def test_arithmetic_is_what_torch_counts(monkeypatch):
     net = WanModel(sizes)
     net.reset_parameters(torch.Generator().manual_seed(0))
     config = load_config("local", "demo")
-    student = Student(net, torch.ones(1, 8, 16), torch.device("cpu"), torch.float32, entry(net))
-    memory = Memory(config=MemoryConfig(policy="uniform", uniform_stride=1), latent_size=config.latent_size)
+    student = Student(Network(net, torch.device("cpu"), torch.float32, run=entry(net)), torch.ones(1, 8, 16))
+    memory = empty_memory(MemoryConfig(policy="uniform", uniform_stride=1), config.latent_size)
     noise = seeded_noise(0, config.latent_size)
     memory = student.rollout(memory, 7, (1.0, 0.5), noise)
     assert len(memory.slots.all) == 18

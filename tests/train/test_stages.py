@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from context_forcing.memory import Memory, MemoryConfig
-from context_forcing.model.causal import embed_text
+from context_forcing.memory import MemoryConfig, empty_memory
 from context_forcing.model.checkpoints.containers import read_safetensors
 from context_forcing.model.checkpoints.student import StudentFile, StudentSource
 from context_forcing.model.config import PRESETS, WanConfig
+from context_forcing.model.network import Network
 from context_forcing.model.sampler import CausalSampler, seeded_noise
 from context_forcing.model.wan import WanModel
 from context_forcing.train import run_stage
@@ -73,20 +73,24 @@ def learner(net):
     net.requires_grad_(False)
 
 
+def network_of(net, recompute=False):
+    return Network(net, torch.device("cpu"), torch.float32, run=entry(net, recompute))
+
+
 def student_of(net, num_texts=1, recompute=False):
     text = random(num_texts, 5, net.config.text_dim, seed=9)
-    return Student(net, text, torch.device("cpu"), torch.float32, entry(net, recompute), recompute)
+    return Student(network_of(net, recompute), text, recompute)
 
 
 def empty(**settings):
-    return Memory(config=MemoryConfig(**settings), latent_size=(16, 4, 6))
+    return empty_memory(MemoryConfig(**settings), (16, 4, 6))
 
 
 # What is seen
 
 
 def test_a_score_sees_the_context_and_the_context_does_not_see_the_target(net):
-    score, text = Score(net, torch.float32, entry(net)), random(1, 5, net.config.text_dim, seed=1)
+    score, text = Score(network_of(net)), random(1, 5, net.config.text_dim, seed=1)
     context, x = random(1, 16, 4, 4, 6, seed=2), random(1, 16, 6, 4, 6, seed=3)
     with torch.no_grad():
         view = score.remember(context, text)
@@ -106,19 +110,19 @@ def test_a_score_sees_the_context_and_the_context_does_not_see_the_target(net):
 
 def test_a_score_pass_is_one_pass_over_both(net):
     """Remembering and then scoring equals attending to remembered frames in the sampler's own way."""
-    score, text = Score(net, torch.float32, entry(net)), random(1, 5, net.config.text_dim, seed=1)
+    score, text = Score(network_of(net)), random(1, 5, net.config.text_dim, seed=1)
     context, x = random(1, 16, 3, 4, 6, seed=2), random(1, 16, 3, 4, 6, seed=3)
     with torch.no_grad():
-        sampler = CausalSampler(net=net, text=embed_text(net, text), device=x.device, dtype=torch.float32)
+        sampler = CausalSampler(network=score.network, text=score.network.embed_text(text))
         memory = sampler.commit(empty(sink=3, slow=0, fast=3), context)
         torch.testing.assert_close(
             score.flow(score.remember(context, text), x, 0.7, text),
-            sampler._flow(x, 0.7, sampler._attend(memory, sampler.view(memory), 3)),
+            score.network.flow(x, 0.7, sampler.text, score.network.attend(sampler.view(memory), 3, memory.latent_size)),
         )
 
 
 def test_texts_may_differ_from_chunk_to_chunk(net):
-    score, texts = Score(net, torch.float32, entry(net)), random(2, 5, net.config.text_dim, seed=1)
+    score, texts = Score(network_of(net)), random(2, 5, net.config.text_dim, seed=1)
     context, x = random(1, 16, 2, 4, 6, seed=2), random(1, 16, 6, 4, 6, seed=3)
     with torch.no_grad():
         flow = score.flow(score.remember(context, texts), x, 0.7, texts)
@@ -184,7 +188,7 @@ def test_gradients_are_in_the_exit_step_only_and_change_nothing(learner):
     rolled = student.target(context, 2, 1, SIGMAS, noise, with_gradient=True)
     assert rolled.target_BCTHW.requires_grad and not plain.target_BCTHW.requires_grad
     assert torch.equal(rolled.target_BCTHW, plain.target_BCTHW)
-    assert not any(frame.keys.requires_grad for frame in rolled.memory.remembered.values())
+    assert not any(frame.keys.requires_grad for frame in rolled.memory.store.frames.values())
     assert not any(part.requires_grad for part in rolled.memory.latent_chunks)
     rolled.target_BCTHW.square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in learner.parameters())
@@ -194,7 +198,7 @@ def bytes_saved(student, context_chunks):
     """Bytes that the backward pass of a target keeps, weights not counted."""
     noise = seeded_noise(3, (16, 4, 6))
     context = student.rollout(empty(policy="uniform", uniform_stride=1), context_chunks, SIGMAS, noise)
-    weights = {p.untyped_storage().data_ptr() for p in student.net.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in student.network.net.parameters()}
     kept = {}
 
     def pack(tensor):
@@ -250,7 +254,7 @@ def test_a_view_laid_out_anew_is_the_same_view(net):
 def test_the_student_s_gradient_is_critic_minus_guided_teacher(tiny, files, guidance):
     stage = DistillStage(load_config("contextual", "smoke", [*files, f"guidance={guidance}"]), ALONE)
     torch.manual_seed(0)
-    for p in stage.critic.net.parameters():
+    for p in stage.critic.network.net.parameters():
         p.data.add_(0.05 * torch.randn_like(p))
     text = stage.prompts.text(0, 4)
     rolled = stage.roll(text, 2, 2, 1, 0, True)
@@ -453,7 +457,7 @@ def test_bad_gradients_are_not_applied():
 
 def test_a_run_of_bad_gradients_stops_the_run(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(TeacherStage, "loss", lambda self, memory, latents, *_: (
-        self.score.net.head.head.bias.sum() * float("nan"), latents, 0.5, True))  # fmt: skip
+        self.score.network.net.head.head.bias.sum() * float("nan"), latents, 0.5, True))  # fmt: skip
     with pytest.raises(FloatingPointError, match="teacher: 3 updates in a row"):
         run_stage("teacher", "smoke", ["steps=9", "max_skipped=2", f"out={tmp_path}"], False)
 
@@ -650,10 +654,10 @@ def test_adapters_begin_with_nothing_and_export_merged_and_alone(tiny, files, tm
     latents, text = stage.clips.sample(0)
     begun = WanModel(TINY)
     begun.load_state_dict(read_safetensors(whole)[0])
-    flow = lambda net: Score(net, torch.float32, entry(net)).flow(NOTHING, latents[:, :, :6], 0.5, text[:2])
+    flow = lambda net: Score(network_of(net)).flow(NOTHING, latents[:, :, :6], 0.5, text[:2])
     with torch.no_grad():
         assert flow(begun).abs().mean() > 0.1
-        torch.testing.assert_close(flow(stage.score.net), flow(begun))
+        torch.testing.assert_close(flow(stage.score.network.net), flow(begun))
 
     path = run_stage("teacher", "smoke", settings, False)
     merged = StudentSource(path).open().load()

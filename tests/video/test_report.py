@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import ImageDraw
 
-from context_forcing.memory import Memory, MemoryConfig
+from context_forcing.memory import MemoryConfig, empty_memory
 from context_forcing.video.report import COLOURS, draw_report, forgotten, frame_status, per_part, reach_seconds, summary
 from context_forcing.video.sheet import LEFT, MARGIN, RIGHT, WIDTH, at_time, shortened
 
@@ -14,7 +14,7 @@ A_FRAME = 2 * 2 * 6 * 4 * 8 * 4  # keys and values, 2 layers, 6 tokens, 4 x 8 el
 
 def filled(num_chunks, **settings):
     """A memory whose frames all look different (they are random), so that slow fills at once."""
-    memory = Memory(config=MemoryConfig(**settings), latent_size=(16, 4, 6)).begin("a meadow", 7)
+    memory = empty_memory(MemoryConfig(**settings), (16, 4, 6)).begin("a meadow", 7)
     generator = torch.Generator().manual_seed(0)
     for _ in range(num_chunks):
         kept = [tuple(torch.randn(2, 1, 3, 6, 4, 8, generator=generator)) for _ in range(2)]
@@ -68,7 +68,7 @@ def test_the_timeline_shows_the_fates():
 
 
 def segments_of(changes, chunks, memory=None):
-    memory = memory or Memory(config=MemoryConfig(slow=4), latent_size=(16, 4, 6))
+    memory = memory or empty_memory(MemoryConfig(slow=4), (16, 4, 6))
     generator = torch.Generator().manual_seed(1)
     for number, change in enumerate(changes):
         memory = memory.begin(f"scene {number}", 7, change=change)
@@ -152,7 +152,7 @@ def test_no_text_lies_on_another(written, num_segments, chunks):
 
 
 def test_long_prompts_are_cut_short(written):
-    memory = Memory(config=MemoryConfig(), latent_size=(16, 4, 6)).begin("a meadow " * 100, 7)
+    memory = empty_memory(MemoryConfig(), (16, 4, 6)).begin("a meadow " * 100, 7)
     draw_report(memory, pictures(memory), fps=16)
     ((_, box),) = [each for each in written if each[0].startswith("a meadow")]
     assert box[2] <= WIDTH - MARGIN
@@ -216,7 +216,7 @@ def test_summary_of_nothing():
 
 
 def test_summary_of_a_scene_that_stands_still():
-    memory = Memory(config=MemoryConfig(), latent_size=(16, 4, 6)).begin("a meadow", 7)
+    memory = empty_memory(MemoryConfig(), (16, 4, 6)).begin("a meadow", 7)
     for _ in range(9):
         memory = memory.append(torch.zeros(1, 16, 3, 4, 6), [(torch.ones(1, 3, 6, 4, 8),) * 2])
     assert summary(memory, fps=16).endswith("none of the frames that left fast was kept")

@@ -7,8 +7,8 @@ import pytest
 
 from context_forcing.memory.memory import CHANGES
 from context_forcing.model.codecs.demo_text import unknown_words
-from context_forcing.model.config import VAE_STRIDE
 from context_forcing.model.sampler import chunks_for
+from context_forcing.model.units import FRAMES_PER_LATENT
 from context_forcing.video.story import MAX_BLEND, MAX_SEED, SegmentSpec, load_story
 from context_forcing.video.storyboard import StoryboardLine, chunk_story, parse_storyboard, read_story, write_storyboard
 
@@ -135,7 +135,7 @@ def test_a_segment_without_a_chunk_is_named():
 @pytest.mark.parametrize("fps, chunk", [(16, 3), (24, 3), (30, 1), (23.976, 3), (12.5, 4), (7, 5)])
 def test_rounding_does_not_drift(fps, chunk):
     random.seed(fps)
-    piece = VAE_STRIDE[0] * chunk / fps
+    piece = FRAMES_PER_LATENT * chunk / fps
     for _ in range(200):
         times, time = [0.0], 0.0
         for _ in range(random.randint(1, 60)):
@@ -159,7 +159,7 @@ def test_half_chunks_go_up():
 def test_what_is_written_is_read_again():
     random.seed(3)
     for fps, chunk in ((16, 3), (24, 2), (30, 3)):
-        piece = VAE_STRIDE[0] * chunk / fps
+        piece = FRAMES_PER_LATENT * chunk / fps
         for _ in range(100):
             lines, time = [], 0
             for _ in range(random.randint(1, 20)):

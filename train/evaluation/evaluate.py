@@ -20,7 +20,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from ...memory.files import write_whole
+from ...memory.files import atomic_path
 from ...memory.memory import Memory
 from ...model.checkpoints.containers import read_json
 from ...model.checkpoints.student import StudentSource
@@ -166,7 +166,8 @@ class Results:
             "summary": asdict(sum_up(self.records)),
             "records": [asdict(record) for record in self.records],
         }
-        write_whole(self.path, json.dumps(content, indent=1).encode())
+        with atomic_path(self.path) as part:
+            part.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def evaluate(plan: Plan, device: str, dtype: str, out: Path) -> list[Table]:
@@ -299,7 +300,7 @@ def _header(plan: Plan, pipelines: dict[str, Pipeline]) -> dict:
         "gaps": plan.gaps,
         "minutes": plan.minutes,
         "device": first.device.type,
-        "dtype": str(first.dtype),
+        "dtype": str(first.network.dtype),
     }
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...memory.memory import Memory
+from ...memory.memory import Memory, empty_memory
 from ...model.codecs.demo_vae import load_demo_codec
 from ...model.config import StudentCard
 from ...model.flow import add_noise, shift_sigma, warped_sigmas, x0_from_flow
@@ -21,7 +21,7 @@ from ...video.film_strip import film_strip
 from ..config import DistillConfig
 from ..data.clips import open_prompts
 from ..loop import Stage, load_network, rng_of
-from ..parallel import PRECISIONS, Parallel, entry
+from ..parallel import Parallel, network_of
 from ..trained_network import TrainedNetwork
 from .score import NOTHING, Score
 from .student import Rollout, Student
@@ -35,7 +35,6 @@ class DistillStage(Stage):
 
     def __init__(self, config: DistillConfig, parallel: Parallel):
         super().__init__(config, parallel)
-        dtype = PRECISIONS[config.precision]
         student, self.begun_from = load_network(config.student, config, parallel, config.lora)
         critic, _ = load_network(config.teacher, config, parallel, config.lora)
         teacher, _ = load_network(config.teacher, config, parallel, None)
@@ -43,9 +42,9 @@ class DistillStage(Stage):
             "student": TrainedNetwork(student, config.student_optim, parallel),
             "critic": TrainedNetwork(critic, config.critic_optim, parallel),
         }
-        self.student, self.student_call = student, entry(student, config.recompute)
-        self.critic = Score(critic, dtype, entry(critic, config.recompute))
-        self.teacher = Score(teacher, dtype, entry(teacher))
+        self.student = network_of(student, parallel, config.precision, config.recompute)
+        self.critic = Score(network_of(critic, parallel, config.precision, config.recompute))
+        self.teacher = Score(network_of(teacher, parallel, config.precision))
         self.prompts = open_prompts(config)
         self.sigmas = warped_sigmas(config.denoising_steps, config.shift)
         self.latent_size = config.latent_size
@@ -110,11 +109,10 @@ class DistillStage(Stage):
 
     def student_under(self, text: Tensor) -> Student:
         """The student under the texts of a rollout."""
-        dtype = PRECISIONS[self.config.precision]
-        return Student(self.student, text, self.parallel.device, dtype, self.student_call, self.config.recompute)
+        return Student(self.student, text, self.config.recompute)
 
     def _empty(self) -> Memory:
-        return Memory(config=self.config.memory, latent_size=self.latent_size)
+        return empty_memory(self.config.memory, self.latent_size)
 
     def _noise(self, sample: int) -> Noise:
         return seeded_noise(self.config.seed * 1_000_003 + sample, self.latent_size)

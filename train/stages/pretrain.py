@@ -8,16 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...model.attention import sdpa
-from ...model.causal import Call, causal_forward, direct, embed_text
 from ...model.codecs.demo_vae import load_demo_codec
-from ...model.config import VAE_STRIDE, StudentCard
+from ...model.config import StudentCard
 from ...model.flow import TIMESTEPS, add_noise, shift_sigma, x0_from_flow
-from ...model.wan import WanModel
+from ...model.network import Network
+from ...model.units import FRAMES_PER_LATENT
 from ..config import PretrainConfig
 from ..data.clips import FAST, MEMORY, UNSEEN, Batch, make_batch
 from ..loop import Stage, load_network
-from ..parallel import PRECISIONS, Parallel, entry
+from ..parallel import Parallel, network_of
 from ..trained_network import TrainedNetwork
 from ..world.geometry import VIEW_COLUMNS
 from .forcing import TeacherForcing, interleave, noisy_part
@@ -27,26 +26,15 @@ VALIDATION_SIGMA = 0.95
 
 
 def teacher_forced_flow(
-    net: WanModel,
-    batch: Batch,
-    context: Tensor,
-    noisy: Tensor,
-    sigma_BT: Tensor,
-    chunk: int,
-    dtype: torch.dtype = torch.float32,
-    call: Call = direct,
+    network: Network, batch: Batch, context: Tensor, noisy: Tensor, sigma_BT: Tensor, chunk: int
 ) -> Tensor:
     """Predicted flow of the noisy clip [B, C, T, H, W], every chunk seeing its own memory of the clean one."""
-    num_chunks = batch.slots.shape[1]
-    grid = (context.shape[3] // net.patch_size[1], context.shape[4] // net.patch_size[2])
-    head_dim = net.blocks[0].self_attn.head_dim
-    attend = TeacherForcing(batch.slots, chunk, grid, head_dim)
-    frames = interleave(context, noisy, chunk)
+    num_chunks, latent_size = batch.slots.shape[1], (context.shape[1], *context.shape[3:])
+    attend = TeacherForcing(batch.slots, chunk, network.grid(latent_size), network.head_dim)
     sigma_KSn = torch.stack([torch.zeros_like(sigma_BT), sigma_BT], dim=1).unflatten(-1, (num_chunks, chunk))
-    timestep = TIMESTEPS * sigma_KSn.transpose(1, 2).flatten(1)
-    text = call(net, embed_text, batch.text.to(dtype), num_chunks, call)
-    flow = call(net, causal_forward, frames.to(dtype), timestep, text, attend, sdpa, call)
-    return noisy_part(flow.float(), chunk)
+    text = network.embed_text(batch.text, num_chunks)
+    flow = network.flow(interleave(context, noisy, chunk), sigma_KSn.transpose(1, 2).flatten(1), text, attend)
+    return noisy_part(flow, chunk)
 
 
 @dataclass(frozen=True)
@@ -88,12 +76,11 @@ def column_weights(config: PretrainConfig, batch: Batch) -> Tensor:
     return torch.tensor([1.0, config.recall_weight, config.unseen_weight], device=batch.where.device)[batch.where]
 
 
-def training_loss(net: WanModel, config: PretrainConfig, batch: Batch, draws: Draws, call: Call = direct) -> Tensor:
+def training_loss(network: Network, config: PretrainConfig, batch: Batch, draws: Draws) -> Tensor:
     """Squared error of the flow, weighted by column and summed; divide by the sum of `column_weights`."""
     chunk, latents = config.memory.chunk, batch.latents
     noisy = add_noise(latents, draws.noise, draws.sigma_BT[:, None, :, None, None])
-    dtype = PRECISIONS[config.precision]
-    flow = teacher_forced_flow(net, batch, draws.context, noisy, draws.sigma_BT, chunk, dtype, call)
+    flow = teacher_forced_flow(network, batch, draws.context, noisy, draws.sigma_BT, chunk)
     error_BTC = by_column((flow - (draws.noise - latents)).square().mean((1, 3)))
     return (error_BTC * column_weights(config, batch)).sum()
 
@@ -114,7 +101,7 @@ def recent_only(batch: Batch, num_fast: int, chunk: int) -> Batch:
 
 
 @torch.no_grad()
-def recall_error(net: WanModel, config: PretrainConfig, batch: Batch, call: Call = direct) -> dict[str, float]:
+def recall_error(network: Network, config: PretrainConfig, batch: Batch) -> dict[str, float]:
     """x0 error from almost pure noise, by where a column can be known from; `blind` is `memory` without the memory.
 
     When `memory` falls under `blind` the student has learnt to look things up (demo_world.md 3): the earliest sign
@@ -126,7 +113,7 @@ def recall_error(net: WanModel, config: PretrainConfig, batch: Batch, call: Call
     noisy = add_noise(latents, noise, VALIDATION_SIGMA)
 
     def errors(seen: Batch) -> Tensor:
-        flow = teacher_forced_flow(net, seen, latents, noisy, sigma, chunk, PRECISIONS[config.precision], call)
+        flow = teacher_forced_flow(network, seen, latents, noisy, sigma, chunk)
         return by_column((x0_from_flow(noisy, flow, VALIDATION_SIGMA) - latents).square().mean((1, 3)))
 
     columns, blind = errors(batch), errors(recent_only(batch, config.memory.fast - chunk, chunk))
@@ -141,7 +128,7 @@ class PretrainStage(Stage):
     def __init__(self, config: PretrainConfig, parallel: Parallel):
         super().__init__(config, parallel)
         net, self.begun_from = load_network(config.init, config, parallel, config.lora)
-        self.net, self.call = net, entry(net, config.recompute)
+        self.network = network_of(net, parallel, config.precision, config.recompute)
         self.trained = {"student": TrainedNetwork(net, config.optim, parallel)}
         codec = load_demo_codec(config.codec_path)
         self.make = functools.partial(make_batch, codec, config.memory, num_chunks=config.num_chunks)
@@ -167,13 +154,13 @@ class PretrainStage(Stage):
         weights = column_weights(self.config, batch).sum()
         part, drawn = batch.select(mine), draws.select(mine)
         device = self.parallel.device
-        loss = training_loss(self.net, self.config, part.to(device), drawn.to(device), self.call)
+        loss = training_loss(self.network, self.config, part.to(device), drawn.to(device))
         # Gradients are averaged over ranks; what each adds is its share of the whole batch's mean.
         (loss * self.parallel.world_size / weights).backward()
         return self.parallel.mean(loss.item() * self.parallel.world_size / weights.item())
 
     def validate(self) -> dict[str, float]:
-        return recall_error(self.net, self.config, self.validation, self.call)
+        return recall_error(self.network, self.config, self.validation)
 
     def export(self, folder: Path, step: int, seconds: float, revision: str) -> Path:
         """The student with its card."""
@@ -183,6 +170,6 @@ class PretrainStage(Stage):
             steps=tuple(TIMESTEPS * (1 - k / config.sample_steps) for k in range(config.sample_steps)),
             shift=config.shift, solver="euler", memory=config.memory, size=tuple(config.size),
             data=f"demo world, drawn on the fly; clips of {config.num_chunks * config.memory.chunk} latent frames,"
-            f" {VAE_STRIDE[0]} pixel frames each",
+            f" {FRAMES_PER_LATENT} pixel frames each",
         )  # fmt: skip
         return self.save(folder / "student.safetensors", "student", card, step, seconds, revision)

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...memory.memory import Memory
-from ...model.causal import Call, TextContext, embed_text
-from ...model.sampler import CausalSampler, Noise
+from ...model.config import StudentCard
+from ...model.network import Network
+from ...model.sampler import CausalSampler, Noise, SamplerOptions, make_sampler
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,10 @@ class Rollout:
 class Student:
     """A causal network under the texts of a rollout, [G, L, 4096]: one for all chunks, or one a chunk."""
 
-    net: nn.Module
+    network: Network
     text_GLC: Tensor
-    device: torch.device
-    dtype: torch.dtype
-    call: Call
     recompute: bool = False
-    """Whether `call` recomputes blocks for the backward pass; then what a chunk saw is laid out anew, too."""
+    """Whether the network recomputes blocks for the backward pass; then what a chunk saw is laid out anew, too."""
 
     def sampler(self, chunk: int) -> CausalSampler:
         """The network under a chunk's text.
@@ -51,11 +49,8 @@ class Student:
         It does not check for values that are not finite: the update they lead to is dropped (trainee.py), and the
         search for them would be one rank's alone.
         """
-        text_BLC = self.text_GLC[min(chunk, len(self.text_GLC) - 1)][None].to(self.device, self.dtype)
-        text: TextContext = self.call(self.net, embed_text, text_BLC, 1, self.call)
-        return CausalSampler(
-            net=self.net, text=text, device=self.device, dtype=self.dtype, call=self.call, checks=False
-        )
+        text_BLC = self.text_GLC[min(chunk, len(self.text_GLC) - 1)][None]
+        return make_sampler(self.network, StudentCard(), text_BLC, SamplerOptions(check_finite=False))
 
     @torch.no_grad()
     def encode_clip(self, memory: Memory, latents_BCTHW: Tensor) -> Memory:

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...memory.memory import Memory
+from ...memory.memory import Memory, empty_memory
 from ...model.config import StudentCard
 from ...model.flow import add_noise, shift_sigma
 from ..config import TeacherConfig
 from ..data.clips import open_clips
 from ..loop import Stage, load_network, rng_of
-from ..parallel import PRECISIONS, Parallel, entry
+from ..parallel import Parallel, network_of
 from ..trained_network import TrainedNetwork
 from .recycling import ErrorBank
 from .score import Score
@@ -33,7 +33,7 @@ class TeacherStage(Stage):
         super().__init__(config, parallel)
         net, self.begun_from = load_network(config.init, config, parallel, config.lora)
         self.trained = {"teacher": TrainedNetwork(net, config.optim, parallel)}
-        self.score = Score(net, PRECISIONS[config.precision], entry(net, config.recompute))
+        self.score = Score(network_of(net, parallel, config.precision, config.recompute))
         self.clips = open_clips(config)
         self.bank = ErrorBank(config.recycling)
 
@@ -72,11 +72,10 @@ class TeacherStage(Stage):
     def remember(self, latents: Tensor, text: Tensor, num_chunks: int, generator: torch.Generator) -> Memory:
         """What a memory of a random kind holds of a clip's first chunks, decided on this network's own keys."""
         policy = POLICIES[int(torch.randint(len(POLICIES), (), generator=generator))]
-        memory = Memory(
-            config=dataclasses.replace(self.config.memory, policy=policy), latent_size=_latent_size(latents)
+        memory = empty_memory(dataclasses.replace(self.config.memory, policy=policy), _latent_size(latents))
+        return Student(self.score.network, text).encode_clip(
+            memory, latents[:, :, : num_chunks * self.config.memory.chunk]
         )
-        student = Student(self.score.net, text, self.parallel.device, self.score.dtype, self.score.call)
-        return student.encode_clip(memory, latents[:, :, : num_chunks * self.config.memory.chunk])
 
     def loss(
         self, memory: Memory, latents: Tensor, text: Tensor, generator: torch.Generator

@@ -1,0 +1,230 @@
+"""Keys and values of remembered latent frames. A store is a value: operations return a new store that shares storage.
+
+Shapes: B batch (one video), T latent frames of a chunk, P tokens per latent frame, N heads, E head dim.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import MemoryConfig
+from .policy import Decision, Slots, advance
+from .view import MemoryView, Rotate
+
+KV_PLACEMENTS = ("at once", "by layer", "from RAM")
+"""How keys and values are prepared for a chunk: all layers before it, the fastest; each layer in every pass, with half
+the memory; each layer in every pass from RAM, where they stay. The result is the same."""
+
+SIMILARITY_ELEMENTS = 2**24
+"""Largest number of key elements compared at once; bounds the size of float32 copies."""
+
+
+@dataclass(frozen=True)
+class FrameKV:
+    """Raw keys (before rotation) and values of one latent frame: all layers [layers, B, P, N, E], or one [B, P, N, E]."""
+
+    keys: Tensor
+    values: Tensor
+    written: object = field(default_factory=object, compare=False, repr=False)
+    """Identity of the pass that computed them. Copies on other devices have the same one."""
+
+    def to(self, device: torch.device, dtype: torch.dtype | None, existing: "FrameKV | None") -> "FrameKV":
+        """A copy on a device; `existing` itself if it is such a copy."""
+        dtype = dtype or self.keys.dtype
+        if existing and existing.keys.device == device and existing.keys.dtype == dtype:
+            return existing
+        return FrameKV(self.keys.to(device, dtype), self.values.to(device, dtype), self.written)
+
+
+class WorkingBytes(NamedTuple):
+    """Device memory while a chunk is generated."""
+
+    stored: int
+    """Keys and values of all layers."""
+    in_pass: int
+    """For the attention of one layer."""
+    after_pass: int
+    """For the commit, after the last pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVStore(abc.ABC):
+    """Interface of stores."""
+
+    slots: Slots = Slots()
+    """The remembered latent frames."""
+
+    @abc.abstractmethod
+    def append(
+        self, config: MemoryConfig, frames: range, new_kv: Sequence[Any]
+    ) -> tuple["KVStore", tuple[Decision, ...]]:
+        """Commit the chunk of latent `frames` with what its pass at sigma 0 left in `new_kv`, per layer."""
+
+    @abc.abstractmethod
+    def view(self, config: MemoryConfig, next_frame: int, rotate: Rotate, lazy: bool) -> Any:
+        """What the passes over the chunk that begins at latent frame `next_frame` attend to (model/memory_attention.py)."""
+
+    @abc.abstractmethod
+    def frame_kvs(self) -> Iterator[tuple[int, FrameKV]]:
+        """All keys and values with their latent frame; a store of layers has several entries per frame."""
+
+    @abc.abstractmethod
+    def to(self, device: torch.device, dtype: torch.dtype | None, before: "KVStore | None") -> "KVStore":
+        """The same store on a device. Entries of `before` that are there already are shared."""
+
+    @abc.abstractmethod
+    def state(self) -> tuple[dict, dict[str, Tensor]]:
+        """Header fields and tensors of a memory file (memory/snapshot.py)."""
+
+    @classmethod
+    @abc.abstractmethod
+    def from_state(cls, slots: Slots, header: dict, tensors: dict[str, Tensor]) -> "KVStore":
+        """A store from a file; removes its tensors from `tensors`. Raises ValueError or KeyError for damaged ones."""
+
+    @abc.abstractmethod
+    def working_bytes(
+        self, config: MemoryConfig, kv_placement: str, num_layers: int, elements: int, itemsize: int
+    ) -> WorkingBytes:
+        """Device memory of a full store; `elements` are the key elements of one frame in one layer."""
+
+    @property
+    @abc.abstractmethod
+    def key_shapes(self) -> set[tuple[int, ...]]:
+        """Shapes of the frames' keys, [layers, B, P, N, E]."""
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the store."""
+        return [tensor for _, kv in self.frame_kvs() for tensor in (kv.keys, kv.values)]
+
+    @property
+    def is_compact(self) -> bool:
+        """True if frames are remembered, but their keys and values are not stored."""
+        return bool(self.slots.all) and not self.tensors()
+
+    def unsupported(self, operation: str) -> str:
+        """The reason why this store cannot do an operation (memory.OPERATIONS); empty if it can."""
+        return ""
+
+    def restrict_to(self, frames: Collection[int]) -> "KVStore":
+        """The store with only these latent frames."""
+        raise NotImplementedError
+
+    def write(self, frames: Sequence[int], new_kv: Sequence[tuple[Tensor, Tensor]]) -> "KVStore":
+        """New keys and values for remembered frames, per layer [B, T, P, N, E]."""
+        raise NotImplementedError
+
+    def compact(self) -> "KVStore":
+        """The store without keys and values."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameStore(KVStore):
+    """Keys and values per latent frame, from the pass over clean latents. A policy decides once per frame (policy.py)."""
+
+    frames: dict[int, FrameKV] = field(default_factory=dict)
+    """By absolute latent-frame index: exactly the frames of `slots`, or none (compact). Never changed in place."""
+
+    def append(
+        self, config: MemoryConfig, frames: range, new_kv: Sequence[tuple[Tensor, Tensor]]
+    ) -> tuple["FrameStore", tuple[Decision, ...]]:
+        """`new_kv` has keys and values [B, T, P, N, E] per layer. Keys are compared on their device."""
+        kvs, device = self.frames | _by_frame(frames, new_kv), new_kv[0][0].device
+
+        def similarity(frame: int, others: Sequence[int]) -> list[float]:
+            keys = kvs[frame].keys.to(device)
+            return torch.stack([key_similarity(keys, kvs[other].keys) for other in others]).tolist()
+
+        slots, decisions = advance(self.slots, config, frames, similarity)
+        return FrameStore(slots=slots, frames={frame: kvs[frame] for frame in slots.all}), decisions
+
+    def view(self, config: MemoryConfig, next_frame: int, rotate: Rotate, lazy: bool) -> MemoryView:
+        kvs = [self.frames[frame] for frame in self.slots.all]
+        keys, values = (
+            [part.unbind(0) for part in parts] for parts in ([k.keys for k in kvs], [v.values for v in kvs])
+        )
+        view = MemoryView.assemble(keys, values, rotate, lazy)
+        return dataclasses.replace(view, num_sink=len(self.slots.sink), num_slow=len(self.slots.slow))
+
+    def frame_kvs(self) -> Iterator[tuple[int, FrameKV]]:
+        yield from self.frames.items()
+
+    def to(self, device: torch.device, dtype: torch.dtype | None, before: KVStore | None) -> "FrameStore":
+        existing = by_pass(before)
+        frames = {frame: kv.to(device, dtype, existing.get(id(kv.written))) for frame, kv in self.frames.items()}
+        return dataclasses.replace(self, frames=frames)
+
+    def state(self) -> tuple[dict, dict[str, Tensor]]:
+        parts = ("keys", "values")
+        return {}, {
+            f"{part}.{frame}": getattr(kv, part).cpu().contiguous()
+            for frame, kv in self.frames.items()
+            for part in parts
+        }
+
+    @classmethod
+    def from_state(cls, slots: Slots, header: dict, tensors: dict[str, Tensor]) -> "FrameStore":
+        frames = slots.all if header["form"] == "exact" else ()
+        kvs = {frame: FrameKV(tensors.pop(f"keys.{frame}"), tensors.pop(f"values.{frame}")) for frame in frames}
+        return cls(slots=slots, frames=kvs)
+
+    def working_bytes(
+        self, config: MemoryConfig, kv_placement: str, num_layers: int, elements: int, itemsize: int
+    ) -> WorkingBytes:
+        frame, copies = 2 * num_layers * elements * itemsize, {"at once": 2, "by layer": 1, "from RAM": 0}[kv_placement]
+        # Remembered keys are rotated in float32, with values in memory; then the chunk's are appended to both.
+        rotated = elements * config.capacity * (2 * 4 + itemsize)
+        attended = elements * 2 * (config.capacity + config.window) * itemsize
+        # The chunk's keys and values exist once per layer and once per frame; keys are compared in float32.
+        compared = 5 * 4 * min(SIMILARITY_ELEMENTS, num_layers * elements)
+        return WorkingBytes(
+            frame * (copies * config.capacity + config.chunk), max(rotated, attended), frame * config.chunk + compared
+        )
+
+    @property
+    def key_shapes(self) -> set[tuple[int, ...]]:
+        return {tuple(kv.keys.shape) for kv in self.frames.values()}
+
+    def restrict_to(self, frames: Collection[int]) -> "FrameStore":
+        keep = lambda part: tuple(frame for frame in part if frame in frames)
+        similarities = dict(zip(self.slots.fast, self.slots.similarity_to_previous, strict=True))
+        fast = keep(self.slots.fast)
+        slots = Slots(keep(self.slots.sink), keep(self.slots.slow), fast, tuple(similarities[frame] for frame in fast))
+        return FrameStore(slots=slots, frames={frame: kv for frame, kv in self.frames.items() if frame in frames})
+
+    def write(self, frames: Sequence[int], new_kv: Sequence[tuple[Tensor, Tensor]]) -> "FrameStore":
+        return dataclasses.replace(self, frames=self.frames | _by_frame(frames, new_kv))
+
+    def compact(self) -> "FrameStore":
+        return dataclasses.replace(self, frames={})
+
+
+def by_pass(store: KVStore | None) -> dict[int, FrameKV]:
+    """Entries of a store by the identity of the pass that computed them."""
+    return {id(kv.written): kv for _, kv in store.frame_kvs()} if store else {}
+
+
+def _by_frame(frames: Sequence[int], new_kv: Sequence[tuple[Tensor, Tensor]]) -> dict[int, FrameKV]:
+    return {
+        frame: FrameKV(torch.stack([k[:, t] for k, _ in new_kv]), torch.stack([v[:, t] for _, v in new_kv]))
+        for t, frame in enumerate(frames)
+    }
+
+
+def key_similarity(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine of raw keys [layers, B, P, N, E] per token over the full width, averaged over tokens and layers.
+
+    It is computed on the device of `a`. A mean over tokens before the cosine would not change when the camera pans.
+    """
+    layers_at_once = max(1, SIMILARITY_ELEMENTS // a[0].numel())
+    cosines = [
+        F.cosine_similarity(x.flatten(-2).float(), y.to(x.device).flatten(-2).float(), dim=-1).flatten(1)
+        for x, y in zip(a.split(layers_at_once), b.split(layers_at_once))
+    ]
+    return torch.cat(cosines).mean()

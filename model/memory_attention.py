@@ -1,0 +1,101 @@
+"""Self-attention of one chunk over a memory, one class for each kind of store.
+
+Shapes: B batch, T latent frames of the chunk, P tokens per latent frame, N heads, E head dim.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..memory.layer_store import LayerSlots, LayerView
+from ..memory.view import MemoryView
+from .attention import Attention, plain
+from .rope import rotate
+
+
+class ChunkAttention(Protocol):
+    """Self-attention of the passes over one chunk."""
+
+    def __call__(self, layer: int, q_BTPNE: Tensor, k_BTPNE: Tensor, v_BTPNE: Tensor) -> Tensor:
+        """Raw (not rotated) queries, keys and values of a layer -> out_BTPNE."""
+        ...
+
+    @property
+    def new_kv(self) -> Sequence[Any]:
+        """What the last pass left to be remembered, per layer (KVStore.append)."""
+        ...
+
+    def new_tensors(self) -> list[Tensor]:
+        """Keys and values that the passes over the chunk computed."""
+        ...
+
+
+@functools.singledispatch
+def attention_over(view: Any, table: Tensor, attention: Attention, attends: str, keep: bool) -> ChunkAttention:
+    """The attention over one kind of view. `table` rotates to `view.positions`; `attends` is one of view.ATTENDS.
+
+    With `keep` the keys and values of a pass stay in `new_kv`.
+    """
+    raise TypeError(f"view: {type(view).__name__} is not supported")
+
+
+class MemoryAttention:
+    """Over the frames of a MemoryView and over the chunk itself, in both directions."""
+
+    def __init__(self, view: MemoryView, table: Tensor, attention: Attention, attends: str = "all", keep: bool = False):
+        self.view, self.table, self.attention, self.keep = view.restrict_to(attends), table, attention, keep
+        self.new_kv: list[tuple[Tensor, Tensor]] = []
+        """Raw keys and values per layer, [B, T, P, N, E], if `keep`."""
+
+    def __call__(self, layer: int, q_BTPNE: Tensor, k_BTPNE: Tensor, v_BTPNE: Tensor) -> Tensor:
+        if self.keep and len(self.new_kv) == layer:  # a recomputed pass comes here twice
+            self.new_kv.append((plain(k_BTPNE), plain(v_BTPNE)))
+        q = rotate(q_BTPNE, self.table).flatten(1, 2)
+        k = rotate(k_BTPNE, self.table).flatten(1, 2)
+        v = v_BTPNE.flatten(1, 2)
+        if self.view.keys:
+            k = torch.cat([self.view.keys[layer], k], dim=1)
+            v = torch.cat([self.view.values[layer].to(v.device), v], dim=1)
+        return self.attention(q, k, v).view_as(q_BTPNE)
+
+    def new_tensors(self) -> list[Tensor]:
+        return [tensor for kv in self.new_kv for tensor in kv]
+
+
+class LayerAttention:
+    """Over the slots of a LayerView, which every pass updates (docs/method.md, Released memory).
+
+    Positions are slots; the chunk is in the last ones filled.
+    """
+
+    def __init__(self, view: LayerView, table: Tensor, attention: Attention, attends: str = "all"):
+        self.view, self.table, self.attention, self.attends = view, table, attention, attends
+
+    def __call__(self, layer: int, q_BTPNE: Tensor, k_BTPNE: Tensor, v_BTPNE: Tensor) -> Tensor:
+        slots = self.view.take(layer, plain(k_BTPNE), plain(v_BTPNE))
+        num_slots, num_frames, num_sink = len(slots.entries), q_BTPNE.shape[1], self.view.config.sink
+        hidden = {"all": 0, "no sink": num_sink, "fast only": num_sink + slots.num_slow}[self.attends]
+        hidden = min(hidden, num_slots - num_frames)  # the chunk itself is always visible
+        entries = slots.entries[hidden:]
+        k = torch.stack([entry.keys.to(q_BTPNE.device) for entry in entries], dim=1)
+        v = torch.stack([entry.values.to(q_BTPNE.device) for entry in entries], dim=1)
+        k = rotate(k, self.table[hidden:num_slots])
+        q = rotate(q_BTPNE, self.table[num_slots - num_frames : num_slots])
+        return self.attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)).view_as(q_BTPNE)
+
+    @property
+    def new_kv(self) -> list[LayerSlots]:
+        return list(self.view.layers.values())
+
+    def new_tensors(self) -> list[Tensor]:
+        slots = [pair for layer in self.new_kv for pair in zip(layer.frames, layer.entries)]
+        return [tensor for frame, kv in slots if frame >= self.view.first_frame for tensor in (kv.keys, kv.values)]
+
+
+attention_over.register(MemoryView, MemoryAttention)
+attention_over.register(
+    LayerView, lambda view, table, attention, attends, keep: LayerAttention(view, table, attention, attends)
+)

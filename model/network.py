@@ -1,0 +1,90 @@
+"""One network and how it runs: sampler, teacher, critic and teacher-forced passes all use this object.
+
+Shapes: B batch, C latent channels, T latent frames, H W latent rows and columns, M remembered latent frames,
+P tokens per latent frame, G text groups, N heads, E head dim, L text tokens.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..memory.view import Rotate
+from .attention import Attention, plain, sdpa
+from .causal import AttendSelf, ModuleRunner, TextContext, causal_forward, embed_text, run_directly
+from .flow import TIMESTEPS
+from .memory_attention import ChunkAttention, attention_over
+from .rope import rotary_table, rotate
+
+
+@dataclass(frozen=True)
+class Network:
+    """A module tree with Wan's names, the device and dtype it computes in, and how its modules run."""
+
+    net: nn.Module
+    device: torch.device
+    dtype: torch.dtype
+    attention: Attention = sdpa
+    run: ModuleRunner = run_directly
+    """Runs the whole network and each of its blocks: for sharding, recomputing, offloading, compiling and checks."""
+    on_pass: Callable[[], None] = lambda: None
+    """Called before every forward pass, for example to stop after an interrupt."""
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.net.blocks)
+
+    @property
+    def num_heads(self) -> int:
+        return self.net.blocks[0].self_attn.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.net.blocks[0].self_attn.head_dim
+
+    def grid(self, latent_size: tuple[int, int, int]) -> tuple[int, int]:
+        """Rows and columns of tokens in a latent frame of C, H, W."""
+        _, patch_rows, patch_columns = self.net.patch_size
+        return latent_size[1] // patch_rows, latent_size[2] // patch_columns
+
+    def embed_text(self, text_BLC: Tensor, num_groups: int = 1) -> TextContext:
+        """Text embeddings [B * G, L, C] -> keys and values of cross-attention. Raises ValueError for a text too long."""
+        embed = functools.partial(embed_text, num_groups=num_groups, run=self.run)
+        return self.run(self.net, embed, text_BLC.to(self.device, self.dtype))
+
+    def flow(
+        self, x_BCTHW: Tensor, sigma: float | Tensor, text: TextContext, attend_self: AttendSelf, num_clean: int = 0
+    ) -> Tensor:
+        """Predicted flow [B, C, T, H, W], float32, at noise level `sigma`: one for all frames, or [B, T].
+
+        The first `num_clean` frames have noise level 0.
+        """
+        self.on_pass()
+        if isinstance(sigma, Tensor):
+            timestep_BT = TIMESTEPS * sigma
+        else:
+            timestep_BT = torch.full((x_BCTHW.shape[0], x_BCTHW.shape[2]), TIMESTEPS * sigma, device=self.device)
+            timestep_BT[:, :num_clean] = 0
+        forward = functools.partial(causal_forward, attention=self.attention, run=self.run)
+        flow_BCTHW = self.run(self.net, forward, x_BCTHW.to(self.dtype), timestep_BT, text, attend_self)
+        return plain(flow_BCTHW.float())
+
+    def attend(
+        self, view: Any, num_frames: int, latent_size: tuple[int, int, int], attends: str = "all", keep: bool = False
+    ) -> ChunkAttention:
+        """Self-attention of a chunk of `num_frames` over a memory's view (memory_attention.attention_over)."""
+        table = self.rotary_table(view.positions(num_frames), latent_size)
+        return attention_over(view, table, self.attention, attends, keep)
+
+    def rotate_to_ranks(self, latent_size: tuple[int, int, int]) -> Rotate:
+        """A function that moves raw keys [B, M, P, N, E] to the device and rotates them to positions 0 .. M - 1."""
+        table = functools.cache(lambda num_frames: self.rotary_table(range(num_frames), latent_size))
+        return lambda keys_BMPNE: rotate(keys_BMPNE.to(self.device), table(keys_BMPNE.shape[1]))
+
+    def rotary_table(self, positions: range, latent_size: tuple[int, int, int]) -> Tensor:
+        """Rotations of latent frames at temporal positions (rope.rotary_table)."""
+        times = torch.arange(positions.start, positions.stop, device=self.device)
+        return rotary_table(times, *self.grid(latent_size), self.head_dim)
