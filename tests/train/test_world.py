@@ -1,5 +1,8 @@
+import itertools
+
 import numpy as np
 import pytest
+
 from context_forcing.model.codecs.demo_text import WORDS, canonical_words
 from context_forcing.train.evaluation.judge import stations_in_view
 from context_forcing.train.world.background import background
@@ -58,7 +61,7 @@ def test_a_start_heading_turns_the_whole_clip():
 def test_latent_frames_shift_by_one_token_column_per_move(move):
     frames = render_latent_frames(make_scene(), [DAY] * 4, [move] * 4)
     assert frames.shape == (12, 32, 64, 3) and frames.dtype == np.uint8
-    for earlier, later in zip(frames, frames[1:]):
+    for earlier, later in itertools.pairwise(frames):
         left, right = (earlier, later) if move > 0 else (later, earlier)
         np.testing.assert_array_equal(left[:, TOKEN:], right[:, :-TOKEN])
 
@@ -191,7 +194,7 @@ def test_random_styles_change_one_concept_at_most_once():
     changed = 0
     for seed in range(200):
         styles = random_styles(np.random.default_rng(seed), 12)
-        changes = [(a, b) for a, b in zip(styles, styles[1:]) if a != b]
+        changes = [(a, b) for a, b in itertools.pairwise(styles) if a != b]
         assert len(styles) == 12 and len(changes) <= 1
         for a, b in changes:
             assert (a.ground != b.ground) + (a.weather != b.weather) + (a.time != b.time) == 1
@@ -208,20 +211,20 @@ def test_shared_pictures_cannot_be_written_to():
 @pytest.mark.parametrize(
     "call, match",
     [
-        (lambda: Style(ground="sea"), "ground is 'sea'.*'meadow'"),
-        (lambda: Style(weather="rain"), "weather is 'rain'"),
-        (lambda: Style(time="noon"), "time is 'noon'"),
+        (lambda: Style(ground="sea"), "ground: 'sea'.*'meadow'"),
+        (lambda: Style(weather="rain"), "weather: 'rain'"),
+        (lambda: Style(time="noon"), "time: 'noon'"),
         (lambda: Scene(class_ids=(0,)), r"class_ids: \(0,\) must be 16"),
         (lambda: Scene(class_ids=(NUM_CLASSES,) * 16), "class_ids: .* 0 to 23"),
-        (lambda: caption(DAY, 2), "move is 2"),
-        (lambda: headings([0, 2]), "moves is 2"),
+        (lambda: caption(DAY, 2), "move: 2"),
+        (lambda: headings([0, 2]), "moves: 2"),
         (lambda: render_latent_frames(make_scene(), [DAY], [0, 1]), "moves: 2 entries for 1 styles"),
         (lambda: render_latent_frames(make_scene(), [], []), "moves: 0 entries"),
-        (lambda: benchmark_script("sleep", 4, False), "kind is 'sleep'"),
-        (lambda: benchmark_script("wander", 3, False), "gap_chunks is 3"),
-        (lambda: random_script(np.random.default_rng(0), 0), "num_chunks is 0"),
-        (lambda: random_styles(np.random.default_rng(0), 0), "num_chunks is 0"),
-        (lambda: templates(DAY, 16), "station is 16"),
+        (lambda: benchmark_script("sleep", 4, False), "kind: 'sleep'"),
+        (lambda: benchmark_script("wander", 3, False), "gap_chunks: 3"),
+        (lambda: random_script(np.random.default_rng(0), 0), "num_chunks: 0"),
+        (lambda: random_styles(np.random.default_rng(0), 0), "num_chunks: 0"),
+        (lambda: templates(DAY, 16), "station: 16"),
     ],
 )
 def test_bad_values_are_named(call, match):

@@ -1,4 +1,4 @@
-"""The background of the ring: a function of heading and style alone, the same in every scene."""
+"""The background of the ring. It depends on heading and style only and is the same in every scene."""
 
 from functools import cache
 
@@ -144,7 +144,7 @@ def _mountains(canvas: np.ndarray, style: Style) -> None:
     tall = np.array([peak for _, peak, _ in _PEAKS])[owner][None]
     cap = (depth < tall * 0.34 - 1 + jag) & (tall >= 10)
     body = np.where(cap[..., None], rgb(palette.SNOWCAP) * np.where(shaded, 0.84, 1.0)[..., None], body)
-    # Distant air takes a share of the sky behind it, more of it towards the foot.
+    # Haze: a share of the sky behind, larger towards the foot.
     haze = np.clip(0.12 + 0.03 * depth, 0, 0.5)[..., None]
     _paint(canvas, depth >= 0, mix(lit(body, style), canvas, haze))
 
@@ -164,7 +164,7 @@ def _hills(canvas: np.ndarray, style: Style) -> None:
 
 def _forest(canvas: np.ndarray, style: Style, far: np.ndarray) -> None:
     colour = rgb(palette.FOREST[style.ground])
-    # Woods on a quarter of the ring and single copses elsewhere, so that they tell the heading too.
+    # Woods on a quarter of the ring and single copses elsewhere: every heading looks different.
     woods = np.clip(_waves((1, 1.0, -5.2), (6, 0.35, 1.0)) - 0.35, 0, 1) * 3.2
     copses = 3.0 * (np.abs(_ring_delta(140)) < 9) + 2.0 * (np.abs(_ring_delta(22)) < 5)
     teeth = 1.4 * np.abs((_X + 2) % 6 - 3) / 3
@@ -210,7 +210,7 @@ def _ground(canvas: np.ndarray, style: Style) -> None:
 
 
 def _texture(ground: np.ndarray, dark: np.ndarray, light: np.ndarray, style: Style) -> None:
-    """Tufts, ripples or drifts fixed to the ring: what makes the camera's motion visible."""
+    """Tufts, ripples or drifts fixed to the ring, which make the motion of the camera visible."""
     rng = np.random.default_rng({"meadow": 1, "desert": 2, "snow": 3}[style.ground])
     for _ in range(230):
         row = HORIZON + 1 + int(rng.random() ** 0.8 * (VIEW_HEIGHT - HORIZON - 2))
@@ -235,7 +235,7 @@ def _flowers(ground: np.ndarray, rng: np.random.Generator) -> None:
 
 
 def _fog(canvas: np.ndarray, style: Style) -> None:
-    """Thickest at the horizon, thin at the camera's feet; never so thick that the heading is lost."""
+    """Fog is densest at the horizon and thin at the bottom; the heading stays recognisable."""
     above = np.clip((_Y + 14) / (HORIZON + 14), 0, 1)
     below = np.clip(1 - (_Y - HORIZON) / 13, 0, 1)
     density = np.where(_Y < HORIZON, 0.26 + 0.32 * above, 0.16 + 0.42 * below)

@@ -1,4 +1,4 @@
-"""Colours of the demo world: RGB triples in 0..255, made float32 arrays on use."""
+"""Colours of the demo world: RGB triples in 0..255."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ SKY = {
     "night": ((18, 24, 66), (36, 48, 104), (76, 88, 150)),
 }
 SKY_TINT = {
-    # Added with the cosine and with the sine of the heading: no two headings have the same sky.
+    # Added with the cosine and with the sine of the heading, so that every heading has its own sky.
     "day": ((30, -2, -4), (-22, 14, -14)),
     "dusk": ((14, -16, 22), (-20, 10, 16)),
     "night": ((18, -4, 10), (-10, 18, 2)),
@@ -32,7 +32,7 @@ FOG = {"day": (222, 230, 234), "dusk": (232, 186, 170), "night": (84, 94, 134)}
 LIGHT = {"day": (1.0, 1.0, 1.0), "dusk": (0.92, 0.70, 0.72), "night": (0.46, 0.54, 0.80)}
 """Multiplies everything that is not sky."""
 LANDMARK_LIGHT = {"day": (1.0, 1.0, 1.0), "dusk": (0.98, 0.82, 0.82), "night": (0.74, 0.74, 0.94)}
-"""Gentler than LIGHT: a landmark's colour has to be told apart at night."""
+"""Weaker than LIGHT, so that the colours of landmarks can be distinguished at night."""
 WINDOW = {"day": (82, 110, 150), "dusk": (255, 212, 120), "night": (255, 218, 116)}
 
 MOUNTAIN = ((132, 146, 190), (116, 164, 176), (146, 132, 178), (176, 138, 158))

@@ -1,4 +1,4 @@
-"""Scenes: which landmark stands where on the ring, and what the ring then looks like."""
+"""Scenes: the landmarks on the ring, and pictures of the ring."""
 
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -34,9 +34,9 @@ class Scene:
 
 
 def _draw(class_id: int, style: Style, station: int) -> np.ndarray:
-    """Landmark over its background, float32 [16, 16, 3]."""
+    """A landmark over its background, float32 [16, 16, 3]."""
     if not 0 <= station < NUM_STATIONS:
-        raise ValueError(f"station is {station}, must be in 0..{NUM_STATIONS - 1}")
+        raise ValueError(f"station: {station} must be from 0 to {NUM_STATIONS - 1}")
     left = station * STATION_COLUMNS * TOKEN
     behind = background(style)[LANDMARK_TOP : LANDMARK_TOP + LANDMARK, left : left + LANDMARK]
     return mix(behind, *sprite(class_id, style))
@@ -56,7 +56,7 @@ def panorama(scene: Scene, style: Style) -> np.ndarray:
 
 @cache
 def templates(style: Style, station: int) -> np.ndarray:
-    """Every class as it looks at `station`, uint8 [NUM_CLASSES, 16, 16, 3], read-only."""
+    """Pictures of all classes at `station`, uint8 [NUM_CLASSES, 16, 16, 3], read-only."""
     crops = np.stack([_draw(class_id, style, station) for class_id in range(NUM_CLASSES)])
     crops = np.round(crops).astype(np.uint8)
     crops.setflags(write=False)

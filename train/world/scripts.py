@@ -1,12 +1,13 @@
-"""Camera scripts and style changes: random ones to train on, fixed ones to measure memory with."""
+"""Camera paths and styles: random ones for training, fixed scripts for evaluation."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 
 from .camera import headings
 from .geometry import CHUNK, RING_COLUMNS, VIEW_COLUMNS
-from .prompts import GROUNDS, TIMES, WEATHERS, Style, check_choice
+from .prompts import CONCEPTS, Style, check_choice
 
 _LEAD = (0, 1, 1, 0)
 _AWAY = (1, 1, 1)
@@ -16,19 +17,18 @@ _WANDER = (1, 1, -1, -1)
 
 @dataclass(frozen=True, kw_only=True)
 class Script:
-    """A clip that shows targets, leaves them, and comes back to exactly the same heading."""
+    """A camera path that shows targets, leaves them, and returns to exactly the same heading."""
 
     kind: str
-    mirror: bool
     moves: tuple[int, ...]
     """One move per chunk."""
     headings: tuple[int, ...]
     """Columns, per latent frame, not wrapped."""
     target_heading: int
     target_frame: int
-    """Last latent frame before leaving."""
+    """Last latent frame before the camera leaves."""
     return_frame: int
-    """First latent frame back at `target_heading`; the camera stays there to the end."""
+    """First latent frame back at `target_heading`, where the camera stays to the end."""
     hidden_frames: tuple[int, ...]
     """Latent frames in which no column of the target view is visible."""
 
@@ -45,7 +45,7 @@ def benchmark_script(kind: str, gap_chunks: int, mirror: bool) -> Script:
     """
     check_choice("kind", kind, ("dwell", "wander"))
     if gap_chunks < 0 or (kind == "wander" and gap_chunks % len(_WANDER)):
-        raise ValueError(f"gap_chunks is {gap_chunks}, must be at least 0, for 'wander' a multiple of {len(_WANDER)}")
+        raise ValueError(f"gap_chunks: {gap_chunks} must be 0 or more, for 'wander' a multiple of {len(_WANDER)}")
     gap = (0,) * gap_chunks if kind == "dwell" else _WANDER * (gap_chunks // len(_WANDER))
     back = tuple(-move for move in _AWAY)
     sign = -1 if mirror else 1
@@ -56,7 +56,6 @@ def benchmark_script(kind: str, gap_chunks: int, mirror: bool) -> Script:
     return_frame = next(frame for frame in range(target_frame + 2, len(path)) if path[frame] == target)
     return Script(
         kind=kind,
-        mirror=mirror,
         moves=moves,
         headings=tuple(path),
         target_heading=target,
@@ -67,33 +66,33 @@ def benchmark_script(kind: str, gap_chunks: int, mirror: bool) -> Script:
 
 
 def _elsewhere(rng: np.random.Generator, length: int, out: int) -> list[int]:
-    """`length` chunks that end where they began, far from the start of a trip that went `out`."""
+    """Moves of `length` chunks that end at the heading where they begin, far from the start of the trip."""
     if rng.random() < 0.45:
         return [0] * length
     middle: list[int] = []
     while len(middle) + 2 <= length:
         reach = int(rng.integers(1, min(2, (length - len(middle)) // 2) + 1))
-        # Further out as a rule; turning back would show what was left.
+        # Only further out: in the other direction the views of the start would come back.
         middle += [out] * reach + [-out] * reach
     return middle + [0] * (length - len(middle))
 
 
 def _trip(rng: np.random.Generator, budget: int) -> list[int]:
-    """Stay, leave, do something elsewhere, return, stay: about `budget` chunks, at least 8."""
+    """Stay, leave, spend time elsewhere, return, stay: about `budget` chunks, at least 8."""
     out = int(rng.choice((-1, 1)))
     before = int(rng.integers(0, 3))
     reach = int(rng.integers(3, 6)) if budget >= before + 11 else 3
     spare = max(budget - before - 2 * reach - 1, 0)
-    # Now and then the camera stops one chunk short of home, or goes on beyond it.
+    # In one of three trips the camera stops one chunk before or beyond the start.
     back = max(reach + int(rng.choice((-1, 0, 0, 0, 0, 1))), 1)
     middle = _elsewhere(rng, int(rng.integers(0, spare + 1)), out)
     return [0] * before + [out] * reach + middle + [-out] * back + [0] * int(rng.integers(1, 3))
 
 
 def random_script(rng: np.random.Generator, num_chunks: int) -> list[int]:
-    """One move per chunk for training: trips away from a place and back to it, after a random approach."""
+    """One move per chunk for training: after a random approach, trips away from a place and back to it."""
     if num_chunks < 1:
-        raise ValueError(f"num_chunks is {num_chunks}, must be at least 1")
+        raise ValueError(f"num_chunks: {num_chunks} must be 1 or more")
     approach = int(rng.integers(0, min(3, max(num_chunks - 8, 1))))
     script = [int(rng.choice((-1, 1)))] * approach
     while len(script) < num_chunks:
@@ -102,7 +101,7 @@ def random_script(rng: np.random.Generator, num_chunks: int) -> list[int]:
 
 
 def pacing_script(rng: np.random.Generator, num_chunks: int) -> list[int]:
-    """One move per chunk for training: back and forth over the same few views, so that most of it was seen before."""
+    """One move per chunk for training: back and forth over the same few views, so that most views are repeated."""
     out, reach = int(rng.choice((-1, 1))), int(rng.integers(2, 5))
     lap = [out] * reach + [-out] * reach
     script = lap * (num_chunks // len(lap) + 1)
@@ -112,19 +111,19 @@ def pacing_script(rng: np.random.Generator, num_chunks: int) -> list[int]:
 
 
 def random_style(rng: np.random.Generator) -> Style:
-    """Any style, all equally likely."""
-    return Style(ground=str(rng.choice(GROUNDS)), weather=str(rng.choice(WEATHERS)), time=str(rng.choice(TIMES)))
+    """Any style; all are equally likely."""
+    return Style(**{name: str(rng.choice(choices)) for name, choices in CONCEPTS.items()})
 
 
 def random_styles(rng: np.random.Generator, num_chunks: int) -> list[Style]:
-    """One style per chunk: the same throughout (70 %), or one concept changes at a random chunk."""
+    """One style per chunk: one style throughout (70 %), or one concept changes at a random chunk."""
     if num_chunks < 1:
-        raise ValueError(f"num_chunks is {num_chunks}, must be at least 1")
+        raise ValueError(f"num_chunks: {num_chunks} must be 1 or more")
     first = random_style(rng)
     if num_chunks == 1 or rng.random() < 0.7:
         return [first] * num_chunks
-    values = {"ground": first.ground, "weather": first.weather, "time": first.time}
-    concept, choices = (("ground", GROUNDS), ("weather", WEATHERS), ("time", TIMES))[int(rng.integers(3))]
-    values[concept] = str(rng.choice([choice for choice in choices if choice != values[concept]]))
+    name, choices = list(CONCEPTS.items())[int(rng.integers(len(CONCEPTS)))]
+    others = [choice for choice in choices if choice != getattr(first, name)]
+    second = dataclasses.replace(first, **{name: str(rng.choice(others))})
     change = int(rng.integers(1, num_chunks))
-    return [first] * change + [Style(**values)] * (num_chunks - change)
+    return [first] * change + [second] * (num_chunks - change)

@@ -13,7 +13,8 @@ NUM_COLOURS = len(LANDMARK_RGB)
 NUM_CLASSES = len(SHAPES) * NUM_COLOURS
 
 OUTLINE, LIT_OUTLINE = 0.56, 0.74
-"""Outline against own colour on the shaded and on the lit (left) side: darker ones cost the codec too much."""
+"""Brightness of the outline relative to the landmark's colour, on the shaded and on the lit (left) side. The codec
+reconstructs darker outlines badly."""
 
 # Own colour: o outline, d dark, m middle, l light, h pale. Others: w white, b wood, k dark, y window,
 # s shadow on whatever is behind, . nothing.
@@ -102,8 +103,6 @@ def _rows(shape: str) -> list[str]:
 @cache
 def sprite(class_id: int, style: Style) -> tuple[np.ndarray, np.ndarray]:
     """Colour [16, 16, 3] and opacity [16, 16, 1] (float32) of a landmark under the style's light."""
-    if not 0 <= class_id < NUM_CLASSES:
-        raise ValueError(f"class_id is {class_id}, must be in 0..{NUM_CLASSES - 1}")
     own = rgb(LANDMARK_RGB[class_id % NUM_COLOURS])
     white = rgb((255, 252, 240))
     inks = {
@@ -120,7 +119,7 @@ def sprite(class_id: int, style: Style) -> tuple[np.ndarray, np.ndarray]:
         ".": rgb((0, 0, 0)),
     }
     inks = {key: lit(ink, style, LANDMARK_LIGHT) for key, ink in inks.items()}
-    # Windows shine in their own light after dark.
+    # Windows are not lit by the sun.
     inks["y"] = rgb(WINDOW[style.time])
     alpha = {"s": 0.35, ".": 0.0}
     half = LANDMARK // 2
