@@ -11,9 +11,10 @@ import re
 import sys
 from pathlib import Path
 
+from rich.console import Console
+
 from context_forcing.train.evaluation.evaluate import RESULTS
 from context_forcing.train.evaluation.summary import Record, sum_up, tables
-from rich.console import Console
 
 FPS = 16
 

@@ -12,32 +12,31 @@ from PIL import Image, ImageDraw, ImageFont
 
 from context_forcing.model.checkpoints.student import StudentSource
 from context_forcing.model.device import pick_device
+from context_forcing.video.frames import to_uint8
 from context_forcing.video.pipeline import Pipeline
-from context_forcing.video.story import load_story
+from context_forcing.video.story import Story, load_story
 
-SCALE = 3
-COLUMNS = 6
+SCALE, GAP = 3, 6
+INK, PAPER = (28, 32, 40), (250, 250, 247)
 
 
-def filmstrip(pipeline: Pipeline, story, title: str, **settings) -> Image.Image:
-    """The same moments of a film in one row, with a title."""
+def filmstrip(pipeline: Pipeline, story: Story, title: str, **settings) -> Image.Image:
+    """The same moments of a video in one row, with a title; `settings` are those of the memory."""
     memory = pipeline.empty_memory(**settings)
     for memory in pipeline.generate(story, memory):
         pass
-    pixels = torch.cat(list(pipeline.decode(memory.latent_chunks)), dim=2)[0]
-    fps = pipeline.card.fps
-    ends = np.cumsum([scene.seconds for scene in story.segments])
+    frames = to_uint8(torch.cat(list(pipeline.decode(memory.latent_chunks)), dim=2))
+    ends = np.cumsum([segment.seconds for segment in story.segments])
     moments = [ends[0], ends[1], (ends[1] + ends[2]) / 2, ends[2], ends[3], ends[4]]
-    frames = pixels[:, [min(int(s * fps) - 4, pixels.shape[1] - 1) for s in moments]]
-    frames = frames.add(1).mul(127.5).round().byte().permute(1, 2, 3, 0).numpy()
     height, width = frames.shape[1] * SCALE, frames.shape[2] * SCALE
-    picture = Image.new("RGB", (COLUMNS * (width + 6), height + 54), (250, 250, 247))
+    picture = Image.new("RGB", (len(moments) * (width + GAP), height + 54), PAPER)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(18)
-    draw.text((4, 4), title, (28, 32, 40), font)
-    for i, (frame, second) in enumerate(zip(frames, moments)):
-        left = i * (width + 6)
-        picture.paste(Image.fromarray(frame).resize((width, height), Image.NEAREST), (left, 28))
-        draw.text((left, height + 32), f"{second:.0f} s", (28, 32, 40), font)
+    draw.text((4, 4), title, INK, font)
+    for i, second in enumerate(moments):
+        left = i * (width + GAP)
+        frame = Image.fromarray(frames[min(int(second * pipeline.card.fps) - 4, len(frames) - 1)])
+        picture.paste(frame.resize((width, height), Image.Resampling.NEAREST), (left, 28))
+        draw.text((left, height + 32), f"{second:.0f} s", INK, font)
     return picture
 
 
@@ -53,11 +52,8 @@ def main() -> None:
         filmstrip(pipeline, story, "with slow memory"),
         filmstrip(pipeline, story, "without slow memory (sink and fast frames only), same seed", slow=0),
     ]
-    both = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)), (250, 250, 247))
-    for i, strip in enumerate(strips):
-        both.paste(strip, (0, i * strip.height))
     Path(options.out).mkdir(exist_ok=True)
-    both.save(Path(options.out) / "memory.png")
+    Image.fromarray(np.concatenate([np.asarray(strip) for strip in strips])).save(Path(options.out) / "memory.png")
 
 
 if __name__ == "__main__":
