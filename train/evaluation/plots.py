@@ -26,33 +26,31 @@ def draw_recall(summary: Summary, fps: float, path: Path) -> None:
     cells = [cell for cell in summary.cells if cell.kind in KINDS]
     if not cells:
         return
-    seconds = latent_seconds(1, fps)
     canvas = Canvas(figsize=(11, 9.2), layout="constrained")
     axes = canvas.subplots(3, len(KINDS), sharex=True, sharey="row")
-    titles = {
-        "dwell": "the camera dwells elsewhere, then returns",
-        "wander": "the camera wanders elsewhere, then returns",
-    }
-    labels = ("recall\n(as last seen)", "recall\n(as first seen)", "heading accuracy")
+    panels = (
+        ("recall", "recall\n(as last seen)", BRIDGED),
+        ("recall_first", "recall\n(as first seen)", BRIDGED),
+        ("heading_accuracy", "heading accuracy", None),
+    )
+    seconds = latent_seconds(1, fps)
     for column, kind in enumerate(KINDS):
-        for row, (figure, label) in enumerate(zip(("recall", "recall_first", "heading_accuracy"), labels)):
+        own = [cell for cell in cells if cell.kind == kind]
+        for row, (figure, label, level) in enumerate(panels):
             ax = axes[row, column]
-            _style(ax, title=titles[kind] if row == 0 else "", ylabel=label if column == 0 else "")
-            own = [cell for cell in cells if cell.kind == kind]
+            _style(ax, ylabel=label if column == 0 else "", level=level)
             _lines(ax, own, summary, figure, scale=seconds)
             ax.set_ylim(-0.03, 1.03)
-            if figure != "heading_accuracy":
-                ax.axhline(BRIDGED, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
+            if level is not None:
                 _shuffled(ax, own, scale=seconds)
+        axes[0, column].set_title(f"the camera {kind}s elsewhere, then returns", fontsize=10, color=_INK)
         axes[-1, column].set_xlabel("seconds out of view")
         axes[-1, column].set_xlim(0, 1.08 * seconds * max(cell.at for cell in cells))
-    _legend(canvas, axes[0, 0])
-    canvas.suptitle(
+    title = (
         f"Recall over gaps, {_rollouts(cells)} a point, 95 % intervals. Grey: match rate of unrelated rollouts;"
-        f" dashed: bridged, {BRIDGED}",
-        fontsize=11, color=_INK,
-    )  # fmt: skip
-    canvas.savefig(path, dpi=110)
+        f" dashed: bridged, {BRIDGED}"
+    )
+    _save(canvas, axes[0, 0], title, path)
 
 
 def draw_drift(summary: Summary, fps: float, path: Path) -> None:
@@ -60,35 +58,29 @@ def draw_drift(summary: Summary, fps: float, path: Path) -> None:
     cells = [cell for cell in summary.cells if cell.kind == LONG]
     if not cells:
         return
-    seconds = latent_seconds(1, fps)
     canvas = Canvas(figsize=(12, 7.2), layout="constrained")
     axes = canvas.subplots(2, 3, sharex=True)
     panels = (
         ("palette", "palette distance\n(latent units, less is better)", 1.0, None),
         ("residual", "distance to nearest template\n(sharpness, less is better)", 1.0, None),
-        ("reach", "memory reach, seconds\n(age of the oldest frame that is not sink)", seconds, None),
+        ("reach", "memory reach, seconds\n(age of the oldest frame that is not sink)", latent_seconds(1, fps), None),
         ("heading_accuracy", "heading accuracy\n(share of frames at the expected heading)", 1.0, None),
         ("motion", "camera motion over expected\n(true world: 1)", 1.0, 1.0),
         ("change", "frame difference over true\n(true world: 1, a still picture: 0)", 1.0, 1.0),
     )
-    for ax, (figure, title, unit, truth) in zip(axes.flat, panels):
-        _style(ax, title=title)
+    for ax, (figure, title, unit, level) in zip(axes.flat, panels):
+        _style(ax, title=title, level=level)
         _lines(ax, cells, summary, figure, unit=unit)
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(bottom=0, top=1.03 if figure == "heading_accuracy" else None)
         ax.set_xticks(range(1, QUARTERS + 1))
         ax.set_xlim(0.6, QUARTERS + 0.4)
-        if figure == "heading_accuracy":
-            ax.set_ylim(0, 1.03)
-        if truth is not None:
-            ax.axhline(truth, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
     for ax in axes[-1]:
         ax.set_xlabel("quarter of the rollout")
-    _legend(canvas, axes[0, 0])
-    canvas.suptitle(f"Drift over long rollouts, {_rollouts(cells)} a point, 95 % intervals", fontsize=11, color=_INK)
-    canvas.savefig(path, dpi=110)
+    _save(canvas, axes[0, 0], f"Drift over long rollouts, {_rollouts(cells)} a point, 95 % intervals", path)
 
 
-def _style(ax: Axes, title: str = "", ylabel: str = "") -> None:
+def _style(ax: Axes, title: str = "", ylabel: str = "", level: float | None = None) -> None:
+    """Titles, colours, and a dashed line at `level`."""
     ax.set_title(title, fontsize=10, color=_INK)
     ax.set_ylabel(ylabel, fontsize=9, color=_INK)
     ax.tick_params(colors=_INK, labelsize=8)
@@ -96,6 +88,8 @@ def _style(ax: Axes, title: str = "", ylabel: str = "") -> None:
     ax.spines[["left", "bottom"]].set_color(_FAINT)
     ax.grid(color=_FAINT, linewidth=0.5, alpha=0.6)
     ax.set_axisbelow(True)
+    if level is not None:
+        ax.axhline(level, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
 
 
 def _lines(
@@ -135,8 +129,10 @@ def _rollouts(cells: Sequence[Cell]) -> str:
     return f"{least} rollouts" if least == most else f"{least} to {most} rollouts"
 
 
-def _legend(canvas: Canvas, ax: Axes) -> None:
+def _save(canvas: Canvas, ax: Axes, title: str, path: Path) -> None:
+    """Add the legend of one panel for all, and the title."""
     handles, labels = ax.get_legend_handles_labels()
-    canvas.legend(
-        handles, labels, loc="outside lower center", ncols=min(4, max(1, len(labels))), frameon=False, fontsize=9
-    )
+    columns = min(4, max(1, len(labels)))
+    canvas.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    canvas.suptitle(title, fontsize=11, color=_INK)
+    canvas.savefig(path, dpi=110)

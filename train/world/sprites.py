@@ -94,12 +94,6 @@ _ART = {
 }
 
 
-def _rows(shape: str) -> list[str]:
-    rows = _ART[shape].split()
-    assert len(rows) == LANDMARK and all(len(row) == LANDMARK for row in rows), shape
-    return rows
-
-
 @cache
 def sprite(class_id: int, style: Style) -> tuple[np.ndarray, np.ndarray]:
     """Colour [16, 16, 3] and opacity [16, 16, 1] (float32) of a landmark under the style's light."""
@@ -123,7 +117,7 @@ def sprite(class_id: int, style: Style) -> tuple[np.ndarray, np.ndarray]:
     inks["y"] = rgb(WINDOW[style.time])
     alpha = {"s": 0.35, ".": 0.0}
     half = LANDMARK // 2
-    rows = [row[:half].replace("o", "i") + row[half:] for row in _rows(SHAPES[class_id // NUM_COLOURS])]
+    rows = [row[:half].replace("o", "i") + row[half:] for row in _ART[SHAPES[class_id // NUM_COLOURS]].split()]
     colour = np.stack([np.stack([inks[key] for key in row]) for row in rows])
     opacity = np.array([[alpha.get(key, 1.0) for key in row] for row in rows], dtype=np.float32)[..., None]
     if style.weather == "foggy":
