@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from ..memory.config import RELEASED
+from ..memory.history import FORGETTING, PARTS, forgotten_frames, frame_status, reach_frames
 from ..memory.memory import Memory, Segment
+from ..model.units import latent_seconds
 from .sheet import FAINT, INK, LEFT, MARGIN, PAPER, RIGHT, WIDTH, Axes, Sheet, at_time, font, shortened
 
-PARTS = ("sink", "slow", "fast")
 CHUNK = "the chunk itself"
 COLOURS = {
     "sink": (196, 120, 20),
@@ -30,7 +30,6 @@ MEANING = {
     "forgotten": "forgotten at a flush or cut",
 }
 THRESHOLD, FORGETS, LET_GO = (200, 40, 40), (150, 40, 140), (150, 150, 146)
-FORGETTING = ("flush", "cut", "cut_new_sink")
 COLUMNS, CAPTION = 6, 26
 SAID = 4
 """Flushes and cuts that the summary names one by one."""
@@ -39,60 +38,10 @@ Mass = Mapping[float, Sequence[float]]
 """Noise level -> share of the next chunk's attention on each frame that it sees: `slots.all`, then its own; sum 1."""
 
 
-def frame_status(memory: Memory) -> list[str]:
-    """What became of every latent frame of the film so far."""
-    released = memory.config.policy == RELEASED  # layers decide for themselves, and nothing is flushed or cut
-    fate = ["not kept" if released else "forgotten"] * memory.num_frames
-    for decision in memory.decisions:
-        if not decision.promoted:
-            fate[decision.frame] = "not kept"
-        if decision.evicted is not None:
-            fate[decision.evicted] = "was slow"
-    for part in PARTS:
-        for frame in getattr(memory.slots, part):
-            fate[frame] = part
-    return fate
-
-
-def forgotten(memory: Memory) -> dict[int, Segment]:
-    """Frames that a flush or cut took from the memory, and the segment that began with it."""
-    sink = _once_sink(memory)
-    gone = [frame for frame, fate in enumerate(frame_status(memory)) if fate == "forgotten"]
-
-    def takes(segment: Segment, frame: int) -> bool:
-        if segment.change not in FORGETTING or frame >= segment.first_frame:
-            return False
-        if segment.change == "cut_new_sink" or frame in sink:
-            return segment.change == "cut_new_sink"
-        kept = min(memory.config.chunk, memory.config.fast - memory.config.chunk)
-        return segment.change == "cut" or frame < segment.first_frame - kept
-
-    taken_by = {frame: next((s for s in memory.segments if takes(s, frame)), None) for frame in gone}
-    return {frame: segment for frame, segment in taken_by.items() if segment}
-
-
-def _once_sink(memory: Memory) -> set[int]:
-    """Frames that are or were sink."""
-    anew = {segment.first_frame for segment in memory.segments if segment.change == "cut_new_sink"}
-    sink, held = set(), 0
-    for frame in range(memory.num_frames):
-        held = 0 if frame in anew else held
-        if held < memory.config.sink:
-            sink.add(frame)
-            held += 1
-    return sink
-
-
-def reach_seconds(memory: Memory, fps: float, frames_per_latent: int = 4) -> float:
-    """Age of the oldest remembered frame that is not in the sink."""
-    frames = memory.slots.slow + memory.slots.fast
-    return (memory.num_frames - 1 - min(frames)) * frames_per_latent / fps if frames else 0.0
-
-
 def summary(memory: Memory, fps: float, mass: Mass | None = None) -> str:
     """The memory as a few lines of text; with `mass`, also where the next chunk looks."""
     slots, config = memory.slots, memory.config
-    seconds = memory.num_frames * 4 / fps
+    seconds, reach = (latent_seconds(frames, fps) for frames in (memory.num_frames, reach_frames(memory)))
     promoted = [decision.frame for decision in memory.decisions if decision.promoted]
     kept = ""
     if promoted:
@@ -101,16 +50,16 @@ def summary(memory: Memory, fps: float, mass: Mass | None = None) -> str:
         kept = f", {share} were kept, the latest of them from {latest}"
     elif memory.decisions:
         kept = ", none of the frames that left fast was kept"
-    tau = f", threshold {config.slow_similarity_threshold:g}" if config.policy in ("clean", "novel", RELEASED) else ""
-    if config.policy == RELEASED:
+    tau = f", threshold {config.slow_similarity_threshold:g}" if config.uses_threshold else ""
+    if config.per_layer:
         kept = "; each layer decides for itself, slow is what any of them holds"
     lines = [
-        f"{memory.num_frames} latent frames ({seconds:.1f} s), memory reaches back {reach_seconds(memory, fps):.1f} s",
+        f"{memory.num_frames} latent frames ({seconds:.1f} s), memory reaches back {reach:.1f} s",
         f"sink {len(slots.sink)} of {config.sink}, slow {len(slots.slow)} of {config.slow},"
         f" fast {len(slots.fast)} (+ {config.chunk} being made) of {config.fast}; {memory.num_bytes / 1e6:.1f} MB",
         f"policy {config.policy}{tau}{kept}",
     ]
-    if taken := Counter(forgotten(memory).values()):
+    if taken := Counter(forgotten_frames(memory).values()):
         each = [
             f"{count} frames by the {segment.change} at {at_time(segment.first_frame * 4 / fps, seconds)}"
             for segment, count in sorted(taken.items(), key=lambda item: item[0].first_frame)
@@ -189,7 +138,7 @@ def _draw_time(sheet: Sheet, memory: Memory, scenes: Sequence[Segment], fps: flo
         if fitting:
             draw.text((x + 2, bar.top - 20), fitting[-1], INK, font(13))
             free = x + font(13).getlength(fitting[-1]) + 4
-    if reach := reach_seconds(memory, fps):
+    if reach := latent_seconds(reach_frames(memory), fps):
         _draw_reach(sheet, at(min(memory.slots.slow + memory.slots.fast)), bar.bottom + 34, reach)
 
 
@@ -210,8 +159,8 @@ def _draw_similarity(sheet: Sheet, memory: Memory, scenes: Sequence[Segment], fp
     scores = [(d.frame, d.similarity, d.promoted) for d in memory.decisions if d.similarity is not None]
     if not scores:
         says = f"Policy {memory.config.policy} compares nothing, or nothing left fast yet."
-        if memory.config.policy == RELEASED:
-            says = "Policy released: every layer compares, in every pass; what it saw is not kept."
+        if memory.config.per_layer:
+            says = f"Policy {memory.config.policy}: every layer compares, in every pass; what it saw is not kept."
         sheet.text(says, 13, FAINT)
         return
     tau = memory.config.slow_similarity_threshold
@@ -237,7 +186,7 @@ def _draw_similarity(sheet: Sheet, memory: Memory, scenes: Sequence[Segment], fp
 
 def _draw_scenes(sheet: Sheet, memory: Memory, scenes: Sequence[Segment], fps: float) -> None:
     """A line a segment: when it begins, how its prompt took over, what that forgot, the prompt."""
-    taken, whole = Counter(forgotten(memory).values()), memory.num_frames * 4 / fps
+    taken, whole = Counter(forgotten_frames(memory).values()), memory.num_frames * 4 / fps
     for number, segment in enumerate(scenes, 1):
         top = sheet.room(20)
         gone = f", {taken[segment]} forgotten" if segment in taken else ""

@@ -7,11 +7,11 @@ import torch
 
 from context_forcing.memory import MemoryConfig, empty_memory
 from context_forcing.memory.config import MEMORY_PRESETS
+from context_forcing.memory.history import forgotten_frames, frame_status
 from context_forcing.memory.layer_store import LayerSlots, LayerStore
 from context_forcing.memory.memory import OPERATIONS
 from context_forcing.memory.snapshot import load_memory, save_memory
 from context_forcing.memory.stores import FrameStore
-from context_forcing.video.report import forgotten, frame_status
 
 CONFIG = MEMORY_PRESETS["released"]
 SIZE = (16, 4, 6)
@@ -142,4 +142,4 @@ def test_bytes_by_device():
 
 def test_the_report_does_not_speak_of_cuts():
     memory = two_layers()
-    assert not forgotten(memory) and set(frame_status(memory)) <= {"sink", "slow", "fast", "not kept"}
+    assert not forgotten_frames(memory) and set(frame_status(memory)) <= {"sink", "slow", "fast", "not kept"}

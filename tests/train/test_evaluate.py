@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 
 from context_forcing.cli import app
 from context_forcing.memory import MemoryConfig
+from context_forcing.memory.history import reach_frames
 from context_forcing.model.checkpoints.student import StudentSource
 from context_forcing.model.config import StudentCard
 from context_forcing.train.evaluation import evaluate as command
-from context_forcing.train.evaluation.evaluate import Plan, evaluate, long_paths, parse_students, reach_frames
+from context_forcing.train.evaluation.evaluate import Plan, evaluate, long_paths, parse_students
 from context_forcing.train.evaluation.judge import QUARTERS, LongTrial, Trial, World, judge
 from context_forcing.train.evaluation.rollout import Camera, branches
 from context_forcing.train.evaluation.summary import Record, bootstrap, effective_context, shuffled_rate, sum_up

@@ -6,7 +6,8 @@ import torch
 from PIL import ImageDraw
 
 from context_forcing.memory import MemoryConfig, empty_memory
-from context_forcing.video.report import COLOURS, draw_report, forgotten, frame_status, per_part, reach_seconds, summary
+from context_forcing.memory.history import forgotten_frames, frame_status, reach_frames
+from context_forcing.video.report import COLOURS, draw_report, per_part, summary
 from context_forcing.video.sheet import LEFT, MARGIN, RIGHT, WIDTH, at_time, shortened
 
 A_FRAME = 2 * 2 * 6 * 4 * 8 * 4  # keys and values, 2 layers, 6 tokens, 4 x 8 elements, float32
@@ -90,7 +91,7 @@ def test_what_a_change_takes_is_told_from_what_the_policy_let_go(change):
     survivors = before.begin("", 7, change=change).slots.all
     lost = [frame for frame in before.slots.all if frame not in survivors]
     assert lost and [frame for frame, fate in enumerate(frame_status(memory)) if fate == "forgotten"] == sorted(lost)
-    assert set(forgotten(memory).values()) == {memory.segments[-1]}
+    assert set(forgotten_frames(memory).values()) == {memory.segments[-1]}
     assert f"forgotten: {len(lost)} frames by the {change} at 3.75 s" in summary(memory, fps=16)
 
 
@@ -103,18 +104,18 @@ def test_every_forgotten_frame_goes_to_the_change_that_took_it():
         memory = segments_of([change], 3, memory)
         # The names are those of segments_of; places and changes are what is compared.
     places = lambda taken: {frame: (segment.first_frame, segment.change) for frame, segment in taken.items()}
-    assert places(forgotten(memory)) == places(lost)
+    assert places(forgotten_frames(memory)) == places(lost)
 
 
 def test_many_changes_are_summed_up():
     memory = told("keep", *["cut"] * 40, chunks=2)
     (line,) = [line for line in summary(memory, 16).splitlines() if line.startswith("forgotten")]
-    assert line == f"forgotten: {len(forgotten(memory))} frames by 40 flushes and cuts"
+    assert line == f"forgotten: {len(forgotten_frames(memory))} frames by 40 flushes and cuts"
 
 
 def test_keep_and_recache_forget_nothing():
     memory = told("keep", "recache", "keep")
-    assert not forgotten(memory) and "forgotten" not in frame_status(memory)
+    assert not forgotten_frames(memory) and "forgotten" not in frame_status(memory)
 
 
 def test_the_picture_says_what_happened(written):
@@ -123,7 +124,7 @@ def test_the_picture_says_what_happened(written):
     said = words(written)
     for expected in ("1 | ", "2 recache", "3 cut", "scene 0", "scene 1", "scene 2", "the memory reaches back 1.5 s"):
         assert expected in said, expected
-    taken = len(forgotten(memory))
+    taken = len(forgotten_frames(memory))
     assert f"cut, {taken} forgotten" in said and "forgotten at a flush or cut" in said and "not kept" in said
 
 
@@ -246,6 +247,5 @@ def test_shortened():
 def test_reach_is_the_age_of_the_oldest_frame_outside_the_sink():
     memory = filled(20, slow=4)
     assert min(memory.slots.slow) == 53
-    assert reach_seconds(memory, fps=16) == (59 - 53) * 4 / 16
-    assert reach_seconds(memory, fps=24) == pytest.approx((59 - 53) * 4 / 24)
-    assert reach_seconds(filled(1), fps=16) == 0
+    assert reach_frames(memory) == 59 - 53 and reach_frames(filled(1)) == 0
+    assert "memory reaches back 1.5 s" in summary(memory, fps=16) and "reaches back 1.0 s" in summary(memory, fps=24)

@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ...memory.files import atomic_path
+from ...memory.history import reach_frames
 from ...memory.memory import Memory
 from ...model.checkpoints.containers import read_json
 from ...model.checkpoints.student import StudentSource
@@ -235,12 +236,6 @@ def _run_long(
         reach.append(reach_frames(memory))
     trial = judge_long(world, _latents(memory, world), moves, camera.style, reach)
     return Record(**run, kind=LONG, gap_frames=0, trial=trial), memory
-
-
-def reach_frames(memory: Memory) -> int:
-    """Age of the oldest remembered frame outside the sink, in latent frames; 0 if there is none."""
-    frames = memory.slots.slow + memory.slots.fast
-    return memory.num_frames - 1 - min(frames) if frames else 0
 
 
 def _latents(memory: Memory, world: World) -> Tensor:
