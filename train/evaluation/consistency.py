@@ -16,7 +16,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from ...memory.files import write_whole
+from ...memory.files import atomic_path
 from ...model.checkpoints.containers import read_json
 from ...model.device import pick_device
 from ...video.consistency import ConsistencyCurve, FeatureExtractor, draw_consistency, measure_consistency
@@ -115,7 +115,8 @@ def evaluate_videos(
         curves[name] = measure_video(path, extractors, every)
         results.append({"name": name, "video": str(path), **asdict(curves[name])})
         content = {"every": every, "models": models, "videos": results}
-        write_whole(out / RESULTS, json.dumps(content, indent=1).encode())
+        with atomic_path(out / RESULTS) as part:
+            part.write_text(json.dumps(content, indent=1), encoding="utf-8")
     draw_consistency(curves).save(out / "consistency.png")
     return [as_table(curves)]
 
