@@ -1,4 +1,4 @@
-"""Thin ComfyUI nodes (V3): gluing only; what is computed stands in model/ and memory/."""
+"""ComfyUI nodes (V3 schema). They connect ComfyUI's types to model/, memory/ and video/, and compute nothing."""
 
 from comfy_api.latest import ComfyExtension, io
 

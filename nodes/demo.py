@@ -1,7 +1,7 @@
 """The built-in text encoder and codec as ComfyUI's CLIP and VAE."""
 
-import logging
 import math
+from typing import Any
 
 import comfy.model_management as mm
 import comfy.model_patcher
@@ -10,30 +10,31 @@ import torch
 
 from ..model.codecs.demo_text import encode_demo_text, unknown_words
 from ..model.codecs.demo_vae import DemoCodec
-
-log = logging.getLogger("context_forcing")
+from .shared import log
 
 WORDS = "context_forcing_words"
-"""Key of a CONDITIONING's options under which the demo's keeps its prompt, for reports; other encoders do not."""
+"""Key of a CONDITIONING's options under which DemoCLIP keeps the prompt, for reports. Other encoders do not."""
 
 
 class DemoCLIP:
-    """What text encode nodes need of a CLIP; no weights."""
+    """The interface of CLIP that text encode nodes use. It has no weights."""
 
-    def tokenize(self, text, return_word_ids=False, **kwargs):
+    def tokenize(self, text: str, return_word_ids: bool = False, **options: Any) -> dict[str, str]:
         return {"text": text}
 
-    def encode_from_tokens_scheduled(self, tokens, unprojected=False, add_dict={}, show_pbar=True):
+    def encode_from_tokens_scheduled(
+        self, tokens: dict[str, str], unprojected: bool = False, add_dict: dict | None = None, show_pbar: bool = True
+    ) -> list[list]:
         if unknown := unknown_words(tokens["text"]):
-            log.warning("the demo student does not know these words, they have no effect: %s", ", ".join(unknown))
-        return [[encode_demo_text(tokens["text"]), {"pooled_output": None, WORDS: tokens["text"], **add_dict}]]
+            log.warning("the demo student has no such words, they have no effect: %s", ", ".join(unknown))
+        return [[encode_demo_text(tokens["text"]), {"pooled_output": None, WORDS: tokens["text"], **(add_dict or {})}]]
 
-    def clone(self, disable_dynamic=False):
+    def clone(self, disable_dynamic: bool = False) -> "DemoCLIP":
         return self
 
 
 class DemoVAE(comfy.sd.VAE):
-    """The demo codec behind ComfyUI's VAE interface; comfy.sd.VAE's own __init__ only builds what it can detect."""
+    """The demo codec behind the interface of ComfyUI's VAE, whose own __init__ builds only what it can detect."""
 
     def __init__(self, codec: DemoCodec):
         self.first_stage_model = codec
@@ -45,7 +46,7 @@ class DemoVAE(comfy.sd.VAE):
         self.latent_dim, self.latent_channels, self.output_channels = 3, 16, 3
         self.pad_channel_value = 1.0
         self.process_input = lambda image: image * 2.0 - 1.0
-        # In place, as the caller expects: comfy.sd.VAE.decode ignores what is returned.
+        # In place: comfy.sd.VAE.decode ignores the returned tensor.
         self.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
         self.working_dtypes = [torch.float32]
         self.disable_offload = self.not_video = self.handles_tiling = False

@@ -1,17 +1,19 @@
-"""An empty memory, and what a memory holds."""
+"""An empty memory, and a report of what a memory holds."""
 
 import dataclasses
 
-import numpy as np
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
-from ..memory.config import MEMORY_PRESETS, POLICIES, RELEASED, named_memory
+from ..memory.config import MEMORY_PRESETS, POLICIES, named_memory
+from ..memory.memory import empty_memory
 from ..model.attention_mass import attention_mass
-from ..video.frames import to_uint8
-from ..video.pipeline import new_memory
+from ..model.units import latent_size
+from ..video.frames import thumbnails
 from ..video.report import draw_report, summary
-from .handle import CATEGORY, MemoryHandle, MemoryType, as_image, card_of, log
-from .sampler import sampler_for
+from .handle import MemoryHandle, MemoryType
+from .model_access import StudentModel
+from .sampler import prepare_sampler
+from .shared import ADVANCED, CATEGORY, UNCHANGED, frames_input, log, picture_output
 from .video import decode_stream
 
 AS_TRAINED = "as trained"
@@ -19,104 +21,82 @@ AS_TRAINED = "as trained"
 
 class ContextForcingMemory(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
-        number = lambda name, tooltip: io.Int.Input(
-            name, default=-1, min=-1, max=1024, tooltip=f"{tooltip} In latent frames (4 frames each); -1: as trained."
-        )
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="ContextForcingMemory",
-            display_name="Slow-Fast Memory",
-            category=CATEGORY,
-            description="An empty memory, where a chain of samplers begins. It decides the size of the video and what"
-            " the video will remember.",
+            node_id="ContextForcingMemory", display_name="Slow-Fast Memory", category=CATEGORY,
+            description="An empty memory, for the first sampler of a chain. It sets the size of the video and which"
+            " frames are remembered.",
             search_aliases=["context forcing", "kv cache", "attention sink", "long video"],
             inputs=[
-                io.Model.Input("model", tooltip="The student; its card gives what is left at -1 or 'as trained'."),
-                io.Int.Input(
-                    "width", default=0, min=0, max=8192, step=16,
-                    tooltip="Width of the video in pixels, a multiple of 16; 0: as trained.",
-                ),
-                io.Int.Input(
-                    "height", default=0, min=0, max=8192, step=16,
-                    tooltip="Height of the video in pixels, a multiple of 16; 0: as trained.",
-                ),
-                io.Combo.Input(
-                    "policy", options=[AS_TRAINED, *POLICIES], default=AS_TRAINED,
-                    tooltip="Which frames slow memory keeps. novel: those unlike everything remembered, one of each"
-                    " place. clean: those unlike the frame before (the paper's rule). fifo: the latest. uniform: every"
-                    " sixth. released: for the released Context Forcing weights, what they were trained with; each layer"
-                    " keeps first frames of chunks as they were while still noise.",
-                ),
-                number("sink", "The first frames of the video, never forgotten; 0: none."),
-                number("slow", "Keyframes kept for long; 0: no slow memory."),
-                number("fast", "The latest frames, the chunk being made included."),
-                io.Float.Input(
-                    "threshold", default=-1.0, min=-1.0, max=1.0, step=0.01,
-                    tooltip="Policies novel and clean: a frame less similar than this is kept (0.95 is usual; higher"
-                    " keeps more). -1: as trained.",
-                ),
-                io.Combo.Input(
-                    "preset", options=[AS_TRAINED, *MEMORY_PRESETS], default=AS_TRAINED, optional=True, advanced=True,
-                    tooltip="A memory by name; policy, sizes and threshold above change it where they are set."
-                    " slow-fast: ours. context-forcing: the paper's. released: what the released"
-                    " weights were trained with. longlive, infinity-rope: the sliding windows of"
-                    " those students, without slow memory.",
-                ),
+                io.Model.Input("model", tooltip="Student model. Its card has the values of inputs left as trained."),
+                io.Int.Input("width", default=0, min=0, max=8192, step=16,
+                    tooltip="Width of the video in pixels, a multiple of 16. 0: as trained."),
+                io.Int.Input("height", default=0, min=0, max=8192, step=16,
+                    tooltip="Height of the video in pixels, a multiple of 16. 0: as trained."),
+                io.Combo.Input("policy", options=[AS_TRAINED, *POLICIES], default=AS_TRAINED,
+                    tooltip="Which frames slow memory keeps. novel: frames unlike all remembered frames. clean: frames"
+                    " unlike the frame before (the paper's rule). fifo: the latest. uniform: every sixth. released: the"
+                    " rule of the released Context Forcing weights, only for them; every layer keeps first frames of"
+                    " chunks, with keys of noisy passes."),
+                frames_input("sink", "The first frames of the video, which are never forgotten; 0: none.", AS_TRAINED),
+                frames_input("slow", "Keyframes; 0: no slow memory.", AS_TRAINED),
+                frames_input("fast", "The latest frames, with the chunk being generated.", AS_TRAINED),
+                io.Float.Input("threshold", default=-1.0, min=-1.0, max=1.0, step=0.01,
+                    tooltip="For policies novel and clean: a frame is kept if its similarity is below this. 0.95 is"
+                    " usual; a higher value keeps more frames. -1: as trained."),
+                io.Combo.Input("preset", options=[AS_TRAINED, *MEMORY_PRESETS], default=AS_TRAINED, **ADVANCED,
+                    tooltip="Values by name; the inputs above replace single values. slow-fast: this pack's."
+                    " context-forcing: the paper's. released: of the released weights. longlive, infinity-rope: the"
+                    " sliding windows of these students, without slow memory."),
             ],
-            outputs=[MemoryType.Output("memory", tooltip="Nothing remembered yet; goes into the first sampler.")],
+            outputs=[MemoryType.Output("memory", tooltip="Connect it to the first sampler.")],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, width, height, policy, sink, slow, fast, threshold, preset=AS_TRAINED) -> io.NodeOutput:
-        card = card_of(model)
+    def execute(
+        cls, model: io.Model.Type, width: int, height: int, policy: str, sink: int, slow: int, fast: int,
+        threshold: float, preset: str = AS_TRAINED,
+    ) -> io.NodeOutput:  # fmt: skip
+        card = StudentModel.of(model).card
         trained = card.memory if preset == AS_TRAINED else named_memory(preset, card.memory)
-        chosen = {"sink": sink, "slow": slow, "fast": fast, "slow_similarity_threshold": threshold}
-        settings = {name: value for name, value in chosen.items() if value != -1}
+        sizes = {"sink": sink, "slow": slow, "fast": fast, "slow_similarity_threshold": threshold}
+        settings = {name: value for name, value in sizes.items() if value != UNCHANGED}
         if policy != AS_TRAINED:
             settings["policy"] = policy
-        config = dataclasses.replace(trained, **settings)
-        return io.NodeOutput(MemoryHandle.of(new_memory(config, width or card.size[0], height or card.size[1])))
+        size = latent_size(width or card.size[0], height or card.size[1])
+        return io.NodeOutput(MemoryHandle.of(empty_memory(dataclasses.replace(trained, **settings), size)))
 
 
 class ContextForcingMemoryReport(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="ContextForcingMemoryReport",
-            display_name="Memory Report",
-            category=CATEGORY,
-            description="What is remembered, since when, what was let go and why: a picture and a few lines of text.",
+            node_id="ContextForcingMemoryReport", display_name="Memory Report", category=CATEGORY, is_output_node=True,
+            description="Shows which frames are remembered, since when, and which were forgotten and why.",
             search_aliases=["context forcing", "inspect memory", "attention map"],
-            is_output_node=True,
             inputs=[
-                MemoryType.Input("memory", tooltip="The end of any sampler in the chain."),
-                io.Vae.Input("vae", tooltip="Draws the remembered frames."),
+                MemoryType.Input("memory", tooltip="The memory after any sampler."),
+                io.Vae.Input("vae", tooltip="Decodes the remembered frames."),
                 io.Float.Input("fps", default=16.0, min=1.0, max=240.0, tooltip="Frames per second of the video."),
-                io.Model.Input(
-                    "model", optional=True,
-                    tooltip="The student, to see also how much the next chunk would look at sink, slow, fast and itself:"
-                    " takes as long as making that chunk, or somewhat longer. Not connected: left out.",
-                ),
+                io.Model.Input("model", optional=True,
+                    tooltip="The student. Connected, the report also shows how the next chunk's attention is divided"
+                    " between sink, slow, fast and the chunk. This takes slightly longer than generating the chunk."),
             ],
             outputs=[
                 io.Image.Output("image", tooltip="The report as a picture."),
-                io.String.Output("text", tooltip="The same in words: frames held, how far back, by which rule."),
+                io.String.Output("text", tooltip="Number of frames, reach in seconds, policy."),
             ],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, memory, vae, fps, model=None) -> io.NodeOutput:
-        memory, mass = memory.memory, None
-        if model is not None and memory.config.policy == RELEASED:
-            log.warning("memory report: layers of policy released look at frames of their own; attention is left out")
+    def execute(
+        cls, memory: MemoryHandle, vae: io.Vae.Type, fps: float, model: io.Model.Type | None = None
+    ) -> io.NodeOutput:
+        value, mass = memory.memory, None
+        if model is not None and not value.supports("attention report"):
+            log.warning("memory report: attention is not shown for policy released, whose layers remember other frames")
         elif model is not None:
-            card = card_of(model)
-            mass = attention_mass(sampler_for(model, card, memory), memory, card.sigmas)
-        image = as_image(draw_report(memory, thumbnails(memory, vae), fps, mass))
-        return io.NodeOutput(image, summary(memory, fps, mass), ui=ui.PreviewImage(image, cls=cls))
-
-
-def thumbnails(memory, vae) -> np.ndarray:
-    """The remembered frames as pictures, uint8 [M, H, W, 3]; each decoded by itself, as a still."""
-    frames = [to_uint8(next(iter(decode_stream(vae, [memory.latents_of([frame])])))) for frame in memory.slots.all]
-    return np.concatenate(frames) if frames else np.zeros((0, 1, 1, 3), np.uint8)
+            student = StudentModel.of(model)
+            mass = attention_mass(prepare_sampler(student, value), value, student.card.sigmas)
+        pictures = thumbnails(value, lambda chunks: decode_stream(vae, chunks))
+        return picture_output(draw_report(value, pictures, fps, mass), summary(value, fps, mass), cls)

@@ -1,9 +1,6 @@
-"""Memories at rest: in RAM, on the GPU, compact; in files of the output folder."""
+"""Where memories are kept: between nodes, and in files of ComfyUI's folders."""
 
-import contextlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import comfy.model_management as mm
 import folder_paths
@@ -12,131 +9,102 @@ from comfy_api.latest import io, ui
 from ..memory.memory import Memory
 from ..memory.snapshot import load_memory, save_memory
 from ..video.report import summary
-from .handle import CATEGORY, MemoryHandle, MemoryType, log
+from .handle import MemoryHandle, MemoryType
+from .shared import CATEGORY, log
 
-PLACES = ("RAM", "GPU", "compact")
 FOLDER = "context_forcing"
-FORMS = ("exact", "compact")
+"""Folder of memory files under ComfyUI's output folder."""
 
 
-def at_rest(memory: Memory, place: str, before: Memory) -> Memory:
-    """A memory as it waits for the next node; what it shares with the one `before` it is not copied."""
+def keep_memory(memory: Memory, place: str, before: Memory) -> Memory:
+    """A memory at one of PLACES; tensors that it shares with the memory `before` are not copied again."""
     if place == "compact":
         return memory.compact()
     return memory if place == "GPU" else memory.to(mm.intermediate_device(), before=before)
 
 
 def new_file(prefix: str) -> str:
-    """A file that does not exist yet, under ComfyUI's output folder. Raises ValueError for one outside."""
+    """Path of a new file under ComfyUI's output folder. ComfyUI raises an exception for a path outside of it."""
     folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
     return os.path.join(folder, f"{name}_{counter:05}_.safetensors")
 
 
-@dataclass
-class Kept:
-    """What there is to save."""
-
-    memory: Memory | None = None
-
-
-@contextlib.contextmanager
-def autosaved(wanted: bool) -> Iterator[Kept]:
-    """Save what is there at the end, also after an interrupt or an error. Compact, where keys can be made anew."""
-    kept = Kept()
+def write_autosave(memory: Memory) -> None:
+    """Write a memory to a new file, compact where it supports that. A failure is logged, not raised."""
     try:
-        yield kept
-    finally:
-        if wanted and kept.memory is not None:
-            try:
-                path = new_file(f"{FOLDER}/autosave")
-                save_memory(path, kept.memory.compact() if kept.memory.supports("compact") else kept.memory)
-                log.info("memory saved to %s", path)
-            except (ValueError, OSError) as error:
-                # The segment itself is whole, or its own error is the one to be told.
-                log.warning("autosave: %s", error)
+        path = new_file(f"{FOLDER}/autosave")
+        save_memory(path, memory.compact() if memory.supports("compact") else memory)
+        log.info("memory saved to %s", path)
+    except (ValueError, OSError) as error:
+        log.warning("autosave: %s", error)
+
+
+def memory_files() -> list[str]:
+    """Possible memories: in `context_forcing` of the output folder, latest first, then in the input folder."""
+    files = []
+    for root, kind in ((folder_paths.get_output_directory(), "output"), (folder_paths.get_input_directory(), "input")):
+        for folder, _, names in os.walk(root):
+            for path in (os.path.join(folder, name) for name in names if name.endswith(".safetensors")):
+                name = os.path.relpath(path, root)
+                # A link may be broken, or the file deleted in the meantime.
+                if (kind == "input" or FOLDER in name) and os.path.isfile(path):
+                    files.append((kind == "input", -os.path.getmtime(path), f"{name} [{kind}]"))
+    return [name for *_, name in sorted(files)]
 
 
 class ContextForcingSaveMemory(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="ContextForcingSaveMemory",
-            display_name="Save Memory",
-            category=CATEGORY,
-            description="Writes a memory, with the whole video so far, to a file in the output folder. Load Memory goes"
-            " on from it tomorrow, or on another machine with the same student.",
+            node_id="ContextForcingSaveMemory", display_name="Save Memory", category=CATEGORY, is_output_node=True,
+            description="Writes a memory, with the video so far, to a file in the output folder. Load Memory continues"
+            " from it, later or on another machine with the same student.",
             search_aliases=["context forcing", "snapshot", "checkpoint", "resume"],
-            is_output_node=True,
             inputs=[
-                MemoryType.Input("memory", tooltip="The end of any sampler."),
-                io.String.Input(
-                    "filename_prefix", default=f"{FOLDER}/memory",
-                    tooltip="Name of the file, with folders under ComfyUI's output folder.",
-                ),
-                io.Combo.Input(
-                    "form", options=list(FORMS), default="exact",
-                    tooltip="exact: going on gives the same video to the bit; for a 1.3B student about 5 GB. compact:"
-                    " frames only, 0.4 MB each at 832x480; keys are made anew on the way, close but not the same.",
-                ),
+                MemoryType.Input("memory", tooltip="The memory after any sampler."),
+                io.String.Input("filename_prefix", default=f"{FOLDER}/memory",
+                    tooltip="File name, with folders under ComfyUI's output folder."),
+                io.Combo.Input("form", options=["exact", "compact"], default="exact",
+                    tooltip="exact: the video continues bit for bit; about 5 GB for a 1.3B student. compact: latent"
+                    " frames only, 0.4 MB each at 832x480; keys and values are computed again, not bit for bit."),
             ],
-            outputs=[io.String.Output("file", tooltip="Where it was written, relative to the output folder.")],
+            outputs=[io.String.Output("file", tooltip="Path of the file, relative to the output folder.")],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, memory, filename_prefix, form) -> io.NodeOutput:
+    def execute(cls, memory: MemoryHandle, filename_prefix: str, form: str) -> io.NodeOutput:
         path = new_file(filename_prefix)
         save_memory(path, memory.memory.compact() if form == "compact" else memory.memory)
         name = os.path.relpath(path, folder_paths.get_output_directory())
-        said = f"{name}, {os.path.getsize(path) / 1e6:.1f} MB"
-        return io.NodeOutput(name, ui=ui.PreviewText(said))
-
-
-def saved_memories() -> list[str]:
-    """Files under the output and input folders that may be memories; the latest of the output folder first."""
-    found = []
-    for root, kind in ((folder_paths.get_output_directory(), "output"), (folder_paths.get_input_directory(), "input")):
-        for folder, _, names in os.walk(root):
-            for name in names:
-                path = os.path.join(folder, name)
-                wanted = name.endswith(".safetensors") and (kind == "input" or FOLDER in os.path.relpath(path, root))
-                # A link may lead nowhere, a file be deleted meanwhile.
-                if wanted and os.path.isfile(path):
-                    found.append((kind == "input", -os.path.getmtime(path), f"{os.path.relpath(path, root)} [{kind}]"))
-    return [name for *_, name in sorted(found)]
+        return io.NodeOutput(name, ui=ui.PreviewText(f"{name}, {os.path.getsize(path) / 1e6:.1f} MB"))
 
 
 class ContextForcingLoadMemory(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
+        file = "A file in context_forcing of the output folder, or any file in the input folder."
         return io.Schema(
-            node_id="ContextForcingLoadMemory",
-            display_name="Load Memory",
-            category=CATEGORY,
+            node_id="ContextForcingLoadMemory", display_name="Load Memory", category=CATEGORY,
             description="Reads a memory that Save Memory, a sampler's autosave or `context-forcing generate"
-            " --memory-out` wrote. Samplers refuse it if another student made it.",
+            " --memory-out` wrote. It continues with the student that it was made with.",
             search_aliases=["context forcing", "snapshot", "resume"],
-            inputs=[
-                io.Combo.Input(
-                    "file", options=saved_memories(),
-                    tooltip="A memory in the output folder's context_forcing, or any in the input folder.",
-                ),
-            ],
+            inputs=[io.Combo.Input("file", options=memory_files(), tooltip=file)],
             outputs=[
-                MemoryType.Output("memory", tooltip="Goes into a sampler, a report or Save Long Video."),
-                io.String.Output("text", tooltip="What it holds, in words."),
+                MemoryType.Output("memory", tooltip="For a sampler, a report or Save Long Video."),
+                io.String.Output("text", tooltip="What the memory holds."),
             ],
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, file):
+    def fingerprint_inputs(cls, file: str) -> tuple[float, int] | None:
         path = folder_paths.get_annotated_filepath(file)
         return (os.path.getmtime(path), os.path.getsize(path)) if os.path.isfile(path) else None
 
     @classmethod
-    def validate_inputs(cls, file):
+    def validate_inputs(cls, file: str) -> bool | str:
         return True if folder_paths.exists_annotated_filepath(file) else f"file: {file} does not exist"
 
     @classmethod
-    def execute(cls, file) -> io.NodeOutput:
+    def execute(cls, file: str) -> io.NodeOutput:
         memory = load_memory(folder_paths.get_annotated_filepath(file))
         return io.NodeOutput(MemoryHandle.of(memory), summary(memory, 16.0))

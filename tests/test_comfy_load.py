@@ -9,35 +9,20 @@ from pathlib import Path
 
 import pytest
 
+from .nodes.host import NODE_IDS
+
 ROOT = Path(__file__).parents[1]
 SHIPPED = (
     "__init__.py", "cli", "memory", "model", "nodes", "train", "video", "workflows", "web", "locales",
     "pyproject.toml", "requirements.txt", "README.md", "LICENSE",
 )  # fmt: skip
 
-LOADER = r'''
-import asyncio, importlib.abc, importlib.machinery, importlib.util, json, os, sys, types
-from unittest.mock import MagicMock
-
-class Stub(types.ModuleType):
-    """A module or package of ComfyUI's: anything asked of it is there."""
-    __path__ = []
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return MagicMock(name=name)
-
-class StubFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview"):
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-    def create_module(self, spec):
-        return Stub(spec.name)
-    def exec_module(self, module):
-        asked.append(module.__name__)
-
-asked = []
-sys.meta_path.insert(0, StubFinder())
+STUB_FOLDER = ROOT / "tests" / "nodes"
+LOADER = """
+import asyncio, importlib.util, json, os, sys
+sys.path.append(sys.argv[2])
+import comfyui_stub
+finder = comfyui_stub.install()
 
 folder = sys.argv[1]
 # As ComfyUI's nodes.py does it: the module's name is the folder's path.
@@ -47,29 +32,26 @@ spec = importlib.util.spec_from_file_location(name, os.path.join(folder, "__init
 module = importlib.util.module_from_spec(spec)
 sys.modules[name] = module
 spec.loader.exec_module(module)
-new = set(sys.modules) - before - {name}
-says = {"at_import": sorted(m for m in new if m.split(".")[0] in ("torch", "numpy", "safetensors")), "asked": list(asked)}
-says["rooms"] = sorted(m for m in new if m.startswith(name))
-says["mappings"] = hasattr(module, "NODE_CLASS_MAPPINGS")
-says["web"] = os.path.isdir(os.path.join(folder, module.WEB_DIRECTORY))
+heavy = ("torch", "numpy", "safetensors")
+new = {m for m in set(sys.modules) - before - {name} if m.split(".")[0] in heavy or m.startswith(name)}
+result = {"at_import": sorted(new) + finder.imported, "mappings": hasattr(module, "NODE_CLASS_MAPPINGS")}
+result["web"] = os.path.isdir(os.path.join(folder, module.WEB_DIRECTORY))
 
-import comfy.sd, comfy_api.latest as api
-class ComfyNode: pass
-class ComfyExtension: pass
-api.ComfyExtension = ComfyExtension
-api.io = MagicMock(name="io")
-api.io.ComfyNode = ComfyNode
-api.io.Schema = lambda **fields: types.SimpleNamespace(**fields)
-comfy.sd.VAE = type("VAE", (), {})
-
+comfyui_stub.define_types()
+from comfy_api.latest import ComfyExtension, io
 extension = asyncio.run(module.comfy_entrypoint())
 nodes = asyncio.run(extension.get_node_list())
-says["ids"] = [node.define_schema().node_id for node in nodes]
-says["is_extension"] = isinstance(extension, ComfyExtension) and all(issubclass(n, ComfyNode) for n in nodes)
-says["installed_copy_used"] = "context_forcing" in sys.modules
-says["from"] = sorted({m.__file__ for k, m in sys.modules.items() if k.startswith(name + ".")})
-print(json.dumps(says))
-'''
+result["ids"] = [node.define_schema().node_id for node in nodes]
+result["is_extension"] = isinstance(extension, ComfyExtension) and all(issubclass(n, io.ComfyNode) for n in nodes)
+result["installed_copy_used"] = "context_forcing" in sys.modules
+result["from"] = sorted({m.__file__ for k, m in sys.modules.items() if k.startswith(name + ".")})
+print(json.dumps(result))
+"""
+
+
+def load_pack(folder, cwd) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", LOADER, str(folder), str(STUB_FOLDER)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -87,30 +69,20 @@ def pack(tmp_path):
 
 
 def test_comfyui_loads_it_from_any_folder(pack, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", LOADER, str(pack)], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = load_pack(pack, tmp_path)
     assert done.returncode == 0, done.stderr
-    says = json.loads(done.stdout.splitlines()[-1])
-    assert says["at_import"] == says["asked"] == says["rooms"] == [], "importing the root imports nothing"
-    assert not says["mappings"], "NODE_CLASS_MAPPINGS would make ComfyUI skip the V3 entry point"
-    assert says["web"]
-    assert says["is_extension"]
-    assert sorted(says["ids"]) == [
-        "ContextForcingConsistency", "ContextForcingLoadDemo", "ContextForcingLoadMemory", "ContextForcingLoadStudent",
-        "ContextForcingMemory", "ContextForcingMemoryReport", "ContextForcingRemember", "ContextForcingSampler",
-        "ContextForcingSaveMemory", "ContextForcingSaveVideo", "ContextForcingStoryboard",
-        "ContextForcingStudentSettings",
-    ]  # fmt: skip
-    assert not says["installed_copy_used"]
-    assert says["from"] and all(str(pack) in file for file in says["from"])
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["at_import"] == [], "importing the root imports nothing"
+    assert not result["mappings"], "NODE_CLASS_MAPPINGS would make ComfyUI skip the V3 entry point"
+    assert result["web"] and result["is_extension"]
+    assert result["ids"] == list(NODE_IDS)
+    assert not result["installed_copy_used"]
+    assert result["from"] and all(str(pack) in file for file in result["from"])
 
 
 def test_a_failing_entry_point_is_logged_with_its_traceback_and_raised(pack, tmp_path):
     (pack / "nodes" / "__init__.py").write_text("raise RuntimeError('no such ComfyUI')\n")
-    done = subprocess.run(
-        [sys.executable, "-c", LOADER, str(pack)], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = load_pack(pack, tmp_path)
     assert done.returncode == 1
     assert "Context Forcing nodes could not be loaded" in done.stderr
     assert done.stderr.count("no such ComfyUI") >= 2
@@ -141,7 +113,7 @@ def test_the_wheel_holds_one_package_and_its_files(pack, tmp_path):
     assert {name.split("/")[0] for name in names} == {"context_forcing", "context_forcing-0.1.0.dist-info"}
     expected = {
         f"context_forcing/{path.relative_to(ROOT)}"
-        for room in ("commands", "memory", "model", "nodes", "train")
+        for room in ("cli", "memory", "model", "nodes", "train", "video")
         for path in (ROOT / room).rglob("*.py")
     }
     assert expected <= set(names)

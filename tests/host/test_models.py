@@ -6,7 +6,7 @@ import pytest
 import torch
 from bench import ROUNDING, SIZES, difference
 
-from context_forcing.nodes.handle import card_of
+from context_forcing.nodes.model_access import StudentModel
 from context_forcing.nodes.student_settings import ContextForcingStudentSettings
 
 AS_IS = {"steps": "", "shift": 0.0, "solver": "as is", "fps": 0}
@@ -20,7 +20,7 @@ def with_settings(model, **settings):
 def test_settings_of_a_model_without_a_card(bench):
     model = bench.load()
     settings = dict(steps="1000, 500", shift=3.0, solver="euler", fps=8, window=12, sink=3, slow=0, fast=9)
-    card = card_of(with_settings(model, **settings))
+    card = StudentModel.of(with_settings(model, **settings)).card
     memory = card.memory
     assert (card.steps, card.shift, card.solver, card.fps) == ((1000, 500), 3, "euler", 8)
     assert (memory.window, memory.slow, memory.chunk) == (12, 0, 3)
@@ -28,7 +28,7 @@ def test_settings_of_a_model_without_a_card(bench):
 
 
 def test_settings_of_a_published_student(bench):
-    card = card_of(with_settings(bench.load(), steps="1000, 500", card="longlive"))
+    card = StudentModel.of(with_settings(bench.load(), steps="1000, 500", card="longlive")).card
     assert (card.name, card.steps, card.memory.window, card.memory.slow) == ("longlive", (1000, 500), 12, 0)
 
 

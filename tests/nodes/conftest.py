@@ -1,7 +1,10 @@
+import importlib
 import json
+import sys
 
 import pytest
 
+from . import comfyui_stub
 from .graph import Graph
 from .host import CHECKOUT, ComfyUI, Host, find_comfyui, to_api
 
@@ -42,3 +45,15 @@ def demo(graph):
 def demo_chain(object_info) -> dict:
     """The example workflow as a prompt."""
     return to_api(json.loads((CHECKOUT / "workflows" / "demo_chain.json").read_text()), object_info)
+
+
+@pytest.fixture(scope="session")
+def node_module():
+    """(name) -> a module of nodes/, imported with stubs in place of ComfyUI's modules; empty for nodes/ itself."""
+    finder = comfyui_stub.install()
+    comfyui_stub.define_types()
+    yield lambda name: importlib.import_module(f"context_forcing.nodes.{name}".rstrip("."))
+    sys.meta_path.remove(finder)
+    for name in list(sys.modules):
+        if name.split(".")[0] in comfyui_stub.PACKAGES or name.startswith("context_forcing.nodes"):
+            del sys.modules[name]

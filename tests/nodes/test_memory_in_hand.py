@@ -219,7 +219,7 @@ def test_a_picture_s_latent_is_no_clip(host, graph, demo):
     picture = graph.add("EmptyLatentImage", width=128, height=64, batch_size=1)
     begun = graph.add("ContextForcingRemember", memory=graph.memory(demo), latent=[picture, 0])
     graph.save(graph.sampler(demo, graph.text(demo), begun, seconds=0.75))
-    assert "it must be a video's" in failure(host, graph)["exception_message"]
+    assert "a video's is" in failure(host, graph)["exception_message"]
 
 
 def test_a_link_that_leads_nowhere_is_no_memory(host):

@@ -1,0 +1,59 @@
+"""What several nodes declare: the log, the category, inputs and outputs."""
+
+import logging
+
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+from PIL import Image
+
+from ..memory.stores import KV_PLACEMENTS
+
+log = logging.getLogger("context_forcing")
+
+CATEGORY = "Context Forcing"
+ATTENTIONS = ("sdpa", "comfyui")
+PLACES = ("RAM", "GPU", "compact")
+UNCHANGED = -1
+"""Value of an input for a number of latent frames that leaves the card's number."""
+ADVANCED = {"optional": True, "advanced": True}
+
+
+def frames_input(name: str, tooltip: str, unchanged: str) -> io.Input:
+    """A number of latent frames."""
+    tooltip = f"{tooltip} In latent frames, 4 video frames each. -1: {unchanged}."
+    return io.Int.Input(name, default=UNCHANGED, min=UNCHANGED, max=1024, tooltip=tooltip)
+
+
+def seed_input(tooltip: str) -> io.Input:
+    fixed = io.ControlAfterGenerate.fixed
+    return io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=fixed, tooltip=tooltip)
+
+
+def attention_input() -> io.Input:
+    tooltip = (
+        "sdpa: PyTorch's exact attention. comfyui: the attention that ComfyUI was started with (sage, flash, xformers),"
+        " or that another node set on the MODEL. Quantised attention drifts in long videos."
+    )
+    return io.Combo.Input("attention", options=list(ATTENTIONS), default="sdpa", tooltip=tooltip, **ADVANCED)
+
+
+def storage_inputs() -> list[io.Input]:
+    """Where a memory is between nodes, in files, and during sampling."""
+    return [
+        io.Combo.Input("keep_in", options=list(PLACES), default="RAM", **ADVANCED,
+            tooltip="Where the memory is kept until the next node. RAM: exact. GPU: exact, without copies, uses video"
+            " memory. compact: no keys and values, smallest; the next sampler computes them again, not bit for bit."),
+        io.Boolean.Input("autosave", default=False, **ADVANCED,
+            tooltip="Also write the memory to output/context_forcing after every segment, and after an interrupt. Load"
+            " Memory continues from the file."),
+        io.Combo.Input("layout", options=list(KV_PLACEMENTS), default="at once", **ADVANCED,
+            tooltip="Where keys and values are during sampling; the video is the same. at once: fastest, twice the"
+            " memory's size in video memory. by layer: once its size, slower. from RAM: least, slow."),
+    ]  # fmt: skip
+
+
+def picture_output(picture: Image.Image, text: str, node: type[io.ComfyNode]) -> io.NodeOutput:
+    """A picture as IMAGE, [1, H, W, 3] in 0..1, and a text; the node shows the picture."""
+    image = torch.from_numpy(np.asarray(picture).copy()).float()[None] / 255
+    return io.NodeOutput(image, text, ui=ui.PreviewImage(image, cls=node))

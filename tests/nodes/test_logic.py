@@ -1,0 +1,291 @@
+"""Logic of the nodes without ComfyUI, whose modules are stubs here."""
+
+import dataclasses
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from context_forcing.memory import MemoryConfig
+from context_forcing.model.config import StudentCard
+from context_forcing.model.fingerprint import fingerprint
+from context_forcing.model.sampler import KV_PLACEMENTS, seeded_noise, working_bytes
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def fake_model(net):
+    """(card) -> what the nodes read of a MODEL."""
+
+    def make(card=None, kind="WAN21", in_channels=16, **attributes):
+        patch_embedding = SimpleNamespace(in_channels=in_channels)
+        tree = SimpleNamespace(
+            patch_embedding=patch_embedding, img_emb=None, named_parameters=net.named_parameters, blocks=net.blocks,
+            patch_size=net.patch_size, text_len=net.text_len,
+        )  # fmt: skip
+        base = type(kind, (), {"diffusion_model": tree, "get_dtype": lambda self: torch.float32})()
+        fields = dict(
+            model=base, load_device=CPU, backup={}, object_patches={}, wrappers={},
+            model_options={"transformer_options": {}}, get_attachment=lambda name: card,
+            get_model_object=lambda name: None,
+        )  # fmt: skip
+        return SimpleNamespace(**fields | attributes)
+
+    return make
+
+
+@pytest.fixture
+def rollout(net, make_sampler):
+    """(memory, chunks) -> the memory continued."""
+
+    def run(memory, chunks=1):
+        *_, memory = make_sampler(net).rollout(
+            memory, chunks, sigmas=(1.0, 0.5), noise=seeded_noise(0, memory.latent_size)
+        )
+        return memory
+
+    return run
+
+
+def test_handles_of_a_chain_have_the_size_of_what_they_keep(node_module, empty_memory, rollout):
+    handle = node_module("handle").MemoryHandle
+    first = rollout(empty_memory(), 2)
+    second = rollout(first)
+    handles = [handle.of(first), handle.of(second, before=first)]
+    kept = {id(tensor): tensor.nbytes for memory in (first, second) for tensor in memory.tensors()}
+    assert sum(tensor.nbytes for handle in handles for tensor in handle.tensors) == sum(kept.values())
+
+
+def test_its_card(node_module, fake_model, caplog):
+    of = node_module("model_access").StudentModel.of
+    card = StudentCard(shift=3.0)
+    assert of(fake_model(card)).card is card and not caplog.records
+    assert of(fake_model()).card == StudentCard() and "no student card" in caplog.text
+
+
+def test_model_sampling_replaces_the_shift(node_module, fake_model, caplog):
+    access = node_module("model_access")
+    sampling = access.comfy.model_sampling.ModelSamplingDiscreteFlow()
+    sampling.shift = 8
+    student = access.StudentModel.of(fake_model(StudentCard(), object_patches={"model_sampling": sampling}))
+    assert student.card.shift == 8.0 and "shift 8" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "kind, channels, message",
+    [("LTXV", 16, "model: LTXV is not Wan 2.1"), ("WAN21", 36, "model: WAN21 with 36 input channels")],
+)
+def test_other_models_are_refused(node_module, fake_model, kind, channels, message):
+    with pytest.raises(ValueError, match=message):
+        node_module("model_access").StudentModel.of(fake_model(kind=kind, in_channels=channels))
+
+
+def test_its_fingerprint_is_that_of_the_weights_before_loras(node_module, fake_model, net):
+    of, name = node_module("model_access").StudentModel.of, "blocks.0.ffn.0.weight"
+    original = dict(net.named_parameters())[name]
+    parameters = [(key, -value if key == name else value) for key, value in net.named_parameters()]
+    changed = fake_model(StudentCard())
+    changed.model.diffusion_model.named_parameters = lambda: parameters
+    assert of(changed).fingerprint != fingerprint(net)
+    changed.backup = {f"diffusion_model.{name}": SimpleNamespace(weight=original)}
+    assert of(changed).fingerprint == fingerprint(net)
+
+
+@pytest.mark.parametrize("policy", ["novel", "released"])
+@pytest.mark.parametrize("layout", KV_PLACEMENTS)
+def test_what_the_memory_has_on_the_device_is_not_asked_for_again(
+    node_module, fake_model, net, empty_memory, rollout, monkeypatch, policy, layout
+):
+    sampler, student = (
+        node_module("sampler"),
+        node_module("model_access").StudentModel.of(fake_model(StudentCard())),
+    )
+    requests = []
+    load = lambda models, memory_required: requests.append(memory_required)
+    monkeypatch.setattr(sampler.mm, "load_models_gpu", load)
+    monkeypatch.setattr(sampler.mm, "get_total_memory", lambda device: 1e12)
+    memory = rollout(empty_memory(policy=policy), 2)
+    assert memory.num_bytes > 0
+    sampler.make_room(student, memory, layout)
+    needed = working_bytes(student.network, memory, layout)
+    assert requests == [needed - (0 if layout == "from RAM" else memory.num_bytes)]
+
+
+def test_too_little_memory_is_logged(node_module, fake_model, empty_memory, monkeypatch, caplog):
+    sampler, student = (
+        node_module("sampler"),
+        node_module("model_access").StudentModel.of(fake_model(StudentCard())),
+    )
+    monkeypatch.setattr(sampler.mm, "get_total_memory", lambda device: 1e3)
+    sampler.make_room(student, empty_memory(), "at once")
+    assert "from RAM" in caplog.text
+
+
+TEXT = torch.ones(1, 5, 4096)
+
+
+def test_one_prompt(node_module, caplog):
+    assert node_module("sampler").text_of([[TEXT, {"pooled_output": None}]]) is TEXT
+    assert not caplog.records
+
+
+def test_options_without_effect_are_named(node_module, caplog):
+    node_module("sampler").text_of([[TEXT, {"pooled_output": None, "hooks": object()}]])
+    assert [record.getMessage() for record in caplog.records] == [
+        "positive: hooks of the conditioning has no effect in this sampler"
+    ]
+
+
+@pytest.mark.parametrize("positive", [[[TEXT, {}]] * 2, [[TEXT.expand(2, -1, -1), {}]], []])
+def test_other_numbers_of_prompts_are_refused(node_module, positive):
+    with pytest.raises(ValueError, match=f"positive: {2 if positive else 0} prompts"):
+        node_module("sampler").text_of(positive)
+
+
+def test_what_has_no_effect_is_named(node_module, fake_model):
+    patches = node_module("patches")
+    model = fake_model(
+        object_patches=dict.fromkeys(
+            (
+                "manual_cast_dtype",
+                "diffusion_model.head.head.forward",
+                "diffusion_model.blocks.1.ffn",
+                "diffusion_model.x",
+            )
+        ),
+        wrappers={"diffusion_model": {"cache": [print], None: [print], "empty": []}},
+        model_options={
+            "context_handler": object(),
+            "denoise_mask_function": None,
+            "transformer_options": {
+                "patches": {"attn1_patch": [print], "attn2_patch": []},
+                "patches_replace": {"dit": {("double_block", 1): print, ("double_block", 2): print}},
+                "rope_options": {},
+            },
+        },
+    )
+    assert sorted(patches.ignored_patches(model)) == [
+        "attn1_patch patch", "context_handler", "diffusion_model wrapper cache", "diffusion_model wrapper print",
+        "double_block_1 replacement", "object patch diffusion_model.x", "rope_options",
+    ]  # fmt: skip
+    assert not list(patches.ignored_patches(fake_model()))
+
+
+def test_attention_of_another_node_is_named_where_it_is_not_used(node_module, fake_model, caplog):
+    patches = node_module("patches")
+    model = fake_model(model_options={"transformer_options": {patches.OVERRIDE: print}})
+    assert patches.attention_of(model, "sdpa") is patches.sdpa and "comfyui" in caplog.text
+
+
+def test_comfyuis_attention_has_its_layout(node_module, fake_model, monkeypatch):
+    patches = node_module("patches")
+    plain = lambda q, k, v, heads, mask, **options: torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+    monkeypatch.setattr(patches, "optimized_attention", plain)
+    q, k, v = torch.randn(1, 5, 2, 8), torch.randn(1, 7, 2, 8), torch.randn(1, 7, 2, 8)
+    expected = patches.sdpa(q, k, v)
+    torch.testing.assert_close(patches.attention_of(fake_model(), "comfyui")(q, k, v), expected)
+
+
+AS_IS = dict(steps="", shift=0.0, solver="as is", fps=0, sizes={"chunk": -1, "sink": -1})
+
+
+def test_nothing_is_changed_by_default(node_module):
+    card = StudentCard(shift=3.0, first_steps=(1000.0, 500.0))
+    assert node_module("student_settings").with_settings(card, **AS_IS) == card
+
+
+def test_settings_replace_single_fields(node_module):
+    card = StudentCard(shift=3.0, first_steps=(1000.0, 500.0))
+    settings = AS_IS | dict(steps=" 1000, 250 ", fps=8, solver="euler", sizes={"sink": 0, "slow": -1})
+    assert node_module("student_settings").with_settings(card, **settings) == dataclasses.replace(
+        card, steps=(1000.0, 250.0), first_steps=(), fps=8, solver="euler",
+        memory=dataclasses.replace(card.memory, sink=0),
+    )  # fmt: skip
+
+
+def test_wrong_steps_are_named(node_module):
+    with pytest.raises(ValueError, match="^steps: '1000, abc' is not a list of numbers"):
+        node_module("student_settings").with_settings(StudentCard(), **AS_IS | {"steps": "1000, abc"})
+
+
+@pytest.fixture
+def files(node_module, tmp_path, monkeypatch):
+    module = node_module("save_load")
+    for kind in ("output", "input"):
+        (tmp_path / kind).mkdir()
+        monkeypatch.setattr(module.folder_paths, f"get_{kind}_directory", lambda kind=kind: str(tmp_path / kind))
+    monkeypatch.setattr(
+        module.folder_paths,
+        "get_save_image_path",
+        lambda prefix, root: (os.path.join(root, "a"), "b", 7, "a", prefix),
+    )
+    return module
+
+
+def test_a_new_file_is_numbered(files, tmp_path):
+    assert files.new_file("a/b") == str(tmp_path / "output" / "a" / "b_00007_.safetensors")
+
+
+def test_the_latest_memories_come_first(files, tmp_path):
+    for age, name in enumerate(
+        ("output/context_forcing/new", "output/other", "output/context_forcing/old", "input/any")
+    ):
+        path = tmp_path / f"{name}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        os.utime(path, (1000 - age, 1000 - age))
+    (tmp_path / "input" / "broken.safetensors").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "input" / "image.png").touch()
+    assert files.memory_files() == [
+        "context_forcing/new.safetensors [output]", "context_forcing/old.safetensors [output]",
+        "any.safetensors [input]",
+    ]  # fmt: skip
+
+
+def test_a_memory_is_kept_where_it_is_asked_for(files, empty_memory, rollout, monkeypatch):
+    monkeypatch.setattr(files.mm, "intermediate_device", lambda: CPU)
+    before = rollout(empty_memory())
+    after = rollout(before)
+    assert files.keep_memory(after, "GPU", before) is after
+    assert files.keep_memory(after, "compact", before).is_compact
+    shared = {id(tensor) for tensor in before.tensors()}
+    assert len([t for t in files.keep_memory(after, "RAM", before).tensors() if id(t) in shared]) > 2
+
+
+def test_autosave_is_compact_where_it_can_be(files, empty_memory, rollout, tmp_path):
+    (tmp_path / "output" / "a").mkdir()
+    for policy, compact in (("novel", True), ("released", False)):
+        files.write_autosave(rollout(empty_memory(policy=policy)))
+        path = tmp_path / "output" / "a" / "b_00007_.safetensors"
+        assert files.load_memory(path).is_compact == compact
+        path.unlink()
+
+
+def test_a_failed_autosave_is_logged(files, empty_memory, rollout, monkeypatch, caplog):
+    def refuse(path, memory):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(files, "save_memory", refuse)
+    files.write_autosave(rollout(empty_memory()))
+    assert "autosave: disk full" in caplog.text
+
+
+def test_a_picture_is_an_image(node_module):
+    from PIL import Image
+
+    output = node_module("shared").picture_output(Image.new("RGB", (6, 4), (255, 0, 51)), "text", node=object)
+    image, text = output.result
+    assert image.shape == (1, 4, 6, 3) and image[0, 0, 0].tolist() == pytest.approx([1, 0, 0.2]) and text == "text"
+
+
+def test_the_default_memory_of_a_card(node_module, fake_model):
+    """All settings left as trained."""
+    card = StudentCard(size=(64, 32), memory=MemoryConfig(sink=1, slow=2))
+    node = node_module("memory").ContextForcingMemory
+    (handle,) = node.execute(fake_model(card), 0, 0, "as trained", -1, -1, -1, -1.0).result
+    assert handle.memory.config == card.memory and handle.memory.latent_size == (16, 4, 8)
+    (handle,) = node.execute(fake_model(card), 96, 0, "fifo", -1, 4, -1, -1.0).result
+    assert handle.memory.config == dataclasses.replace(card.memory, policy="fifo", slow=4)
+    assert handle.memory.latent_size == (16, 4, 12)

@@ -1,0 +1,75 @@
+"""Schemas of the nodes without ComfyUI: permanent ids and inputs, tooltips, help pages, workflows that fit."""
+
+import json
+
+import pytest
+
+from .host import CHECKOUT, NODE_IDS
+
+STORAGE = "keep_in=RAM? autosave=False? layout=at_once?"
+INPUTS = {
+    "ContextForcingLoadDemo": "",
+    "ContextForcingLoadStudent": "student weights=auto? card=auto?",
+    "ContextForcingMemory": "model width=0 height=0 policy=as_trained sink=-1 slow=-1 fast=-1 threshold=-1.0"
+    " preset=as_trained?",
+    "ContextForcingRemember": "memory vae? images? latent?",
+    "ContextForcingSampler": "model positive memory seconds=3.0 seed=0 attention=sdpa? commit_attends=all? change=keep?"
+    f" blend=0? {STORAGE}",
+    "ContextForcingStoryboard": f"model clip memory text=EXAMPLE seed=0 attention=sdpa? {STORAGE}",
+    "ContextForcingSaveVideo": "memory vae filename_prefix=video/context_forcing fps=16.0 scale=0 crf=16?",
+    "ContextForcingMemoryReport": "memory vae fps=16.0 model?",
+    "ContextForcingConsistency": "memory? vae? images? clip_vision? every=1.0 fps=16.0",
+    "ContextForcingSaveMemory": "memory filename_prefix=context_forcing/memory form=exact",
+    "ContextForcingLoadMemory": "file",
+    "ContextForcingStudentSettings": "model steps= shift=0.0 solver=as_is fps=0 chunk=-1 window=-1 sink=-1 slow=-1"
+    " fast=-1 card=as_is?",
+}
+"""Name, default and `?` for an optional input, in order. Saved workflows depend on them: they are only appended to."""
+
+
+@pytest.fixture(scope="module")
+def schemas(node_module):
+    schemas = [node.define_schema() for node in node_module("").NODES]
+    return {schema.node_id: schema for schema in schemas}
+
+
+def described(entry) -> str:
+    default = getattr(entry, "default", None)
+    text = "" if default is None else f"={'EXAMPLE' if '#' in str(default) else str(default).replace(' ', '_')}"
+    return entry.id + text + ("?" if getattr(entry, "optional", False) else "")
+
+
+def test_there_are_these_nodes(schemas):
+    assert tuple(schemas) == NODE_IDS == tuple(INPUTS)
+
+
+@pytest.mark.parametrize("node_id", NODE_IDS)
+def test_inputs_keep_names_defaults_and_order(schemas, node_id):
+    assert " ".join(map(described, schemas[node_id].inputs)) == INPUTS[node_id]
+
+
+@pytest.mark.parametrize("node_id", NODE_IDS)
+def test_everything_is_described(schemas, node_id):
+    schema = schemas[node_id]
+    assert schema.category == "Context Forcing" and schema.display_name and len(schema.description) > 20
+    for entry in [*schema.inputs, *schema.outputs]:
+        assert len(entry.tooltip) > 5 and entry.tooltip.endswith("."), entry.id
+
+
+@pytest.mark.parametrize("node_id", NODE_IDS)
+def test_the_help_page_has_every_input_and_output(schemas, node_id):
+    schema = schemas[node_id]
+    page = (CHECKOUT / "web" / "docs" / f"{node_id}.md").read_text()
+    assert page.startswith(f"# {schema.display_name}\n")
+    for entry in [*schema.inputs, *schema.outputs]:
+        assert f"**{entry.id}**" in page, entry.id
+
+
+@pytest.mark.parametrize("path", sorted((CHECKOUT / "workflows").glob("*.json")), ids=lambda path: path.stem)
+def test_workflows_fit_the_schemas(schemas, path):
+    for node in json.loads(path.read_text())["nodes"]:
+        if node["type"].startswith("ContextForcing"):
+            names = [entry.id for entry in schemas[node["type"]].inputs]
+            widgets = [entry["name"] for entry in node["inputs"] if "widget" in entry]
+            assert [name for name in names if name in widgets] == widgets
+            assert {entry["name"] for entry in node["inputs"]} <= set(names)
