@@ -80,6 +80,14 @@ def test_options_parse(page, documents):
                 pytest.fail(f"{block.where}: {' '.join(words)}: {error}")
 
 
+def test_every_option_is_documented():
+    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    for name, command in typer.main.get_command(cli.app).commands.items():
+        options = [option for parameter in command.params for option in parameter.opts if option.startswith("--")]
+        missing = [option for option in options if option not in text]
+        assert f"context-forcing {name}" in text and not missing, f"{name}: {missing}"
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_files_are_understood(page, documents, tmp_path):
     """Stories and storyboards; a comment names a file of settings that a later command reads."""
