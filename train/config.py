@@ -1,52 +1,135 @@
-"""Named runs: one dataclass a stage, one function a run. Overrides are `key=value`; unknown keys are errors."""
+"""Settings of training: one frozen dataclass per stage, and the parts that stages share. Defaults are Wan 2.1 1.3B."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+
+import torch
 
 from ..memory.config import CLEAN_POLICIES, MEMORY_PRESETS, MemoryConfig
-from ..model.config import PRESETS
-from ..model.settings import parse_overrides, read_settings, with_settings
-from ..model.units import PIXELS_PER_LATENT
-from .lora import LoraConfig
-from .parallel import PRECISIONS
-from .stages.recycling import RecyclingConfig
-from .trained_network import OptimConfig
+from ..model.config import PRESETS, WanConfig
+from ..model.device import dtype_named
+from ..model.units import check_size, latent_size
+
+PRECISIONS = ("fp32", "bf16")
+"""Compute dtypes of the networks. Master weights, optimiser states and losses are always float32."""
+TEACHER_SEES = ("memory", "recent", "nothing")
+
+
+def check_range(
+    config: object, *names: str, least: float = -math.inf, most: float = math.inf, above: float = -math.inf
+) -> None:
+    """Raises ValueError for a field that is below `least`, above `most`, or not above `above`."""
+    limits = {"at least": least, "at most": most, "above": above}
+    expected = " and ".join(f"{word} {limit:.10g}" for word, limit in limits.items() if math.isfinite(limit))
+    for name in names:
+        value = getattr(config, name)
+        if not (least <= value <= most and value > above):
+            raise ValueError(f"{name}: {value} must be {expected}")
+
+
+def check_choice(config: object, name: str, choices) -> None:
+    """Raises ValueError for a field that is none of `choices`."""
+    if getattr(config, name) not in choices:
+        raise ValueError(f"{name}: {getattr(config, name)!r} is not one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimiser of one network."""
+
+    kind: str = "adamw"
+    """`adamw`, or `muon` for the matrices of the blocks and AdamW for the other parameters."""
+    lr: float = 2e-6
+    betas: tuple[float, float] = (0.0, 0.999)
+    weight_decay: float = 0.01
+    clip: float = 10.0
+    """Gradient norms above this are scaled down to it."""
+    spike: float = 20.0
+    """An update is skipped if its gradient norm is this many times the median of the last fifty; 0 never skips."""
+    ema: float = 0.0
+    """Decay of the moving average of the weights; 0 keeps no average."""
+    ema_from: int = 0
+    """Number of updates during which the average is a copy of the weights."""
+
+    def __post_init__(self):
+        check_choice(self, "kind", ("adamw", "muon"))
+        check_range(self, "lr", "clip", above=0)
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema: {self.ema} must be at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters of the linear layers."""
+
+    rank: int = 0
+    """0 trains all weights, without adapters."""
+    alpha: float = 0.0
+    """Adapters are scaled by alpha / rank; 0 is the rank."""
+    targets: tuple[str, ...] = (
+        "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o",
+        "cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o", "ffn.0", "ffn.2",
+    )  # fmt: skip
+    """Ends of the names of the layers."""
+
+    def __post_init__(self):
+        check_range(self, "rank", "alpha", least=0)
+
+    @property
+    def scale(self) -> float:
+        """The factor of the adapters' products."""
+        return (self.alpha or self.rank) / self.rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecyclingConfig:
+    """Error recycling of the teacher (docs/method.md, Teacher)."""
+
+    bins: int = 10
+    """Number of ranges of noise levels that errors are kept for."""
+    entries: int = 64
+    """Errors per bin; a full bin replaces a random one. An error is one chunk of latent frames in bfloat16."""
+    share: float = 0.9
+    """Share of the contexts that get an error."""
+    clean_share: float = 0.2
+    """Share of the samples that stay clean whatever `share` is."""
+    learn_clean_share: float = 0.1
+    """Share of the errors measured on clean contexts that are kept."""
+
+    def __post_init__(self):
+        check_range(self, "bins", "entries", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig(ABC):
-    """What the loop reads, whatever the stage (train/loop.py)."""
+    """Settings of the training loop, for every stage (train/loop.py)."""
 
     steps: int = 600
     batch: int = 64
-    """Samples of an iteration, over all processes; each makes its own one after the other."""
+    """Samples of an iteration over all processes. A process computes its samples one after the other."""
     warmup: int = 0
-    """Steps in which the learning rate rises."""
+    """Number of steps in which the learning rate rises."""
     decay: float = 0.0
-    """The last part of the steps in which the learning rate falls to zero; 0: it stays."""
+    """Share of the steps, at the end, in which the learning rate falls to zero."""
     device: str = "auto"
     data_seed: int = 1
     seed: int = 0
     max_skipped: int = 10
-    """Iterations in a row whose gradients may be dropped before the run stops."""
+    """Number of successive skipped updates after which the run stops."""
     checkpoint_every: int = 50
     sample_every: int = 50
     out: str = ""
 
     def __post_init__(self):
-        _check_positive(self, "steps", "batch", "checkpoint_every", "sample_every")
-        for name in ("seed", "data_seed"):
-            if not 0 <= getattr(self, name) < 2**31:
-                raise ValueError(f"{name}: {getattr(self, name)} must be from 0 to {2**31 - 1}")
-        if not 0 <= self.decay <= 1:
-            raise ValueError(f"decay: {self.decay} is a share of the steps, from 0 to 1")
+        check_range(self, "steps", "batch", "checkpoint_every", "sample_every", above=0)
+        check_range(self, "seed", "data_seed", least=0, most=2**31 - 1)
+        check_range(self, "decay", least=0, most=1)
 
     @property
     @abstractmethod
-    def learners(self) -> dict[str, OptimConfig]:
-        """The networks that learn, and how."""
+    def optimizers(self) -> dict[str, OptimConfig]:
+        """The networks that are trained, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,117 +139,127 @@ class VaeConfig(LoopConfig):
     width: int = 96
     num_blocks: int = 3
     latent_noise: float = 0.05
-    """Standard deviation of noise on the latents, so that a student's small errors are drawn over."""
+    """Standard deviation of the noise on the latents. It makes the decoder robust to small errors of a student."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-3, betas=(0.9, 0.999)))
     out: str = "runs/vae"
 
     def __post_init__(self):
         super().__post_init__()
-        _check_positive(self, "width", "num_blocks")
+        check_range(self, "width", "num_blocks", above=0)
 
     @property
-    def learners(self) -> dict[str, OptimConfig]:
+    def optimizers(self) -> dict[str, OptimConfig]:
         return {"codec": self.optim}
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig(LoopConfig):
-    """What every stage has that trains a network in Wan's layout."""
+    """Settings of every stage that trains a network in Wan's layout."""
 
     preset: str = "wan2.1-1.3b"
     memory: MemoryConfig = field(default_factory=lambda: MEMORY_PRESETS["context-forcing"])
     data: str = ""
     """`demo` for the demo world, or a folder made by `context-forcing encode`."""
     codec: str = "assets"
-    """What the demo world's clips are encoded and sample pictures drawn with: `assets` for the shipped demo codec, or
-    the path of a codec file."""
+    """The codec of the demo world's clips and sample images: `assets` for the shipped one, or the path of a file."""
     size: tuple[int, int] = (832, 480)
     """Width and height of the videos in pixels."""
     shift: float = 5.0
     lora: LoraConfig = field(default_factory=LoraConfig)
-    """Adapters for every network of the stage that learns."""
+    """Adapters of every trained network of the stage."""
     precision: str = "bf16"
     recompute: bool = True
-    """Keep only block inputs for the backward pass, compute the rest again."""
+    """Keep only the inputs of blocks for the backward pass, and recompute the rest."""
 
     def __post_init__(self):
         super().__post_init__()
-        _check_positive(self, "shift")
-        _check_choice(self, "preset", PRESETS)
-        _check_choice(self, "precision", PRECISIONS)
+        check_range(self, "shift", above=0)
+        check_choice(self, "preset", PRESETS)
+        check_choice(self, "precision", PRECISIONS)
         if self.memory.policy not in CLEAN_POLICIES:
             raise ValueError(
-                f"memory.policy: {self.memory.policy} is for weights that were released; train with one of"
+                f"memory.policy: {self.memory.policy} is for released weights; train with one of"
                 f" {', '.join(CLEAN_POLICIES)}"
             )
         if not self.data:
-            raise ValueError("data: say demo, or the folder of a set made by `context-forcing encode`")
-        if len(self.size) != 2 or any(side <= 0 or side % 16 for side in self.size):
-            raise ValueError(f"size: {self.size} must be a width and a height, multiples of 16")
+            raise ValueError("data: missing; give demo, or the folder of a set made by `context-forcing encode`")
+        if len(self.size) != 2:
+            raise ValueError(f"size: {self.size} must be a width and a height")
+        check_size(*self.size)
 
     @property
     def codec_path(self) -> str | None:
-        """The demo codec's file; None is the shipped one."""
+        """The file of the demo codec; None is the shipped one."""
         return None if self.codec == "assets" else self.codec
+
+    @property
+    def network(self) -> WanConfig:
+        """Sizes of the networks."""
+        return PRESETS[self.preset]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return dtype_named(self.precision)
 
     @property
     def latent_size(self) -> tuple[int, int, int]:
         """C, H, W of a latent frame."""
-        return PRESETS[self.preset].channels, self.size[1] // PIXELS_PER_LATENT, self.size[0] // PIXELS_PER_LATENT
+        return latent_size(*self.size)
 
     @property
     def frame_tokens(self) -> int:
         """Tokens of a latent frame."""
-        _, patch_rows, patch_columns = PRESETS[self.preset].patch_size
+        _, patch_rows, patch_columns = self.network.patch_size
         return self.latent_size[1] // patch_rows * (self.latent_size[2] // patch_columns)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(NetworkConfig):
-    """Stage `pretrain`: teacher-forced flow matching over the Slow-Fast layout, on the demo world (demo_world.md 3)."""
+    """Stage `pretrain`: teacher forcing over the Slow-Fast layout on the demo world (docs/method.md, Training)."""
 
     init: str = ""
-    """A student file to start from; empty starts from fresh weights."""
+    """The student file to start from; empty for new weights."""
     num_chunks: int = 12
     sample_steps: int = 8
-    """Denoising steps written on the card."""
+    """Number of denoising steps on the student card."""
     context_noise: float = 0.3
-    """Most noise on a remembered frame, labelled clean: what keeps long rollouts from drifting."""
+    """Highest noise level of remembered frames, which keep timestep 0. It keeps long rollouts from drifting."""
     context_noise_share: float = 0.7
     recall_weight: float = 5.0
-    """How much more a column counts that only sink or slow frames can tell."""
+    """Loss weight of columns that only sink or slow frames show."""
     unseen_weight: float = 2.0
-    """How much more a column counts that nothing remembered can tell: it has to be made up, and whole."""
+    """Loss weight of columns that no remembered frame shows."""
     pacing: float = 0.5
-    """Share of clips whose camera goes back and forth: there is more to look up in them."""
+    """Share of clips whose camera moves back and forth, so that more has to be recalled."""
     openings: int = 24
-    """Clips of a single chunk beside the `batch` long ones: a video has to begin somewhere."""
+    """Clips of one chunk in addition to the `batch` long ones. They train the start of a video."""
     text_dropout: float = 0.05
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(kind="muon", lr=2e-3, betas=(0.9, 0.98), clip=1.0))
     out: str = "runs/pretrain"
 
     def __post_init__(self):
         super().__post_init__()
-        _check_positive(self, "num_chunks", "sample_steps", "recall_weight", "unseen_weight")
+        check_range(self, "num_chunks", "sample_steps", "recall_weight", "unseen_weight", above=0)
         if self.data != "demo":
-            raise ValueError(f"data: {self.data!r}; this stage knows the demo world only")
+            raise ValueError(f"data: {self.data!r} is not supported by stage pretrain; give demo")
 
     @property
-    def learners(self) -> dict[str, OptimConfig]:
+    def optimizers(self) -> dict[str, OptimConfig]:
         return {"student": self.optim}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig(NetworkConfig):
-    """Stage `teacher`: a context teacher (method.md 5.2)."""
+    """Stage `teacher`: a context teacher (docs/method.md, Teacher)."""
 
     init: str = ""
-    """The network to start from: a bidirectional or a causal one in Wan's layout; empty starts from fresh weights."""
+    """The network to start from, bidirectional or causal, in Wan's layout; empty for new weights."""
     num_chunks: int = 27
-    """Length of a clip, in chunks."""
+    """Chunks of a clip."""
     target_chunks: int = 7
     plain_share: float = 0.1
-    """Iterations without a context, so that plain generation is not forgotten."""
+    """Share of the iterations without a context. They keep the ability of plain generation."""
     text_dropout: float = 0.1
     recycling: RecyclingConfig = field(default_factory=RecyclingConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, betas=(0.9, 0.999), clip=1.0, ema=0.999))
@@ -174,81 +267,74 @@ class TeacherConfig(NetworkConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.target_chunks < self.num_chunks:
-            raise ValueError(
-                f"target_chunks: {self.target_chunks} must be above 0 and below num_chunks {self.num_chunks}"
-            )
+        check_range(self, "target_chunks", least=1, most=self.num_chunks - 1)
 
     @property
-    def learners(self) -> dict[str, OptimConfig]:
+    def optimizers(self) -> dict[str, OptimConfig]:
         return {"teacher": self.optim}
-
-
-TEACHER_SEES = ("memory", "recent", "nothing")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(NetworkConfig):
-    """Stages `local` and `contextual` (method.md 5.3, 5.4)."""
+    """Stages `local` and `contextual` (docs/method.md, Distillation)."""
 
     student: str = ""
-    """The student to start from."""
+    """The student file to start from."""
     teacher: str = ""
-    """The frozen teacher; the critic starts from it."""
+    """The frozen teacher's file. The critic starts from it too."""
     teacher_sees: str = "memory"
-    """What teacher and critic are given: `memory` all that the student remembers; `recent` the fast frames alone, a
-    short-window teacher as LongLive's; `nothing`: they judge the target by itself."""
+    """What teacher and critic get of the context: `memory`, all that the student remembers; `recent`, the fast frames
+    only, as a short-window teacher (LongLive); `nothing`."""
     denoising_steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
-    """The student's steps, before the warp."""
+    """The student's steps, before the shift."""
     target_from: int = 7
     """Chunks of the shortest target."""
     target_chunks: int = 7
     """Chunks of the longest target."""
     score_chunks: int = 0
-    """Chunks of the target that are scored together, each such piece given what is remembered when it begins; 0: all
-    of it, given what was remembered when the target began. 1 is for teachers that continue a video chunk by chunk."""
+    """Chunks of the target that are scored together, given what the student remembered when they began; 0 scores the
+    whole target together. 1 is for teachers that continue a video chunk by chunk."""
     context_from: int = 7
-    """Chunks of the longest context at the first iteration; 0: none ever, with context_to 0."""
+    """Chunks of the longest context at the first iteration. 0, with context_to 0, is a run without contexts."""
     context_to: int = 33
-    """Chunks of the longest context once it has grown."""
+    """Chunks of the longest context after `context_ramp` iterations."""
     context_ramp: int = 300
-    """Iterations in which it grows."""
+    """Number of iterations in which the longest context grows."""
     local_every: int = 5
-    """Every so many rounds of critic and student one has no context; 0: none."""
+    """One in this many rounds of critic and student updates has no context; 0 for none."""
     critic_per_student: int = 5
     guidance: float = 3.0
-    """w of teacher + w (teacher - teacher without text); 0: no guidance."""
+    """w of teacher + w (teacher - teacher without text); 0 is no guidance."""
     student_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-6, ema=0.99, ema_from=20))
     critic_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-7))
     sample_chunks: int = 28
-    """Length of the sample pictures' rollout."""
+    """Chunks of the rollout of the sample images."""
     out: str = "runs/contextual"
 
     def __post_init__(self):
         super().__post_init__()
-        _check_positive(self, "target_from", "critic_per_student", "sample_chunks")
-        _check_choice(self, "teacher_sees", TEACHER_SEES)
-        if not 0 <= self.score_chunks <= self.target_chunks:
-            raise ValueError(f"score_chunks: {self.score_chunks} must be from 0 to target_chunks {self.target_chunks}")
-        if self.target_from > self.target_chunks:
-            raise ValueError(f"target_from: {self.target_from} is above target_chunks {self.target_chunks}")
-        if not 0 <= self.context_from <= self.context_to:
-            raise ValueError(f"context_from: {self.context_from} must be from 0 to context_to {self.context_to}")
+        check_range(self, "target_from", "critic_per_student", "sample_chunks", above=0)
+        check_choice(self, "teacher_sees", TEACHER_SEES)
+        check_range(self, "score_chunks", least=0, most=self.target_chunks)
+        check_range(self, "target_from", most=self.target_chunks)
+        check_range(self, "context_from", least=0, most=self.context_to)
 
     @property
-    def learners(self) -> dict[str, OptimConfig]:
+    def optimizers(self) -> dict[str, OptimConfig]:
         return {"student": self.student_optim, "critic": self.critic_optim}
 
     @property
     def stage_name(self) -> str:
-        """What the card says: `local` without any context, else `contextual`."""
+        """`local` without contexts, else `contextual`."""
         return "contextual" if self.context_to else "local"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Stage `export`: a file from a run's newest checkpoint. Every checkpoint writes one into the run's own folder;
-    this is for one elsewhere, or after the file was lost."""
+    """Stage `export`: a file from the newest checkpoint of a run, written to another folder.
+
+    A run exports its own file with every checkpoint.
+    """
 
     run: str = ""
     """The folder of a run of `pretrain`, `teacher`, `local` or `contextual`."""
@@ -256,151 +342,4 @@ class ExportConfig:
 
     def __post_init__(self):
         if not self.run:
-            raise ValueError("run: give the folder of a run, for example run=runs/contextual")
-
-
-def vae_demo() -> VaeConfig:
-    return VaeConfig(steps=900, batch=32, decay=0.4, checkpoint_every=250, sample_every=250)
-
-
-def vae_smoke() -> VaeConfig:
-    return VaeConfig(width=16, num_blocks=1, steps=4, batch=2, checkpoint_every=2, sample_every=4, out="runs/smoke-vae")
-
-
-def pretrain_demo() -> PretrainConfig:
-    return PretrainConfig(**DEMO, steps=4000, warmup=50, decay=0.4, checkpoint_every=100, sample_every=100)
-
-
-def pretrain_smoke() -> PretrainConfig:
-    return PretrainConfig(**SMOKE, openings=2, num_chunks=4, out="runs/smoke-pretrain")
-
-
-DEMO = dict(
-    preset="demo", data="demo", size=(128, 64), memory=MemoryConfig(), shift=3.0, precision="fp32", recompute=False,
-    batch=4,
-)  # fmt: skip
-"""What the demo world's runs share."""
-
-
-def teacher_wan() -> TeacherConfig:
-    return TeacherConfig(data="data/clips", init="wan2.1_t2v_1.3B.safetensors", steps=8000, batch=8)
-
-
-def teacher_demo() -> TeacherConfig:
-    """From the teacher-forced student, which continues a video from memory already, a chunk at a time; here it meets
-    contexts with errors in them."""
-    return TeacherConfig(
-        **DEMO, init="runs/pretrain/student.safetensors", num_chunks=18, target_chunks=1, steps=300, decay=0.8,
-        text_dropout=0.0, optim=OptimConfig(kind="muon", lr=5e-4, betas=(0.9, 0.98), clip=1.0, ema=0.99),
-    )  # fmt: skip
-
-
-def local_wan() -> DistillConfig:
-    return DistillConfig(
-        data="data/prompts", student="causal_init.safetensors",
-        teacher="wan2.1_t2v_1.3B.safetensors", target_from=1, context_from=0, context_to=0, local_every=0,
-        out="runs/local",
-    )  # fmt: skip
-
-
-def contextual_wan() -> DistillConfig:
-    return DistillConfig(
-        data="data/prompts", student="runs/local/student.safetensors", teacher="runs/teacher/teacher.safetensors",
-        steps=500,
-    )  # fmt: skip
-
-
-DEMO_DISTILL = dict(
-    guidance=0.0, score_chunks=1, critic_per_student=2, sample_chunks=24, teacher="runs/teacher/teacher.safetensors",
-    student_optim=OptimConfig(lr=1e-4, betas=(0.0, 0.95), clip=1.0, ema=0.95),
-    critic_optim=OptimConfig(lr=4e-4, betas=(0.0, 0.95), clip=1.0),
-)  # fmt: skip
-
-
-def local_demo() -> DistillConfig:
-    return DistillConfig(
-        **DEMO, **DEMO_DISTILL, student="runs/pretrain/student.safetensors", target_from=1,
-        target_chunks=4, context_from=0, context_to=0, local_every=0, steps=160, decay=0.5, out="runs/local",
-    )  # fmt: skip
-
-
-def contextual_demo() -> DistillConfig:
-    """Slower than `local`: what a student looks up wears off under updates as large as those that sharpen it."""
-    return DistillConfig(
-        **DEMO, **DEMO_DISTILL | dict(student_optim=OptimConfig(lr=4e-5, betas=(0.0, 0.95), clip=1.0, ema=0.97)),
-        student="runs/local/student.safetensors", target_from=4, target_chunks=4, context_from=3, context_to=16,
-        context_ramp=20, steps=80, decay=0.5,
-    )  # fmt: skip
-
-
-SMOKE = DEMO | dict(steps=4, batch=2, checkpoint_every=2, sample_every=4)
-
-
-def teacher_smoke() -> TeacherConfig:
-    return TeacherConfig(**SMOKE, num_chunks=4, target_chunks=2, out="runs/smoke-teacher")
-
-
-def local_smoke() -> DistillConfig:
-    return DistillConfig(
-        **SMOKE, target_from=1, target_chunks=2, context_from=0, context_to=0, local_every=0,
-        guidance=0.0, critic_per_student=2, sample_chunks=2, out="runs/smoke-local",
-    )  # fmt: skip
-
-
-def contextual_smoke() -> DistillConfig:
-    return DistillConfig(
-        **SMOKE, target_from=1, target_chunks=2, context_from=1, context_to=3, context_ramp=2, local_every=2,
-        critic_per_student=2, sample_chunks=2, out="runs/smoke-contextual",
-    )  # fmt: skip
-
-
-def export_demo() -> ExportConfig:
-    return ExportConfig(run="runs/contextual")
-
-
-CONFIGS: dict[str, dict[str, Callable]] = {
-    "vae": {"demo": vae_demo, "smoke": vae_smoke},
-    "pretrain": {"demo": pretrain_demo, "smoke": pretrain_smoke},
-    "teacher": {"wan2.1-1.3b": teacher_wan, "demo": teacher_demo, "smoke": teacher_smoke},
-    "local": {"wan2.1-1.3b": local_wan, "demo": local_demo, "smoke": local_smoke},
-    "contextual": {"wan2.1-1.3b": contextual_wan, "demo": contextual_demo, "smoke": contextual_smoke},
-    "export": {"demo": export_demo},
-}
-
-
-def load_config(stage: str, name: str, overrides: Sequence[str] = ()):
-    """The configuration of a run: a named one, or a YAML file that says `config: NAME` and what is otherwise in it.
-
-    Raises ValueError for an unknown stage, name or key, or a value of another type.
-    """
-    if stage not in CONFIGS:
-        raise ValueError(f"stage: {stage!r} is not one of {', '.join(CONFIGS)}")
-    settings = parse_overrides(overrides)
-    if name.endswith((".yaml", ".yml")):
-        path = Path(name)
-        name, raw = read_settings(path, list(CONFIGS[stage]))
-        try:
-            base = with_settings(load_config(stage, name), raw)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-    elif name in CONFIGS[stage]:
-        base = CONFIGS[stage][name]()
-    else:
-        raise ValueError(f"config: {name!r} is not one of {', '.join(CONFIGS[stage])} (stage {stage})")
-    return with_settings(base, settings)
-
-
-def from_plain(stage: str, raw: dict):
-    """The configuration that `dataclasses.asdict` and JSON made plain values of."""
-    return with_settings(next(iter(CONFIGS[stage].values()))(), raw)
-
-
-def _check_choice(config, name: str, choices) -> None:
-    if getattr(config, name) not in choices:
-        raise ValueError(f"{name}: {getattr(config, name)!r} is not one of {', '.join(choices)}")
-
-
-def _check_positive(config, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name}: {getattr(config, name)} must be above 0")
+            raise ValueError("run: missing; give the folder of a run, for example run=runs/contextual")

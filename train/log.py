@@ -1,9 +1,10 @@
-"""What a run says of itself: a progress line for a person, a JSON line per step for a machine."""
+"""Logs of a run: a progress bar, one JSON line per step, TensorBoard."""
 
 import json
 import sys
 import time
-from collections import deque
+from collections import defaultdict, deque
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +15,17 @@ from tqdm import tqdm
 
 try:
     import resource
-except ImportError:  # Windows does not say
+except ImportError:  # Windows
     resource = None
 
-OF_THE_MACHINE = ("seconds", "tokens_per_second", "peak_gb")
-"""Figures that tell of the machine, not of what was learnt."""
+MACHINE_METRICS = ("seconds", "tokens_per_second", "peak_gb")
+"""Metrics that depend on the machine."""
 WINDOW = 50
-"""Steps over which the progress line averages."""
+"""Number of steps that the progress bar averages over."""
 
 
 def peak_bytes() -> int:
-    """Most memory this process has held: of the GPU if it uses one, else of the machine; 0 where that is not known."""
+    """Peak memory of this process: of the GPU if it uses one, else of the machine; 0 if unknown."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     if resource is None:
@@ -34,88 +35,76 @@ def peak_bytes() -> int:
 
 
 class RunLog:
-    """Progress of one run; `log.jsonl` in its folder grows by a line per step."""
+    """Writes `log.jsonl`, `samples/` and `tensorboard/` in the folder of a run; nothing unless `enabled`."""
 
-    def __init__(self, folder: Path, stage: str, num_steps: int, start: int = 0, quiet: bool = False):
+    def __init__(self, folder: Path, stage: str, num_steps: int, start: int = 0, enabled: bool = True):
         self.folder, self.stage, self.num_steps, self.start = folder, stage, num_steps, start
-        self.quiet = quiet
-        """Write nothing: another process does."""
-        self.recent: dict[str, deque] = {}
+        self.enabled = enabled
+        self.recent: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))
 
     def __enter__(self) -> "RunLog":
-        self.clock = time.monotonic()
-        if self.quiet:
-            return self
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "log.jsonl"
-        kept = self._before(path) if self.start else []
-        self.file = open(path, "w", encoding="utf-8")
-        self.file.writelines(line + "\n" for line in kept)
-        self.bar = tqdm(total=self.num_steps, initial=self.start, desc=self.stage, unit="step", mininterval=2)
-        self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.start)
+        self.last_time = time.monotonic()
+        if self.enabled:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / "log.jsonl"
+            kept = self._lines_before_start(path) if self.start else []
+            self.file = open(path, "w", encoding="utf-8")
+            self.file.writelines(line + "\n" for line in kept)
+            self.bar = tqdm(total=self.num_steps, initial=self.start, desc=self.stage, unit="step", mininterval=2)
+            self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.start)
         return self
 
     def __exit__(self, *exc) -> None:
-        if self.quiet:
-            return
-        self.board.close()
-        self.file.close()
-        self.bar.close()
+        if self.enabled:
+            self.board.close()
+            self.file.close()
+            self.bar.close()
 
-    def _before(self, path: Path) -> list[str]:
-        """Lines of the steps that are not taken again: a killed run may have logged past its last checkpoint."""
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    def _lines_before_start(self, path: Path) -> list[str]:
+        """Lines of earlier steps: a killed run may have logged steps after its last checkpoint, and half a line."""
         kept = []
-        for line in lines:
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             try:
                 if json.loads(line)["step"] < self.start:
                     kept.append(line)
-            except (json.JSONDecodeError, KeyError):  # the line that a kill cut short
+            except (json.JSONDecodeError, KeyError):
                 continue
         return kept
 
-    def step(self, step: int, **values: float) -> None:
-        """Note one step's figures; `tokens`, those of its samples over all processes, as a rate."""
-        if self.quiet:
+    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of a step. `tokens`, of all processes together, is logged as a rate."""
+        if not self.enabled:
             return
-        now = time.monotonic()
-        values["seconds"], self.clock = now - self.clock, now
+        values, now = dict(metrics), time.monotonic()
+        values["seconds"], self.last_time = now - self.last_time, now
         if tokens := values.pop("tokens", 0):
             values["tokens_per_second"] = tokens / values["seconds"]
         values["peak_gb"] = peak_bytes() / 1e9
+        self._write(step, values)
         for name, value in values.items():
-            self.board.add_scalar(name, value, step)
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
-        for name, value in values.items():
-            self.recent.setdefault(name, deque(maxlen=WINDOW)).append(value)
-        self.bar.set_postfix(
-            {name: f"{self.mean(name):.4g}" for name in values if name not in OF_THE_MACHINE}, refresh=False
-        )
+            self.recent[name].append(value)
+        means = {name: sum(self.recent[name]) / len(self.recent[name]) for name in values}
+        shown = {name: f"{mean:.4g}" for name, mean in means.items() if name not in MACHINE_METRICS}
+        self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
 
-    def note(self, step: int, **values: float) -> None:
-        """Figures that are taken now and then, for example a validation."""
-        if self.quiet:
-            return
-        for name, value in values.items():
-            self.board.add_scalar(f"validation/{name}", value, step)
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+    def log_validation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log validation metrics."""
+        if self.enabled:
+            self._write(step, metrics, "validation/")
+            text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            self.bar.write(f"{self.stage} {step + 1}: {text}")
+
+    def _write(self, step: int, metrics: Mapping[str, float], prefix: str = "") -> None:
+        for name, value in metrics.items():
+            self.board.add_scalar(prefix + name, value, step)
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.file.flush()
-        self.bar.write(
-            f"{self.stage} {step + 1}: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        )
 
-    def picture(self, step: int, picture: Image.Image) -> None:
-        """A filmstrip, as a PNG in the run's folder and on the board."""
-        if self.quiet:
-            return
-        folder = self.folder / "samples"
-        folder.mkdir(exist_ok=True)
-        picture.save(folder / f"step-{step + 1:08d}.png")
-        self.board.add_image("sample", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
-
-    def mean(self, name: str) -> float:
-        """Mean over the recent steps."""
-        values = self.recent.get(name, ())
-        return sum(values) / max(1, len(values))
+    def log_image(self, step: int, image: Image.Image) -> None:
+        """Write a sample image as PNG and to TensorBoard."""
+        if self.enabled:
+            folder = self.folder / "samples"
+            folder.mkdir(exist_ok=True)
+            image.save(folder / f"step-{step + 1:08d}.png")
+            self.board.add_image("sample", np.asarray(image.convert("RGB")), step, dataformats="HWC")

@@ -1,47 +1,24 @@
-"""Low-rank adapters through peft, so that a 1.3B student, critic and teacher train on one GPU (method.md 2.3)."""
+"""Low-rank adapters through peft: they allow to train Wan 1.3B on one GPU (docs/method.md, Checkpoints)."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..memory.files import atomic_path
 from ..model.checkpoints.lora import add_low_rank
+from .config import LoraConfig
 
 ADAPTER = "default"
-"""peft's name for the only adapter of a network."""
-BASE, DOWN, UP = ".base_layer", f".lora_A.{ADAPTER}", f".lora_B.{ADAPTER}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """Which linear layers get adapters, and of what rank."""
-
-    rank: int = 0
-    """0: no adapters, all weights learn."""
-    alpha: float = 0.0
-    """Adapters are scaled by alpha / rank; 0: alpha is the rank."""
-    targets: tuple[str, ...] = (
-        "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o",
-        "cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o", "ffn.0", "ffn.2",
-    )  # fmt: skip
-    """Ends of the names of the layers."""
-
-    def __post_init__(self):
-        if self.rank < 0 or self.alpha < 0:
-            raise ValueError(f"rank: {self.rank} and alpha: {self.alpha} must be 0 or more")
-
-    @property
-    def scale(self) -> float:
-        """What an adapter's product is multiplied by."""
-        return (self.alpha or self.rank) / self.rank
+"""peft's name of the adapter."""
+BASE, DOWN, UP = ".base_layer", f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
 
 
 def add_lora(net: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
-    """The network with adapters that alone learn; they add nothing yet. Rank 0 leaves it as it is.
+    """The network with adapters whose product is zero; only they are trained. Rank 0 returns the network unchanged.
 
-    Raises ValueError when a target names no layer.
+    Raises ValueError for a target that matches no layer.
     """
     if not config.rank:
         return net
@@ -60,30 +37,27 @@ def add_lora(net: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
         return inject_adapter_in_model(settings, net, adapter_name=ADAPTER)
 
 
+def adapters(state: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Up [out, r] and down [r, in] of every adapted weight, by its plain name."""
+    layers = [name.removesuffix(DOWN) for name in state if name.endswith(DOWN)]
+    return {f"{layer}.weight": (state[layer + UP], state[layer + DOWN]) for layer in layers}
+
+
 def merge_lora(state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
-    """A whole state dict with adapters -> plain names, W + scale * up @ down, multiplied in float32."""
-    merged = {}
-    for name, value in state.items():
-        layer, dot, kind = name.rpartition(".")
-        if layer.endswith((DOWN, UP)):
-            continue
-        plain = layer.removesuffix(BASE)
-        if plain != layer and kind == "weight":
-            up, down = state[f"{plain}{UP}.weight"], state[f"{plain}{DOWN}.weight"]
-            value = add_low_rank(value, up, down, config.scale).to(value.dtype)
-        merged[plain + dot + kind] = value
-    return merged
+    """A state dict with adapters -> plain names, W + (alpha / rank) up @ down, multiplied in float32."""
+    pairs = adapters(state)
+    plain = {name.replace(BASE, ""): value for name, value in state.items() if not name.endswith((DOWN, UP))}
+    merged = {
+        name: add_low_rank(plain[name], *pair, config.scale).to(plain[name].dtype) for name, pair in pairs.items()
+    }
+    return plain | merged
 
 
 def save_lora(path: Path, state: dict[str, Tensor], config: LoraConfig, metadata: dict[str, str]) -> None:
-    """The adapters alone, under the names ComfyUI's LoRA loader reads: lora_A, lora_B and alpha a layer."""
-    tensors = {}
-    for name, value in state.items():
-        layer = name.removesuffix(".weight")
-        if layer.endswith((DOWN, UP)):
-            plain, kind = layer.removesuffix(f".{ADAPTER}").rsplit(".", 1)
-            tensors[f"diffusion_model.{plain}.{kind}.weight"] = value.contiguous()
-            tensors[f"diffusion_model.{plain}.alpha"] = torch.tensor(float(config.alpha or config.rank))
-    part = path.with_name(path.name + ".part")
-    save_file(tensors, part, metadata)
-    part.replace(path)
+    """Write the adapters of a state dict with the names of ComfyUI's LoRA loader: lora_A, lora_B, alpha per layer."""
+    tensors, alpha = {}, torch.tensor(float(config.alpha or config.rank))
+    for weight, (up, down) in adapters(state).items():
+        layer = f"diffusion_model.{weight.removesuffix('.weight')}"
+        tensors |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up, f"{layer}.alpha": alpha.clone()}
+    with atomic_path(path) as part:
+        save_file(tensors, part, metadata)

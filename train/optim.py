@@ -1,4 +1,4 @@
-"""Optimisers: Muon for the hidden matrices, AdamW for the rest (demo_world.md 3)."""
+"""Optimisers: Muon for the matrices of the blocks, AdamW for the rest (docs/method.md, Optimisers)."""
 
 from collections import defaultdict
 
@@ -23,10 +23,10 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised; the update is scaled to the size of AdamW's.
+    """Orthogonalised momentum, scaled to the size of AdamW's updates.
 
-    torch.optim.Muon iterates matrix by matrix in bfloat16, which takes seconds a step on a CPU without bfloat16
-    units; this one takes all matrices of a shape together, in float32 there (0.05 s for the demo student).
+    torch.optim.Muon processes one matrix after the other in bfloat16: seconds per step on a CPU without bfloat16 units.
+    This one processes all matrices of a shape together, on the CPU in float32.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
@@ -48,21 +48,18 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                     updates.append(parameter.grad.lerp(state["momentum"], group["momentum"]))
                 update = torch.stack([full_tensor(update) for update in updates])
-                update = orthogonalise(self._working(update)) * (0.2 * max(shape) ** 0.5)
+                update = update.float() if update.device.type == "cpu" else update.bfloat16()
+                update = orthogonalise(update) * (0.2 * max(shape) ** 0.5)
                 for parameter, delta in zip(parameters, update):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(
                         group["lr"] * distribute_like(delta, parameter)
                     )
 
-    @staticmethod
-    def _working(matrices: Tensor) -> Tensor:
-        return matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
-
 
 def build_optimizers(
     net: nn.Module, kind: str, lr: float, betas: tuple[float, float], weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """`adamw`: AdamW on everything that learns; `muon`: Muon on the blocks' matrices, AdamW on the rest."""
+    """`adamw`: AdamW for all trained parameters; `muon`: Muon for the matrices of the blocks, AdamW for the rest."""
     hidden, rest = [], []
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:

@@ -1,4 +1,4 @@
-"""One process or many: devices, sharded networks, sums over ranks. The same code under `torchrun` and without it."""
+"""One process or many: devices, sharded networks, sums over ranks. The code is the same with and without `torchrun`."""
 
 import os
 import warnings
@@ -13,35 +13,33 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..model.network import ModuleRunner, Network
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""What the networks compute in; master weights, optimiser states and losses are float32 always."""
+from ..model.device import pick_device
+from ..model.network import ModuleRunner
 
 
 @dataclass(frozen=True)
-class Parallel:
-    """Where this process stands among the others."""
+class ParallelState:
+    """This process's rank, device and mesh."""
 
     rank: int
     world_size: int
     device: torch.device
     mesh: DeviceMesh | None
-    """None where nothing is sharded: one process on the CPU."""
+    """None if nothing is sharded: one process on the CPU."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes logs, pictures and exports."""
+        """Whether this process writes logs, images and exports."""
         return self.rank == 0
 
     def samples(self, global_batch: int) -> range:
-        """Which samples of a global batch are this rank's. Raises ValueError unless every rank gets as many."""
+        """This rank's samples of a global batch. Raises ValueError unless all ranks have the same number."""
         if global_batch % self.world_size:
             raise ValueError(f"batch: {global_batch} samples do not divide by {self.world_size} processes")
         return range(self.rank, global_batch, self.world_size)
 
     def mean(self, value: float) -> float:
-        """Mean over all ranks; the same number on each, so that decisions taken on it agree."""
+        """Mean over all ranks, the same number on each."""
         if self.world_size == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64, device=self.device)
@@ -49,48 +47,46 @@ class Parallel:
         return total.item() / self.world_size
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on any rank."""
+        """Whether the flag is set on any rank."""
         return self.mean(float(flag)) > 0
 
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if dist.is_initialized():
+            dist.barrier()
 
-def start_parallel(device: str = "auto") -> Parallel:
-    """Join the processes that `torchrun` started, or stand alone. `device`: auto, cuda or cpu.
+
+def start_parallel(device: str = "auto") -> ParallelState:
+    """Join the processes that `torchrun` started, or run as one process. `device`: auto, cuda or cpu.
 
     Raises ValueError for cuda without a CUDA device.
     """
-    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    if cuda and not torch.cuda.is_available():
-        raise ValueError(
-            "device: cuda, but torch sees no CUDA device; give device=cpu or install a CUDA build of torch"
-        )
-    if device not in ("auto", "cuda", "cpu"):
-        raise ValueError(f"device: {device!r} is not one of auto, cuda, cpu")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(where)
-    if world_size == 1 and not cuda:
-        return Parallel(0, 1, where, None)
+    chosen, _ = pick_device(device)
+    if chosen.type == "cpu":
+        if world_size == 1:
+            return ParallelState(0, 1, chosen, None)
+    else:
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(chosen)
     if not dist.is_initialized():
-        if "RANK" in os.environ:
-            dist.init_process_group("nccl" if cuda else "gloo")
-        else:
-            dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    return Parallel(rank, world_size, where, init_device_mesh(where.type, (world_size,)))
+        store = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", **store)
+    return ParallelState(rank, world_size, chosen, init_device_mesh(chosen.type, (world_size,)))
 
 
-def shard(net: nn.Module, parallel: Parallel, dtype: torch.dtype) -> nn.Module:
-    """A network on this process's device; over a mesh its float32 parameters are sharded block by block (FSDP2).
+def shard_network(net: nn.Module, parallel: ParallelState, dtype: torch.dtype) -> nn.Module:
+    """Move a network to the device and shard it block by block (FSDP2): float32 shards, gathered in `dtype`.
 
-    Passes must enter through `entry(...)`, which calls the modules' own forward: that is where shards are gathered.
-    A rollout makes hundreds of passes with the same weights, so they stay gathered until `gather_no_more`.
+    Passes must run modules with `module_runner`: the modules' hooks gather the shards. Gathered weights stay until
+    `reshard`, because a rollout makes hundreds of passes with the same weights.
     """
     net = net.to(parallel.device)
     if parallel.mesh is None:
         if dtype != torch.float32:
             raise ValueError("precision: one process on the CPU computes in fp32; give precision=fp32, or a GPU")
         return net
-    # Blocks return views; nothing here changes them in place.
+    # Blocks return views, which nothing changes in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*net.blocks, net):
@@ -100,16 +96,16 @@ def shard(net: nn.Module, parallel: Parallel, dtype: torch.dtype) -> nn.Module:
 
 
 def reshard(net: nn.Module) -> None:
-    """Give up gathered weights: before the sharded ones are updated or read, else passes would go on with old ones."""
+    """Free gathered weights. Call it before sharded weights are updated or read: the next pass gathers them again."""
     for module in net.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def entry(net: nn.Module, recompute: bool = False) -> ModuleRunner:
-    """How passes enter `net`: through its hooks, and with `recompute` keeping only block inputs for the backward pass.
+def module_runner(net: nn.Module, recompute: bool = False) -> ModuleRunner:
+    """Runs modules through their hooks; with `recompute`, blocks keep only their inputs for the backward pass.
 
-    Recomputing is right only because a pass reads immutable memories: nothing it saw can have changed.
+    A recomputed block sees the same values, because memories are immutable.
     """
 
     def run(module: nn.Module, function: Callable, *args):
@@ -120,18 +116,13 @@ def entry(net: nn.Module, recompute: bool = False) -> ModuleRunner:
     return run
 
 
-def network_of(net: nn.Module, parallel: Parallel, precision: str, recompute: bool = False) -> Network:
-    """A network that computes in a precision on this process's device; its passes enter through `entry`."""
-    return Network(net, parallel.device, PRECISIONS[precision], run=entry(net, recompute))
-
-
 def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor with all its shards."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def distribute_like(tensor: Tensor, reference: Tensor) -> Tensor:
-    """A whole tensor laid out as `reference` is, in its dtype; every rank keeps its own part, nothing is sent."""
+    """A full tensor, equal on every rank, in the dtype and with the shards of `reference`."""
     tensor = tensor.to(reference.dtype)
     if not isinstance(reference, DTensor):
         return tensor
@@ -139,5 +130,5 @@ def distribute_like(tensor: Tensor, reference: Tensor) -> Tensor:
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], limit: float) -> float:
-    """Scale gradients so that their norm over all shards is at most `limit`; returns the norm before."""
+    """Scale gradients down to the norm `limit` over all shards; returns the norm before."""
     return full_tensor(nn.utils.clip_grad_norm_(list(parameters), limit)).item()

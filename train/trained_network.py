@@ -1,130 +1,99 @@
-"""A network that learns: its optimisers, its moving average, and the rule for bad gradients."""
+"""A network with its optimisers and the moving average of its weights. Updates with bad gradients are skipped."""
 
 import math
 from collections import deque
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from .config import OptimConfig
 from .optim import build_optimizers
-from .parallel import Parallel, clip_grad_norm, full_tensor, reshard
+from .parallel import ParallelState, clip_grad_norm, full_tensor, reshard
 
 HISTORY = 50
-"""Gradient norms that a spike is measured against."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """How one network learns."""
-
-    kind: str = "adamw"
-    """`adamw`, or `muon` for the blocks' matrices and AdamW for the rest."""
-    lr: float = 2e-6
-    betas: tuple[float, float] = (0.0, 0.999)
-    weight_decay: float = 0.01
-    clip: float = 10.0
-    """Largest norm of a gradient; longer ones are scaled to it."""
-    spike: float = 20.0
-    """A gradient this many times longer than the median of the last fifty is dropped, and said so; 0 keeps all."""
-    ema: float = 0.0
-    """Decay of the moving average of the weights; 0 keeps none."""
-    ema_from: int = 0
-    """Updates before which the average is just the weights."""
-
-    def __post_init__(self):
-        if self.kind not in ("adamw", "muon"):
-            raise ValueError(f"kind: {self.kind!r} is not one of adamw, muon")
-        for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: {getattr(self, name)} must be above 0")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema: {self.ema} must be at least 0 and below 1")
+"""Number of gradient norms whose median a spike is compared with."""
 
 
 class TrainedNetwork:
-    """A network with what its training keeps. Only parameters that require gradients are touched."""
+    """A network and its training state. Only parameters that require gradients change."""
 
-    def __init__(self, net: nn.Module, config: OptimConfig, parallel: Parallel):
+    def __init__(self, net: nn.Module, config: OptimConfig, parallel: ParallelState):
         self.net, self.config, self.parallel = net, config, parallel
         self.optimizers = build_optimizers(net, config.kind, config.lr, config.betas, config.weight_decay)
         self.updates = 0
-        self.norm, self.skipped, self.skipped_now = 0.0, 0, False
-        """The last gradient's norm; updates dropped in a row; whether the last iteration dropped one."""
+        self.norm = 0.0
+        """Gradient norm of the last iteration."""
+        self.skipped, self.skipped_last = 0, False
+        """Number of successive skipped updates up to now; whether the last one was skipped."""
         self.norms: deque[float] = deque(maxlen=HISTORY)
-        self.average = {name: p.detach().clone() for name, p in self.trained()} if config.ema else {}
+        self.average = {name: p.detach().clone() for name, p in self.parameters()} if config.ema else {}
 
-    def trained(self) -> list[tuple[str, nn.Parameter]]:
-        """Names and parameters that learn, sharded."""
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Names and sharded parameters that require gradients."""
         reshard(self.net)
         return [(name, p) for name, p in self.net.named_parameters() if p.requires_grad]
 
-    def update(self, loss: float, rate: float = 1.0) -> dict[str, float]:
-        """One step along the gradients at `rate` times the learning rate, unless they are bad; clears them.
+    def update(self, loss: float, lr_factor: float = 1.0) -> dict[str, float]:
+        """One optimiser step at `lr_factor` times the learning rate, unless loss or gradient is bad. Clears gradients.
 
-        Returns `grad_norm` and `skipped`. All ranks decide alike.
+        Returns `grad_norm` and `skipped`, the same on every rank.
         """
-        self.norm = norm = clip_grad_norm((p for _, p in self.trained()), self.config.clip)
-        self.skipped_now = skipped = self._is_bad(loss, norm)
-        self.skipped = self.skipped + 1 if skipped else 0
-        if not skipped:
+        self.norm = norm = clip_grad_norm((p for _, p in self.parameters()), self.config.clip)
+        self.skipped_last = self._is_bad(loss, norm)
+        self.skipped = self.skipped + 1 if self.skipped_last else 0
+        if not self.skipped_last:
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = self.config.lr * rate
+                    group["lr"] = self.config.lr * lr_factor
                 optimizer.step()
             self.updates += 1
             self.norms.append(norm)
-            self._average()
+            self._update_average()
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        return {"grad_norm": norm, "skipped": float(skipped)}
+        return {"grad_norm": norm, "skipped": float(self.skipped_last)}
 
     def _is_bad(self, loss: float, norm: float) -> bool:
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        spiked = False
-        if self.config.spike and len(self.norms) == HISTORY:
-            spiked = norm > self.config.spike * sorted(self.norms)[HISTORY // 2]
-        return self.parallel.any(spiked or not finite)
+        spike = self.config.spike and len(self.norms) == HISTORY
+        is_spike = spike and norm > self.config.spike * sorted(self.norms)[HISTORY // 2]
+        return self.parallel.any(bool(is_spike) or not (math.isfinite(loss) and math.isfinite(norm)))
 
     @torch.no_grad()
-    def _average(self) -> None:
+    def _update_average(self) -> None:
         decay = self.config.ema if self.updates > self.config.ema_from else 0.0
-        for name, parameter in self.trained() if self.average else ():
+        for name, parameter in self.parameters() if self.average else ():
             self.average[name].lerp_(parameter, 1 - decay)
 
-    def state(self) -> dict:
-        """Sharded tensors, for torch.distributed.checkpoint."""
+    def state(self) -> dict[str, Any]:
+        """Sharded tensors of a checkpoint (torch.distributed.checkpoint)."""
         reshard(self.net)
         net, optim = get_state_dict(self.net, self.optimizers)
-        if not self.updates:  # it took an empty step to have a state to give
+        if not self.updates:  # get_state_dict has taken a step with zero gradients to create the optimiser state
             for optimizer in self.optimizers:
                 for state in optimizer.state.values():
                     for value in state.values():
                         value.zero_()
         return {"net": net, "optim": optim, "average": self.average}
 
-    def load_state(self, state: dict) -> None:
-        """Put a state back; `state` came from `state()` and was filled from a checkpoint."""
-        set_state_dict(self.net, self.optimizers, model_state_dict=state["net"], optim_state_dict=state["optim"])
-        self.average = state["average"]
-
-    def progress(self) -> dict:
-        """Plain numbers to keep beside the tensors."""
+    def progress(self) -> dict[str, Any]:
+        """The numbers of a checkpoint."""
         return {"updates": self.updates, "norms": list(self.norms), "skipped": self.skipped}
 
-    def load_progress(self, progress: dict) -> None:
-        """Put plain numbers back."""
+    def load_state(self, state: dict[str, Any], progress: dict[str, Any]) -> None:
+        """Restore a checkpoint. `state` is the value of `state()`, filled from the checkpoint."""
+        set_state_dict(self.net, self.optimizers, model_state_dict=state["net"], optim_state_dict=state["optim"])
+        self.average = state["average"]
         self.updates, self.skipped = progress["updates"], progress["skipped"]
         self.norms.extend(progress["norms"])
 
     def weights(self) -> dict[str, Tensor]:
-        """All weights whole, on the CPU, averaged where an average is kept. Every rank must call it, the main one
-        has them."""
+        """All weights on the CPU, averaged if an average is kept; empty on other ranks, but every rank must call it."""
         reshard(self.net)
-        found = {}
+        weights = {}
         for name, value in self.net.state_dict().items():
             tensor = full_tensor(self.average.get(name, value)).detach()
             if self.parallel.is_main:
-                found[name] = tensor.cpu().clone()
-        return found
+                weights[name] = tensor.cpu().clone()
+        return weights

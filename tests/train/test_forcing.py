@@ -10,8 +10,8 @@ from context_forcing.memory import MemoryConfig, empty_memory
 from context_forcing.model.causal import causal_forward, embed_text
 from context_forcing.model.network import Network
 from context_forcing.model.sampler import CausalSampler
-from context_forcing.train.config import CONFIGS, load_config
 from context_forcing.train.data.clips import make_batch, memory_layout, random_clip
+from context_forcing.train.presets import CONFIGS, load_config
 from context_forcing.train.stages.forcing import CLEAN, TeacherForcing, interleave, noisy_part
 from context_forcing.train.stages.pretrain import Draws, column_weights, teacher_forced_flow, training_loss
 
@@ -199,7 +199,7 @@ def test_steps_lower_the_loss():
 def test_every_named_configuration_loads():
     for stage, names in CONFIGS.items():
         for name in names:
-            assert load_config(stage, name) == CONFIGS[stage][name]()
+            assert load_config(stage, name) == CONFIGS[stage][name]
 
 
 def test_overrides():

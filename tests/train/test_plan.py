@@ -13,9 +13,10 @@ from context_forcing.model.network import Network
 from context_forcing.model.sampler import seeded_noise
 from context_forcing.model.wan import WanModel
 from context_forcing.train import plan_stage
-from context_forcing.train.config import CONFIGS, NetworkConfig, load_config
-from context_forcing.train.parallel import entry
+from context_forcing.train.config import NetworkConfig
+from context_forcing.train.parallel import module_runner
 from context_forcing.train.plan import block_flop, plan
+from context_forcing.train.presets import CONFIGS, load_config
 from context_forcing.train.stages.student import Student
 
 
@@ -43,7 +44,7 @@ def test_processes_share_and_adapters_save():
     assert figure(eight, "student: weights") == figure(alone, "student: weights") / 8
     assert eight.total("flop") == pytest.approx(alone.total("flop") / 8)
     lora = plan(load_config("contextual", "wan2.1-1.3b", ["lora.rank=64"]), 1)
-    assert figure(lora, "that learn") == 30 * 64 * (8 * 2 * 1536 + 2 * (1536 + 8960))
+    assert figure(lora, "trained") == 30 * 64 * (8 * 2 * 1536 + 2 * (1536 + 8960))
     assert lora.total("bytes") < 0.7 * alone.total("bytes")
 
 
@@ -54,7 +55,7 @@ def test_arithmetic_is_what_torch_counts(monkeypatch):
     net = WanModel(sizes)
     net.reset_parameters(torch.Generator().manual_seed(0))
     config = load_config("local", "demo")
-    student = Student(Network(net, torch.device("cpu"), torch.float32, run=entry(net)), torch.ones(1, 8, 16))
+    student = Student(Network(net, torch.device("cpu"), torch.float32, run=module_runner(net)), torch.ones(1, 8, 16))
     memory = empty_memory(MemoryConfig(policy="uniform", uniform_stride=1), config.latent_size)
     noise = seeded_noise(0, config.latent_size)
     memory = student.rollout(memory, 7, (1.0, 0.5), noise)

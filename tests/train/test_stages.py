@@ -20,23 +20,25 @@ from context_forcing.model.network import Network
 from context_forcing.model.sampler import CausalSampler, seeded_noise
 from context_forcing.model.wan import WanModel
 from context_forcing.train import run_stage
-from context_forcing.train.config import TEACHER_SEES, load_config
-from context_forcing.train.log import OF_THE_MACHINE
-from context_forcing.train.loop import Checkpoints, load_network, rng_of
-from context_forcing.train.parallel import Parallel, entry, start_parallel
+from context_forcing.train.checkpoints import Checkpoints, newest_checkpoint
+from context_forcing.train.config import TEACHER_SEES, OptimConfig, RecyclingConfig
+from context_forcing.train.log import MACHINE_METRICS
+from context_forcing.train.parallel import ParallelState, module_runner, start_parallel
+from context_forcing.train.presets import load_config
+from context_forcing.train.stage import load_network, seeded_generator
 from context_forcing.train.stages.codec import VaeStage
 from context_forcing.train.stages.distill import DistillStage
 from context_forcing.train.stages.pretrain import PretrainStage
-from context_forcing.train.stages.recycling import ErrorBank, RecyclingConfig
+from context_forcing.train.stages.recycling import ErrorBuffer
 from context_forcing.train.stages.score import NOTHING, Score
 from context_forcing.train.stages.student import Student
 from context_forcing.train.stages.teacher import TeacherStage
-from context_forcing.train.trained_network import HISTORY, OptimConfig, TrainedNetwork
+from context_forcing.train.trained_network import HISTORY, TrainedNetwork
 from context_forcing.video.pipeline import Pipeline
 
 TINY = WanConfig(dim=32, ffn_dim=64, num_heads=1, num_layers=2)
 SIGMAS = (1.0, 0.8, 0.5)
-ALONE = Parallel(0, 1, torch.device("cpu"), None)
+ALONE = ParallelState(0, 1, torch.device("cpu"), None)
 STAGES = {
     "vae": "demo_codec", "pretrain": "student", "teacher": "teacher", "local": "student", "contextual": "student"
 }  # fmt: skip
@@ -74,7 +76,7 @@ def learner(net):
 
 
 def network_of(net, recompute=False):
-    return Network(net, torch.device("cpu"), torch.float32, run=entry(net, recompute))
+    return Network(net, torch.device("cpu"), torch.float32, run=module_runner(net, recompute))
 
 
 def student_of(net, num_texts=1, recompute=False):
@@ -156,9 +158,9 @@ def test_a_target_scored_chunk_by_chunk_learns_the_mean_of_its_chunks(tiny, file
     text = stage.prompts.text(0, 4)
     rolled = stage.roll(text, 2, 2, 1, 0, False)
     for name, score in (("student", stage.student_loss), ("critic", stage.critic_loss)):
-        generator = rng_of(7)
+        generator = seeded_generator(7)
         losses = [score(*piece, text, generator)[0] for piece in rolled.windows(1)]
-        loss, _ = stage.loss(name, rolled, text, rng_of(7))
+        loss, _ = stage.loss(name, rolled, text, seeded_generator(7))
         torch.testing.assert_close(loss, sum(losses) / 2)
     with pytest.raises(ValueError, match="score_chunks"):
         load_config("contextual", "smoke", ["score_chunks=3"])
@@ -260,10 +262,10 @@ def test_the_student_s_gradient_is_critic_minus_guided_teacher(tiny, files, guid
     rolled = stage.roll(text, 2, 2, 1, 0, True)
     leaf = rolled.target_BCTHW.detach().requires_grad_()
     rolled = dataclasses.replace(rolled, target_BCTHW=leaf)
-    loss, values = stage.loss("student", rolled, text, rng_of(7))
+    loss, values = stage.loss("student", rolled, text, seeded_generator(7))
     loss.backward()
     context, frame_text, target_text = stage.remembered(rolled.contexts[0], leaf, text)
-    sigma, _, x = stage.noised(leaf.detach(), rng_of(7))
+    sigma, _, x = stage.noised(leaf.detach(), seeded_generator(7))
     with torch.no_grad():
         fake = stage._x0(stage.critic, context, frame_text, target_text, x, sigma)
         real = stage._x0(stage.teacher, context, frame_text, target_text, x, sigma)
@@ -281,13 +283,13 @@ def test_critic_and_teacher_are_asked_the_same(tiny, files, monkeypatch):
     stage = DistillStage(load_config("contextual", "smoke", [*files, "guidance=0.0"]), ALONE)
     text = stage.prompts.text(0, 4)
     rolled = stage.roll(text, 2, 2, 0, 0, True)
-    loss, _ = stage.loss("student", rolled, text, rng_of(7))
+    loss, _ = stage.loss("student", rolled, text, seeded_generator(7))
     assert loss.item() < 1e-12
     remember = Score.remember
     monkeypatch.setattr(
         Score, "remember", lambda self, *given: remember(self, *given) if self is stage.critic else NOTHING
     )
-    assert stage.loss("student", rolled, text, rng_of(7))[0].item() > 1e-6
+    assert stage.loss("student", rolled, text, seeded_generator(7))[0].item() > 1e-6
 
 
 def test_lengths_are_the_same_on_every_rank_and_grow(tiny):
@@ -312,7 +314,7 @@ def same_tensors(path, other):
 
 def losses_of(folder):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return {line["step"]: {k: v for k, v in line.items() if k not in OF_THE_MACHINE} for line in lines}
+    return {line["step"]: {k: v for k, v in line.items() if k not in MACHINE_METRICS} for line in lines}
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -477,25 +479,25 @@ def test_the_average_follows_the_weights():
 
 
 def test_the_bank_keeps_errors_by_noise_level_and_no_more_than_it_may():
-    bank = ErrorBank(RecyclingConfig(bins=2, entries=4))
-    assert bank.draw(5, rng_of(1)) is None
+    bank = ErrorBuffer(RecyclingConfig(bins=2, entries=4))
+    assert bank.draw(5, seeded_generator(1)) is None
     for number in range(9):
-        bank.add(0.2, torch.full((16, 6, 2, 2), float(number)), 3, rng_of(number))
-    bank.add(0.9, torch.full((16, 3, 2, 2), 100.0), 3, rng_of(0))
+        bank.add(0.2, torch.full((16, 6, 2, 2), float(number)), 3, seeded_generator(number))
+    bank.add(0.9, torch.full((16, 3, 2, 2), 100.0), 3, seeded_generator(0))
     assert [len(held) for held in bank.bins] == [4, 1] and len(bank) == 5
-    drawn = bank.draw(7, rng_of(5))
-    assert drawn.shape == (16, 7, 2, 2) and torch.equal(drawn, bank.draw(7, rng_of(5)))
-    again = ErrorBank(RecyclingConfig(bins=2, entries=4))
+    drawn = bank.draw(7, seeded_generator(5))
+    assert drawn.shape == (16, 7, 2, 2) and torch.equal(drawn, bank.draw(7, seeded_generator(5)))
+    again = ErrorBuffer(RecyclingConfig(bins=2, entries=4))
     again.load_state(bank.state())
-    assert torch.equal(again.draw(7, rng_of(6)), bank.draw(7, rng_of(6)))
+    assert torch.equal(again.draw(7, seeded_generator(6)), bank.draw(7, seeded_generator(6)))
 
 
 def test_spoilt_contexts_are_spoilt_and_clean_ones_are_not(tiny):
     stage = TeacherStage(load_config("teacher", "smoke", ["recycling.clean_share=0.5", "recycling.share=1.0"]), ALONE)
     context = random(1, 16, 6, 8, 16)
-    assert torch.equal(stage.add_errors(context, rng_of(0))[0], context), "an empty bank spoils nothing"
-    stage.bank.add(0.5, torch.ones(16, 3, 8, 16), 3, rng_of(0))
-    outcomes = [stage.add_errors(context, rng_of(k)) for k in range(60)]
+    assert torch.equal(stage.add_errors(context, seeded_generator(0))[0], context), "an empty bank spoils nothing"
+    stage.errors.add(0.5, torch.ones(16, 3, 8, 16), 3, seeded_generator(0))
+    outcomes = [stage.add_errors(context, seeded_generator(k)) for k in range(60)]
     spoilt = [made for made, clean in outcomes if not clean]
     assert 15 < len(spoilt) < 45 and all(torch.equal(made, context) for made, clean in outcomes if clean)
     assert all(torch.allclose(made[:, :, 1:], context[:, :, 1:] + 1) for made in spoilt)
@@ -516,7 +518,7 @@ def test_a_distilled_student_goes_straight_into_the_pipeline(tmp_path):
     assert pipeline.empty_memory().config == card.memory
 
 
-@pytest.mark.parametrize("device, words", [("tpu", "auto, cuda, cpu"), ("cuda", "no CUDA device")])
+@pytest.mark.parametrize("device, words", [("tpu", "auto, cuda, cpu"), ("cuda", "not available")])
 def test_devices_that_are_not_there_are_refused(device, words):
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("there is one")
@@ -535,7 +537,7 @@ def test_checkpoints_are_whole_or_not_there(tiny, tmp_path):
     checkpoints = Checkpoints(tmp_path, stage, "teacher")
     checkpoints.save(3, 1.0, "r")
     (tmp_path / "checkpoints" / "step-00000009.part").mkdir()
-    assert checkpoints.latest().name == "step-00000003" and checkpoints.load()["step"] == 3
+    assert newest_checkpoint(tmp_path).name == "step-00000003" and checkpoints.load()["step"] == 3
 
 
 def test_a_network_of_any_layout_may_be_begun_from(tiny, files, tmp_path):
@@ -543,8 +545,8 @@ def test_a_network_of_any_layout_may_be_begun_from(tiny, files, tmp_path):
     state, _ = read_safetensors(plain)
     torch.save({"generator": {f"model.{name}": tensor for name, tensor in state.items()}}, tmp_path / "student.pt")
     config = load_config("contextual", "smoke")
-    net, card = load_network(str(tmp_path / "student.pt"), config, ALONE, config.lora)
-    assert card is None and all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
+    network, card = load_network(str(tmp_path / "student.pt"), config, ALONE, config.lora)
+    assert card is None and all(torch.equal(tensor, state[name]) for name, tensor in network.net.state_dict().items())
 
 
 def test_a_checkpoint_before_the_first_update_changes_nothing(tiny, files, tmp_path):
@@ -567,10 +569,10 @@ def test_another_number_of_processes_is_refused_only_where_banks_are(tiny, tmp_p
     for number, bank in enumerate((False, True)):
         stage = TeacherStage(load_config("teacher", "smoke"), ALONE)
         if bank:
-            stage.bank.add(0.5, torch.ones(16, 3, 8, 16), 3, rng_of(0))
+            stage.errors.add(0.5, torch.ones(16, 3, 8, 16), 3, seeded_generator(0))
         checkpoints = Checkpoints(tmp_path / str(number), stage, "teacher")
         checkpoints.save(3, 1.0, "r")
-        path = checkpoints.latest()
+        path = newest_checkpoint(tmp_path / str(number))
         for rank in range(was):
             torch.save(stage.extra_state(), path / f"rank{rank}.pt")
         run = json.loads((path / "run.json").read_text()) | {"world_size": was}
@@ -579,7 +581,7 @@ def test_another_number_of_processes_is_refused_only_where_banks_are(tiny, tmp_p
         if bank:
             with pytest.raises(ValueError, match=f"written by {was} processes"):
                 checkpoints.load()
-            assert checkpoints.load(with_banks=False)["step"] == 3
+            assert checkpoints.load(extra_state=False)["step"] == 3
         else:
             assert checkpoints.load()["step"] == 3
 
@@ -610,8 +612,8 @@ def test_an_error_that_is_not_a_number_stays_out_of_the_bank(tiny, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(TeacherStage, "loss", broken)
         assert stage.step(0)["skipped"]
-    assert len(stage.bank) == 0
-    assert not stage.step(1)["skipped"] and len(stage.bank) > 0
+    assert len(stage.errors) == 0
+    assert not stage.step(1)["skipped"] and len(stage.errors) > 0
 
 
 def test_a_resumed_run_may_learn_more_slowly(tiny, tmp_path):
@@ -650,7 +652,7 @@ def test_adapters_begin_with_nothing_and_export_merged_and_alone(tiny, files, tm
     whole = files[1].partition("=")[2]
     settings = ["steps=3", "lora.rank=4", f"lora.alpha={alpha}", f"init={whole}", f"out={tmp_path / 'lora'}"]
     stage = TeacherStage(load_config("teacher", "smoke", settings), ALONE)
-    assert all(".lora_" in name for name, _ in stage.trained["teacher"].trained())
+    assert all(".lora_" in name for name, _ in stage.trained["teacher"].parameters())
     latents, text = stage.clips.sample(0)
     begun = WanModel(TINY)
     begun.load_state_dict(read_safetensors(whole)[0])

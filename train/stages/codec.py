@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from ...memory.files import atomic_path
 from ...model.codecs.demo_vae import NUM_CHROMA, NUM_LUMA, DemoCodec
+from ...model.config import CARD_KEY
 from ...model.units import FRAMES_PER_LATENT
 from ..config import VaeConfig
-from ..loop import Stage, rng_of
-from ..parallel import Parallel
+from ..parallel import ParallelState
+from ..stage import Stage, seeded_generator
 from ..trained_network import TrainedNetwork
 from ..world.camera import view
 from ..world.geometry import RING_COLUMNS, TOKEN
@@ -59,7 +61,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 class VaeStage(Stage):
     """The decoder; the encoder is fixed. It is small: one process."""
 
-    def __init__(self, config: VaeConfig, parallel: Parallel):
+    def __init__(self, config: VaeConfig, parallel: ParallelState):
         super().__init__(config, parallel)
         if parallel.world_size > 1:
             raise ValueError(f"vae: it learns in one process, not in {parallel.world_size}; start it without torchrun")
@@ -75,12 +77,12 @@ class VaeStage(Stage):
         config, device = self.config, self.parallel.device
         before, frames = draw_steps(np.random.default_rng((config.data_seed, 1, step)), config.batch)
         latents = self.codec.encode_art(torch.stack([before, frames[:, -1]], dim=1).to(device))
-        noise = torch.randn(latents.shape, generator=rng_of(config.seed, step)).to(device)
+        noise = torch.randn(latents.shape, generator=seeded_generator(config.seed, step)).to(device)
         drawn = self._draw(latents + config.latent_noise * noise)
         loss = F.l1_loss(drawn, frames.to(device))
         loss.backward()
         figures = {"loss": loss.item(), "psnr": psnr(drawn.detach(), frames.to(device))}
-        return {**figures, **self.trained["codec"].update(loss.item(), self.rate(step))}
+        return {**figures, **self.trained["codec"].update(loss.item(), self.lr_factor(step))}
 
     def _draw(self, latents_BCthw: torch.Tensor) -> torch.Tensor:
         return self.codec.draw_frames(latents_BCthw[:, :, 0], latents_BCthw[:, :, 1])
@@ -100,5 +102,6 @@ class VaeStage(Stage):
             "train_seconds": round(seconds), **self.validate(),
         }  # fmt: skip
         weights = {name: value.contiguous() for name, value in self.trained["codec"].weights().items()}
-        save_file(weights, path, {"context_forcing": json.dumps(card)})
+        with atomic_path(path) as part:
+            save_file(weights, part, {CARD_KEY: json.dumps(card)})
         return path

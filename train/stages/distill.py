@@ -20,8 +20,8 @@ from ...model.sampler import Noise, seeded_noise
 from ...video.film_strip import film_strip
 from ..config import DistillConfig
 from ..data.clips import open_prompts
-from ..loop import Stage, load_network, rng_of
-from ..parallel import Parallel, network_of
+from ..parallel import ParallelState
+from ..stage import Stage, load_network, seeded_generator
 from ..trained_network import TrainedNetwork
 from .score import NOTHING, Score
 from .student import Rollout, Student
@@ -33,18 +33,16 @@ MIN_SIGMA, MAX_SIGMA = 0.02, 0.98
 class DistillStage(Stage):
     """Student and critic, the frozen teacher, and prompts."""
 
-    def __init__(self, config: DistillConfig, parallel: Parallel):
+    def __init__(self, config: DistillConfig, parallel: ParallelState):
         super().__init__(config, parallel)
-        student, self.begun_from = load_network(config.student, config, parallel, config.lora)
+        self.student, self.init_card = load_network(config.student, config, parallel, config.lora)
         critic, _ = load_network(config.teacher, config, parallel, config.lora)
         teacher, _ = load_network(config.teacher, config, parallel, None)
         self.trained = {
-            "student": TrainedNetwork(student, config.student_optim, parallel),
-            "critic": TrainedNetwork(critic, config.critic_optim, parallel),
+            "student": TrainedNetwork(self.student.net, config.student_optim, parallel),
+            "critic": TrainedNetwork(critic.net, config.critic_optim, parallel),
         }
-        self.student = network_of(student, parallel, config.precision, config.recompute)
-        self.critic = Score(network_of(critic, parallel, config.precision, config.recompute))
-        self.teacher = Score(network_of(teacher, parallel, config.precision))
+        self.critic, self.teacher = Score(critic), Score(teacher)
         self.prompts = open_prompts(config)
         self.sigmas = warped_sigmas(config.denoising_steps, config.shift)
         self.latent_size = config.latent_size
@@ -66,7 +64,7 @@ class DistillStage(Stage):
         context_chunks, target_chunks, exit_step = self.draw_lengths(step, learns_student)
         sums: dict[str, float] = {}
         for number in samples:
-            generator = rng_of(config.seed, 0, step, number, learns_student)
+            generator = seeded_generator(config.seed, 0, step, number, learns_student)
             sample = (2 * step + learns_student) * config.batch + number
             text = self.prompts.text(sample, context_chunks + target_chunks).to(self.parallel.device)
             rolled = self.roll(text, context_chunks, target_chunks, exit_step, sample, learns_student)
@@ -76,7 +74,7 @@ class DistillStage(Stage):
             for key, value in values.items():
                 sums[key] = sums.get(key, 0.0) + value / len(samples)
         sums = {key: self.parallel.mean(value) for key, value in sums.items()}
-        updated = self.trained[name].update(sums["loss"], self.rate(step))
+        updated = self.trained[name].update(sums["loss"], self.lr_factor(step))
         rollout = (context_chunks + target_chunks) * config.memory.chunk
         return {**sums, **updated, "rollout": rollout, "tokens": config.batch * rollout * config.frame_tokens}
 
@@ -86,7 +84,7 @@ class DistillStage(Stage):
         The context grows from `context_from` to `context_to` chunks over `context_ramp` iterations; every
         `local_every`-th round has none, to keep short videos good.
         """
-        config, generator = self.config, rng_of(self.config.seed, 1, step, learns_student)
+        config, generator = self.config, seeded_generator(self.config.seed, 1, step, learns_student)
         pick = lambda low, high: int(torch.randint(low, high + 1, (), generator=generator))
         exit_step = pick(0, len(self.sigmas) - 1)
         target = pick(config.target_from, config.target_chunks)

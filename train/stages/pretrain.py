@@ -15,8 +15,8 @@ from ...model.network import Network
 from ...model.units import FRAMES_PER_LATENT
 from ..config import PretrainConfig
 from ..data.clips import FAST, MEMORY, UNSEEN, Batch, make_batch
-from ..loop import Stage, load_network
-from ..parallel import Parallel, network_of
+from ..parallel import ParallelState
+from ..stage import Stage, load_network
 from ..trained_network import TrainedNetwork
 from ..world.geometry import VIEW_COLUMNS
 from .forcing import TeacherForcing, interleave, noisy_part
@@ -125,11 +125,10 @@ def recall_error(network: Network, config: PretrainConfig, batch: Batch) -> dict
 class PretrainStage(Stage):
     """A causal student and clips of the demo world."""
 
-    def __init__(self, config: PretrainConfig, parallel: Parallel):
+    def __init__(self, config: PretrainConfig, parallel: ParallelState):
         super().__init__(config, parallel)
-        net, self.begun_from = load_network(config.init, config, parallel, config.lora)
-        self.network = network_of(net, parallel, config.precision, config.recompute)
-        self.trained = {"student": TrainedNetwork(net, config.optim, parallel)}
+        self.network, self.init_card = load_network(config.init, config, parallel, config.lora)
+        self.trained = {"student": TrainedNetwork(self.network.net, config.optim, parallel)}
         codec = load_demo_codec(config.codec_path)
         self.make = functools.partial(make_batch, codec, config.memory, num_chunks=config.num_chunks)
         self.validation = self.make(seed=(config.data_seed, 0), size=4 * config.batch).to(parallel.device)
@@ -144,7 +143,7 @@ class PretrainStage(Stage):
             opening = self.make(seed=(config.data_seed, 2, step), size=config.openings, num_chunks=1, **draw)
             self._learn(opening, generator)
         frames = (config.batch * config.num_chunks + config.openings) * config.memory.chunk
-        figures = {"loss": total, **self.trained["student"].update(total, self.rate(step))}
+        figures = {"loss": total, **self.trained["student"].update(total, self.lr_factor(step))}
         return {**figures, "tokens": frames * config.frame_tokens}
 
     def _learn(self, batch: Batch, generator: torch.Generator) -> float:

@@ -15,10 +15,10 @@ from ...model.config import StudentCard
 from ...model.flow import add_noise, shift_sigma
 from ..config import TeacherConfig
 from ..data.clips import open_clips
-from ..loop import Stage, load_network, rng_of
-from ..parallel import Parallel, network_of
+from ..parallel import ParallelState
+from ..stage import Stage, load_network, seeded_generator
 from ..trained_network import TrainedNetwork
-from .recycling import ErrorBank
+from .recycling import ErrorBuffer
 from .score import Score
 from .student import Student
 
@@ -29,13 +29,13 @@ POLICIES = ("novel", "clean", "uniform", "fifo")
 class TeacherStage(Stage):
     """One network, its clips and its error bank."""
 
-    def __init__(self, config: TeacherConfig, parallel: Parallel):
+    def __init__(self, config: TeacherConfig, parallel: ParallelState):
         super().__init__(config, parallel)
-        net, self.begun_from = load_network(config.init, config, parallel, config.lora)
-        self.trained = {"teacher": TrainedNetwork(net, config.optim, parallel)}
-        self.score = Score(network_of(net, parallel, config.precision, config.recompute))
+        network, self.init_card = load_network(config.init, config, parallel, config.lora)
+        self.trained = {"teacher": TrainedNetwork(network.net, config.optim, parallel)}
+        self.score = Score(network)
         self.clips = open_clips(config)
-        self.bank = ErrorBank(config.recycling)
+        self.errors = ErrorBuffer(config.recycling)
 
     def step(self, step: int) -> dict[str, float]:
         """One update on a global batch."""
@@ -44,7 +44,7 @@ class TeacherStage(Stage):
         context_chunks = self._context_chunks(step)
         total, held = 0.0, 0
         for number in samples:
-            generator = rng_of(config.seed, 0, step, number)
+            generator = seeded_generator(config.seed, 0, step, number)
             latents, text = self.clips.sample(step * config.batch + number)
             latents, text = latents.to(self.parallel.device), text.to(self.parallel.device)
             if torch.rand((), generator=generator) < config.text_dropout:
@@ -54,15 +54,15 @@ class TeacherStage(Stage):
             (loss / len(samples)).backward()
             kept = not clean or torch.rand((), generator=generator) < config.recycling.learn_clean_share
             if kept and error.isfinite().all():
-                self.bank.add(sigma, error[0], config.memory.chunk, generator)
+                self.errors.add(sigma, error[0], config.memory.chunk, generator)
             total, held = total + loss.item() / len(samples), held + len(memory.slots.all) / len(samples)
         total = self.parallel.mean(total)
         frames = config.batch * (context_chunks + config.target_chunks) * config.memory.chunk
-        figures = {"loss": total, **self.trained["teacher"].update(total, self.rate(step)), "remembered": held}
+        figures = {"loss": total, **self.trained["teacher"].update(total, self.lr_factor(step)), "remembered": held}
         return {**figures, "tokens": frames * config.frame_tokens}
 
     def _context_chunks(self, step: int) -> int:
-        generator = rng_of(self.config.seed, 1, step)
+        generator = seeded_generator(self.config.seed, 1, step)
         if torch.rand((), generator=generator) < self.config.plain_share:
             return 0
         most = self.config.num_chunks - self.config.target_chunks
@@ -98,7 +98,7 @@ class TeacherStage(Stage):
         """Add recycled errors to remembered frames [1, C, M, H, W]; the very first frame is spared half of the time."""
         settings = self.config.recycling
         clean = bool(torch.rand((), generator=generator) < settings.clean_share)
-        error = self.bank.draw(context.shape[2], generator) if context.shape[2] else None
+        error = self.errors.draw(context.shape[2], generator) if context.shape[2] else None
         if error is None or clean or torch.rand((), generator=generator) >= settings.share:
             return context, True
         error = error.to(context.device)
@@ -108,10 +108,10 @@ class TeacherStage(Stage):
 
     def extra_state(self) -> dict[str, Tensor]:
         """This rank's errors."""
-        return self.bank.state()
+        return self.errors.state()
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
-        self.bank.load_state(state)
+        self.errors.load_state(state)
 
     def export(self, folder: Path, step: int, seconds: float, revision: str) -> Path:
         """The teacher with its card; its steps are those of an undistilled model."""

@@ -1,0 +1,103 @@
+"""Named settings of every stage, YAML files, and overrides `key=value`. Unknown keys are errors."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..memory.config import MemoryConfig
+from ..model.settings import parse_overrides, read_settings, with_settings
+from .config import DistillConfig, ExportConfig, OptimConfig, PretrainConfig, TeacherConfig, VaeConfig
+
+Settings = dict[str, Any]
+StageConfig = VaeConfig | PretrainConfig | TeacherConfig | DistillConfig | ExportConfig
+
+DEMO: Settings = dict(
+    preset="demo", data="demo", size=(128, 64), memory=MemoryConfig(), shift=3.0, precision="fp32", recompute=False,
+    batch=4,
+)  # fmt: skip
+SMOKE: Settings = DEMO | dict(steps=4, batch=2, checkpoint_every=2, sample_every=4)
+NO_CONTEXT: Settings = dict(context_from=0, context_to=0, local_every=0)
+DEMO_DISTILL: Settings = DEMO | dict(
+    guidance=0.0, score_chunks=1, critic_per_student=2, sample_chunks=24, teacher="runs/teacher/teacher.safetensors",
+    critic_optim=OptimConfig(lr=4e-4, betas=(0.0, 0.95), clip=1.0),
+)  # fmt: skip
+SMOKE_DISTILL: Settings = SMOKE | dict(target_from=1, target_chunks=2, critic_per_student=2, sample_chunks=2)
+WAN_TEACHER = "wan2.1_t2v_1.3B.safetensors"
+
+CONFIGS: dict[str, dict[str, StageConfig]] = {
+    "vae": {
+        "demo": VaeConfig(steps=900, batch=32, decay=0.4, checkpoint_every=250, sample_every=250),
+        "smoke": VaeConfig(
+            width=16, num_blocks=1, steps=4, batch=2, checkpoint_every=2, sample_every=4, out="runs/smoke-vae"
+        ),
+    },
+    "pretrain": {
+        "demo": PretrainConfig(
+            **DEMO, steps=4000, warmup=50, decay=0.4, checkpoint_every=100, sample_every=100
+        ),
+        "smoke": PretrainConfig(**SMOKE, openings=2, num_chunks=4, out="runs/smoke-pretrain"),
+    },
+    "teacher": {
+        "wan2.1-1.3b": TeacherConfig(data="data/clips", init=WAN_TEACHER, steps=8000, batch=8),
+        # The pretrained student continues a video chunk by chunk; this run adds contexts with errors.
+        "demo": TeacherConfig(
+            **DEMO, init="runs/pretrain/student.safetensors", num_chunks=18, target_chunks=1, steps=300, decay=0.8,
+            text_dropout=0.0, optim=OptimConfig(kind="muon", lr=5e-4, betas=(0.9, 0.98), clip=1.0, ema=0.99),
+        ),
+        "smoke": TeacherConfig(**SMOKE, num_chunks=4, target_chunks=2, out="runs/smoke-teacher"),
+    },
+    "local": {
+        "wan2.1-1.3b": DistillConfig(
+            **NO_CONTEXT, data="data/prompts", student="causal_init.safetensors", teacher=WAN_TEACHER, target_from=1,
+            out="runs/local",
+        ),
+        "demo": DistillConfig(
+            **DEMO_DISTILL, **NO_CONTEXT, student="runs/pretrain/student.safetensors", target_from=1, target_chunks=4,
+            student_optim=OptimConfig(lr=1e-4, betas=(0.0, 0.95), clip=1.0, ema=0.95), steps=160, decay=0.5,
+            out="runs/local",
+        ),
+        "smoke": DistillConfig(**SMOKE_DISTILL, **NO_CONTEXT, guidance=0.0, out="runs/smoke-local"),
+    },
+    "contextual": {
+        "wan2.1-1.3b": DistillConfig(
+            data="data/prompts", student="runs/local/student.safetensors", steps=500,
+            teacher="runs/teacher/teacher.safetensors",
+        ),
+        # A lower learning rate than in `local`: with a higher one the student stops recalling from memory.
+        "demo": DistillConfig(
+            **DEMO_DISTILL, student="runs/local/student.safetensors", target_from=4, target_chunks=4, context_from=3,
+            context_to=16, context_ramp=20, steps=80, decay=0.5,
+            student_optim=OptimConfig(lr=4e-5, betas=(0.0, 0.95), clip=1.0, ema=0.97),
+        ),
+        "smoke": DistillConfig(
+            **SMOKE_DISTILL, context_from=1, context_to=3, context_ramp=2, local_every=2, out="runs/smoke-contextual"
+        ),
+    },
+    "export": {"demo": ExportConfig(run="runs/contextual")},
+}  # fmt: skip
+
+
+def load_config(stage: str, name: str, overrides: Sequence[str] = ()) -> StageConfig:
+    """The settings of a run: named ones, or a YAML file with `config: NAME` and the settings that differ.
+
+    Raises ValueError for an unknown stage, name or key, or a value of another type.
+    """
+    if stage not in CONFIGS:
+        raise ValueError(f"stage: {stage!r} is not one of {', '.join(CONFIGS)}")
+    settings, path, raw = parse_overrides(overrides), None, {}
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        name, raw = read_settings(path, list(CONFIGS[stage]))
+    where = f"{path}: " if path else ""
+    if name not in CONFIGS[stage]:
+        raise ValueError(f"{where}config: {name!r} is not one of {', '.join(CONFIGS[stage])} (stage {stage})")
+    try:
+        config = with_settings(CONFIGS[stage][name], raw)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from None
+    return with_settings(config, settings)
+
+
+def config_from_json(stage: str, raw: dict) -> StageConfig:
+    """The settings that a checkpoint's `run.json` contains."""
+    return with_settings(next(iter(CONFIGS[stage].values())), raw)

@@ -1,0 +1,119 @@
+"""A training stage: networks with optimisers, one iteration, and the file that it exports."""
+
+import dataclasses
+import hashlib
+import struct
+import subprocess
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..model.checkpoints.published import BASE
+from ..model.checkpoints.student import StudentSource, check_tensors, write_student
+from ..model.config import CARD_KEY, StudentCard
+from ..model.network import Network
+from ..model.wan import WanModel
+from .config import LoraConfig, NetworkConfig
+from .lora import add_lora, merge_lora, save_lora
+from .parallel import ParallelState, module_runner, shard_network
+from .trained_network import TrainedNetwork
+
+
+def git_revision() -> str:
+    """The revision of the code, with `+` if the working tree differs from it; `unknown` outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def seeded_generator(*numbers: int) -> torch.Generator:
+    """A generator that is a function of its numbers, independent of earlier draws and of the rank."""
+    digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def load_network(
+    path: str, config: NetworkConfig, parallel: ParallelState, lora: LoraConfig | None
+) -> tuple[Network, StudentCard | None]:
+    """A sharded network and its card, from a file of any published layout. An empty path gives new weights, no card.
+
+    `lora` None returns a frozen network in the compute dtype. Raises ValueError for a file of another size.
+    """
+    net, card = WanModel(config.network), None
+    if path:
+        # Any network can be trained further: the card of a file without one is not used.
+        student = StudentSource(path, card=BASE).open()
+        check_tensors(net, student.named.tensors, path)
+        net.load_state_dict({name: student.tensor(name) for name in student.named.tensors})
+        card = student.own_card
+    else:
+        net.reset_parameters(torch.Generator().manual_seed(config.seed))
+    net = net.requires_grad_(False).to(config.dtype) if lora is None else add_lora(net, lora, config.seed)
+    net = shard_network(net, parallel, config.dtype)
+    return Network(net, parallel.device, config.dtype, run=module_runner(net, config.recompute)), card
+
+
+class Stage(ABC):
+    """What the training loop runs. Subclasses fill `trained` and implement `step` and `export`.
+
+    All methods but the constructor are called on every rank.
+    """
+
+    def __init__(self, config: Any, parallel: ParallelState):
+        parallel.samples(config.batch)  # raises for a batch that does not divide
+        self.config, self.parallel = config, parallel
+        self.trained: dict[str, TrainedNetwork] = {}
+        self.init_card: StudentCard | None = None
+        """The card of the file that training starts from."""
+
+    @abstractmethod
+    def step(self, step: int) -> dict[str, float]:
+        """One iteration. Returns metrics, among them `loss`."""
+
+    @abstractmethod
+    def export(self, folder: Path, step: int, seconds: float, revision: str) -> Path:
+        """Write the current state of what is trained. Only the main rank writes."""
+
+    def sample(self) -> Image.Image | None:
+        """A sample image, or None if the stage has none."""
+        return None
+
+    def validate(self) -> dict[str, float]:
+        """Validation metrics."""
+        return {}
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """Tensors of this rank that checkpoints contain."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:  # noqa: B027
+        """Restore the tensors of this rank."""
+
+    def lr_factor(self, step: int) -> float:
+        """Share of the learning rate: a linear warmup, then constant, then a linear decay to zero."""
+        config = self.config
+        decay = (config.steps - step) / (config.decay * config.steps) if config.decay else 1.0
+        return min(1.0, (step + 1) / max(1, config.warmup), decay)
+
+    def save(self, path: Path, name: str, card: StudentCard, step: int, seconds: float, revision: str) -> Path:
+        """Write a trained network with its card. Adapters are merged, and written to a second file."""
+        trained, lora = self.trained[name], self.config.lora
+        weights = trained.weights()
+        if self.init_card:
+            revision = f"{self.init_card.revision}; then {revision}"
+            step, seconds = step + (self.init_card.train_steps or 0), seconds + (self.init_card.train_seconds or 0)
+        card = dataclasses.replace(
+            card, revision=revision, data_seed=self.config.data_seed, train_steps=step, train_seconds=round(seconds)
+        )
+        if self.parallel.is_main:
+            write_student(path, merge_lora(weights, lora), self.config.network.num_heads, card)
+            if lora.rank:
+                save_lora(path.with_stem(path.stem + "_lora"), weights, lora, {CARD_KEY: card.to_json()})
+        return path
