@@ -57,14 +57,14 @@ def models(tmp_path_factory):
         text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16
     )  # fmt: skip
     dino = transformers.Dinov2Config(**{name: SIZES[name] for name in SIZES if name != "intermediate_size"})
-    made = {
+    nets = {
         "CLIPModel": transformers.CLIPModel(whole),
         "CLIPVisionModel": transformers.CLIPVisionModel(vision),
         "CLIPVisionModelWithProjection": transformers.CLIPVisionModelWithProjection(vision),
         "Dinov2Model": transformers.Dinov2Model(dino),
     }
     folders = {}
-    for name, net in made.items():
+    for name, net in nets.items():
         folders[name] = tmp_path_factory.mktemp(name)
         net.save_pretrained(folders[name])
         (folders[name] / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
@@ -72,25 +72,25 @@ def models(tmp_path_factory):
 
 
 def test_a_still_picture_is_consistent_and_does_not_move(films):
-    found = measure_video(films / "still.mp4", {"colour": MeanColour()}, 1.0)
-    assert found.times == (0, 1, 2, 3) and found.num_frames == 4 * FPS
-    assert found.similarity["colour"] == pytest.approx([1] * 4, abs=1e-4)
-    assert max(found.motion) < 0.05
+    curve = measure_video(films / "still.mp4", {"colour": MeanColour()}, 1.0)
+    assert curve.times == (0, 1, 2, 3) and curve.num_frames == 4 * FPS
+    assert curve.similarity["colour"] == pytest.approx([1] * 4, abs=1e-4)
+    assert max(curve.motion) < 0.05
 
 
 def test_a_picture_that_turns_is_told_by_its_angle_and_its_motion(films):
-    found = measure_video(films / "turning.mp4", {"colour": MeanColour()}, 0.5)
+    curve = measure_video(films / "turning.mp4", {"colour": MeanColour()}, 0.5)
     share = np.arange(8) * 4 / (4 * FPS - 1)
     expected = (1 - share) / np.hypot(1 - share, share)
-    assert found.times == tuple(np.arange(8) / 2)
-    assert found.similarity["colour"] == pytest.approx(expected, abs=0.03)
+    assert curve.times == tuple(np.arange(8) / 2)
+    assert curve.similarity["colour"] == pytest.approx(expected, abs=0.03)
     # Two of three colours change by one step of 31 each frame.
-    assert found.motion[0] == 0 and found.motion[1:] == pytest.approx([100 * 2 / 3 / 31] * 7, rel=0.15)
+    assert curve.motion[0] == 0 and curve.motion[1:] == pytest.approx([100 * 2 / 3 / 31] * 7, rel=0.15)
 
 
 def test_a_look_may_fall_between_frames(films):
-    found = measure_video(films / "turning.mp4", {"colour": MeanColour()}, 0.3)
-    assert found.times == tuple(np.floor(np.arange(14) * 0.3 * FPS + 0.5) / FPS)
+    curve = measure_video(films / "turning.mp4", {"colour": MeanColour()}, 0.3)
+    assert curve.times == tuple(np.floor(np.arange(14) * 0.3 * FPS + 0.5) / FPS)
 
 
 def prepared(picture):
@@ -152,9 +152,9 @@ def test_one_model_is_enough(models, films, given, tmp_path):
     (table,) = evaluate_videos(
         [films / "still.mp4", films / "turning.mp4"], clip, dino, 0.5, "cpu", "fp32", tmp_path
     )  # fmt: skip
-    found = json.loads((tmp_path / "consistency.json").read_text())
-    assert set(found["models"]) == set(given) and table.row_count == 2 * (len(given) + 1)
-    still, turning = found["videos"]
+    content = json.loads((tmp_path / "consistency.json").read_text())
+    assert set(content["models"]) == set(given) and table.row_count == 2 * (len(given) + 1)
+    still, turning = content["videos"]
     assert (still["name"], turning["name"]) == ("still", "turning")
     for kind in given:
         assert min(still["similarity"][kind]) > 0.999 > min(turning["similarity"][kind])

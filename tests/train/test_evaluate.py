@@ -51,7 +51,7 @@ def pipeline(students):
     return Pipeline.load(StudentSource(students[0]).open(), torch.device("cpu"), torch.float32)
 
 
-def told(pipeline, memory, style, seed, moves):
+def generated(pipeline, memory, style, seed, moves):
     """The film of a script as `context-forcing generate` makes it."""
     runs = [(move, len(list(run))) for move, run in itertools.groupby(moves)]
     segments = tuple(Segment(prompt=caption(style, move), seconds=0.75 * count) for move, count in runs)
@@ -68,25 +68,25 @@ def test_branches_equal_separate_rollouts(pipeline, same_memory, policy):
     ends = dict(branches(Camera(pipeline, style, seed), empty, {key: s.moves for key, s in scripts.items()}))
     assert set(ends) == set(scripts)
     for key, script in scripts.items():
-        assert same_memory(ends[key], told(pipeline, empty, style, seed, script.moves)), key
+        assert same_memory(ends[key], generated(pipeline, empty, style, seed, script.moves)), key
 
 
 def test_a_shared_beginning_is_made_once(pipeline):
-    made = []
+    moves = []
 
     class Counting(Camera):
         def move(self, memory, move):
-            made.append(move)
+            moves.append(move)
             return memory
 
     paths = {"a": (0, 1, 1), "b": (0, 1, -1, -1), "c": (0, 1), "same as c": (0, 1)}
     ends = list(branches(Counting(pipeline, ALL_STYLES[0], 0), pipeline.empty_memory(), paths))
     assert sorted(name for name, _ in ends) == sorted(paths)
-    assert len(made) == 2 + 1 + 2
+    assert len(moves) == 2 + 1 + 2
 
 
 def record(student="one", policy="novel", scene=0, kind="dwell", gap=15, recall=1.0, targets=4, **given):
-    """A made-up trial with a given share of targets recalled."""
+    """A trial with a given share of targets recalled."""
     remembered = tuple(range(targets))
     hits = round(recall * targets)
     returned = remembered[:hits] + tuple(20 + target for target in remembered[hits:])
@@ -159,8 +159,8 @@ def test_differences_are_paired_by_scene():
     summary = sum_up(one + two[::-1])
     (difference,) = summary.differences
     assert (difference.student, difference.against, difference.n) == ("two", ("one", "novel"), 16)
-    found = difference.figures["recall"]
-    assert found.mean == pytest.approx(0.25) and found.high - found.low < 1e-9
+    figure = difference.figures["recall"]
+    assert figure.mean == pytest.approx(0.25) and figure.high - figure.low < 1e-9
     first, second = (cell.figures["recall"] for cell in summary.cells)
     assert first.high > second.low
 
@@ -200,19 +200,19 @@ def test_what_is_held_against_what():
 )
 def test_effective_context_stops_at_the_first_gap_that_is_not_bridged(recalls, frames, is_bound, again):
     cells = sum_up([record(scene=k, gap=gap, recall=recalls[gap]) for gap in recalls for k in range(2)]).cells
-    found = effective_context("one", "novel", "dwell", "recall", cells)
-    assert (found.frames, found.is_bound, found.again) == (frames, is_bound, again)
+    context = effective_context("one", "novel", "dwell", "recall", cells)
+    assert (context.frames, context.is_bound, context.again) == (frames, is_bound, again)
 
 
 def test_a_record_survives_json():
-    long = LongTrial(**{name: (1.0, 2.0, 3.0, 4.0) for name in LongTrial.__dataclass_fields__})
+    long = LongTrial(**dict.fromkeys(LongTrial.__dataclass_fields__, (1.0, 2.0, 3.0, 4.0)))
     for each in (record(), dataclasses.replace(record(), kind="long", gap_frames=0, trial=long)):
         assert Record.from_dict(json.loads(json.dumps(dataclasses.asdict(each)))) == each
 
 
 def test_long_rollouts_are_summed_up_by_quarter():
     def long(student, scene, palette):
-        fields = {name: (1.0,) * QUARTERS for name in LongTrial.__dataclass_fields__}
+        fields = dict.fromkeys(LongTrial.__dataclass_fields__, (1.0,) * QUARTERS)
         return dataclasses.replace(
             record(student, scene=scene), kind="long", gap_frames=0, trial=LongTrial(**{**fields, "palette": palette})
         )
@@ -283,13 +283,13 @@ def test_plans_that_make_no_sense_are_refused(given, match):
 
 
 def test_the_command_line_says_what_is_measured(monkeypatch, tmp_path):
-    asked = []
-    monkeypatch.setattr(command, "evaluate", lambda plan, *where: asked.append(plan) or [])
+    plans = []
+    monkeypatch.setattr(command, "evaluate", lambda plan, *where: plans.append(plan) or [])
     run = CliRunner().invoke
     assert run(app, ["evaluate", "-o", str(tmp_path)]).exit_code == 0
     options = "--policies novel,none --rollouts 3 --gaps 4 --seed 1,2 --minutes 2 --compare a.safetensors=none".split()
     assert run(app, ["evaluate", "-o", str(tmp_path), *options]).exit_code == 0
-    by_default, chosen = asked
+    by_default, chosen = plans
     assert by_default == Plan(students=parse_students("demo", [], "novel,clean,none"))
     assert [each.policies for each in chosen.students] == [("novel", "none"), ("none",)]
     assert (chosen.rollouts, chosen.gaps, chosen.seeds, chosen.minutes) == (3, (4,), (1, 2), 2)
@@ -339,12 +339,12 @@ def test_a_killed_run_goes_on_to_the_same_results(plan, tmp_path, monkeypatch):
 def test_results_plots_and_strips_are_written(plan, tmp_path):
     pytest.importorskip("matplotlib")
     evaluate(plan, "cpu", "fp32", tmp_path)
-    found = json.loads((tmp_path / "recall.json").read_text())
-    assert set(found["header"]) == {"format", "students", "gaps", "minutes", "device", "dtype"}
-    assert {(cell["kind"], cell["policy"]) for cell in found["summary"]["cells"]} == {
+    content = json.loads((tmp_path / "recall.json").read_text())
+    assert set(content["header"]) == {"format", "students", "gaps", "minutes", "device", "dtype"}
+    assert {(cell["kind"], cell["policy"]) for cell in content["summary"]["cells"]} == {
         (kind, policy) for kind in ("dwell", "wander", "long") for policy in ("novel", "none")
     }
-    assert all(each["n"] == 2 and each["against"][1] == "novel" for each in found["summary"]["differences"])
+    assert all(each["n"] == 2 and each["against"][1] == "novel" for each in content["summary"]["differences"])
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert {"recall.png", "drift.png"} < pictures and len(pictures) == 2 + 6
 

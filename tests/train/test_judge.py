@@ -136,7 +136,7 @@ def test_quarters_without_a_move_are_refused(world, moves):
 
 
 def test_a_film_with_a_poor_background_is_judged_by_its_landmarks(world):
-    """Where the film begins is told by what stands in it too: a grey sky must not move the places looked at."""
+    """Landmarks locate the start of the film too: a grey sky must not shift the headings."""
     script, style = benchmark_script("dwell", 4, False), ALL_STYLES[0]
     film, _ = true_film(world, script.moves, style, 3)
     rows = film.shape[-2] // 4

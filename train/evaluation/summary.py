@@ -211,8 +211,8 @@ def tables(summary: Summary, fps: float) -> list[Table]:
     """Tables of recall, effective context and drift, as far as there are figures for them."""
     recall = [cell for cell in summary.cells if cell.kind != LONG]
     drift = [cell for cell in summary.cells if cell.kind == LONG]
-    found = [_recall_table(recall, summary, fps), _effective_table(summary, fps)] if recall else []
-    return found + ([_drift_table(drift, summary, fps)] if drift else [])
+    shown = [_recall_table(recall, summary, fps), _effective_table(summary, fps)] if recall else []
+    return shown + ([_drift_table(drift, summary, fps)] if drift else [])
 
 
 Column = Callable[[Cell], object]
