@@ -23,7 +23,7 @@ INK, PAPER = (28, 32, 40), (250, 250, 247)
 def filmstrip(pipeline: Pipeline, story: Story, title: str, **settings) -> Image.Image:
     """The same moments of a video in one row, with a title; `settings` are those of the memory."""
     memory = pipeline.empty_memory(**settings)
-    for memory in pipeline.generate(story, memory):
+    for memory in pipeline.generate(story.resolve(pipeline.card, memory), memory):
         pass
     frames = to_uint8(torch.cat(list(pipeline.decode(memory.latent_chunks)), dim=2))
     ends = np.cumsum([segment.seconds for segment in story.segments])

@@ -1,7 +1,8 @@
-"""An unfinished video on disk: every chunk of latents as soon as it is made, so that a killed run can go on.
+"""The finished chunks of an unfinished video, on disk, so that a killed process can be resumed.
 
-Keys and values are not written (at 1.3B they are a gigabyte a chunk): chunks that are there are committed again, one
-pass each instead of five, and give the same memory to the bit. A chunk is trusted only if it is what was written.
+Latents are kept, keys and values are not: they are a gigabyte per chunk at 1.3B. A resumed run commits the kept chunks
+again, in one pass each, and its memory is the same bit for bit. A chunk is used only if its digest is that of what was
+written.
 """
 
 import hashlib
@@ -9,6 +10,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,77 +24,49 @@ log = logging.getLogger("context_forcing")
 
 FORMAT = 2
 WITHOUT_DIGEST = 1
-"""The format before, whose chunks have no digest."""
+"""The previous format. Its chunks have no digest."""
 DIGEST_KEY = "sha256"
 DTYPE = torch.float32
-"""Of every film (CausalSampler)."""
+"""The dtype of every chunk (CausalSampler)."""
 HEADER = "journal.json"
-OURS = re.compile(r"journal\.(json|part|json\.part)|chunk-\d+\.(safetensors|part|safetensors\.part)")
-CHUNK = re.compile(r"chunk-(\d+)\.safetensors")
+JOURNAL_FILE = re.compile(r"(journal\.json|chunk-\d+\.safetensors)(\.part)?|(journal|chunk-\d+)\.part")
+CHUNK_FILE = re.compile(r"chunk-(\d{6}|[1-9]\d{6,})\.safetensors")
 
 
 def journal_path(video: Path) -> Path:
-    """Where the journal of a video stands."""
+    """The folder of a video's journal."""
     return video.with_name(video.name + ".journal")
 
 
 class Journal:
-    """A folder of chunks under a header that says of which video."""
+    """A folder of chunks, and a header with all that the video depends on."""
 
-    def __init__(self, folder: Path, asked: dict, resume: bool, *, num_chunks: int, shape: tuple[int, ...]):
-        """Begin one, or with `resume` go on with the one that is there; `asked` is all that the video depends on.
+    def __init__(self, folder: Path, inputs: Mapping, resume: bool, *, num_chunks: int, shape: tuple[int, ...]):
+        """Begin a journal, or with `resume` continue the one in `folder`. `inputs` is all that the video depends on.
 
         The video has `num_chunks` chunks of one `shape`. With `resume`, the first chunk that is not what was written is
-        deleted with all that follow, and a warning says so: they are made again. Raises ValueError, one line, where
-        there is none to go on with, where one would be lost, or where it belongs to another video.
+        deleted with all later ones, and a warning names it. Raises ValueError, one line, if there is no journal to
+        resume, if one would be lost, or if it belongs to another video.
         """
         self.folder = folder
-        self.made: list[Tensor] = []
+        self.finished: list[Tensor] = []
         """Chunks of the earlier run, x0 [1, C, T, H, W]."""
-        asked = json.loads(json.dumps(asked))
-        self._video = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        inputs = json.loads(json.dumps(inputs))
+        self._video = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
         self._shape = shape
-        header = folder / HEADER
-        if not resume:
-            if header.exists() and self.begun:
-                raise ValueError(
-                    f"{folder}: holds an unfinished video; --resume goes on with it, delete the folder to begin anew"
-                )
-            if folder.exists():
-                if not folder.is_dir() or any(not OURS.fullmatch(path.name) for path in folder.iterdir()):
-                    raise ValueError(f"{folder}: is in the way of this video's journal; move or delete it")
-                shutil.rmtree(folder)
-            try:
-                folder.mkdir()
-                with atomic_path(header) as part:
-                    part.write_bytes(json.dumps({"format": FORMAT, **asked}, indent=1).encode())
-            except OSError as error:
-                raise ValueError(f"{folder}: cannot be written ({error.strerror})") from None
-            sync_folder(folder.parent)
-            return
-        if not header.exists():
-            raise ValueError(f"--resume: there is no journal {folder}; start without --resume")
-        try:
-            begun = json.loads(header.read_text(encoding="utf-8"))
-            differ = [name for name in asked if begun.get(name) != asked[name]]
-            if (written_as := begun.get("format")) not in (WITHOUT_DIGEST, FORMAT):
-                differ.insert(0, "format")
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{header}: damaged ({error}); delete {folder} to begin anew") from None
-        if differ:
-            raise ValueError(
-                f"--resume: {folder} was begun with another {', '.join(differ)}; give the same as then, or delete it"
-            )
-        self._take_over(num_chunks, has_digests=written_as == FORMAT)
+        if resume:
+            self._read_chunks(num_chunks, has_digests=self._check_header(inputs) == FORMAT)
+        else:
+            self._begin(inputs)
 
     @property
-    def begun(self) -> bool:
-        """Whether there is a chunk to go on from."""
+    def has_chunks(self) -> bool:
+        """Whether there is a chunk to resume from."""
         return self._path(0).exists()
 
     def keep(self, number: int, latents_BCTHW: Tensor) -> None:
-        """Write the chunk that is `number`-th of those made, unless it is there from an earlier run."""
-        if number >= len(self.made):
+        """Write the chunk with this number, counted from 0, unless it is there from an earlier run."""
+        if number >= len(self.finished):
             path, latents = self._path(number), latents_BCTHW.contiguous()
             try:
                 with atomic_path(path) as part:
@@ -101,39 +75,74 @@ class Journal:
                 raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
 
     def close(self) -> None:
-        """The video is whole: no journal is needed."""
+        """Delete the journal, because the video is whole."""
         shutil.rmtree(self.folder)
 
-    def _take_over(self, num_chunks: int, has_digests: bool) -> None:
-        """Read the chunks up to the first that cannot be trusted; delete the rest, last first, and say why."""
-        names = (CHUNK.fullmatch(path.name) for path in self.folder.iterdir())
-        there = sorted({int(name[1]) for name in names if name and self._path(int(name[1])).name == name[0]})
+    def _begin(self, inputs: Mapping) -> None:
+        folder, header = self.folder, self.folder / HEADER
+        if header.exists() and self.has_chunks:
+            raise ValueError(
+                f"{folder}: holds an unfinished video; continue it with --resume, or delete the folder to begin again"
+            )
+        if folder.exists():
+            if not folder.is_dir() or any(not JOURNAL_FILE.fullmatch(path.name) for path in folder.iterdir()):
+                raise ValueError(f"{folder}: is not a journal, but has the name of this video's; move or delete it")
+            shutil.rmtree(folder)
+        try:
+            folder.mkdir()
+            with atomic_path(header) as part:
+                part.write_bytes(json.dumps({"format": FORMAT, **inputs}, indent=1).encode())
+        except OSError as error:
+            raise ValueError(f"{folder}: cannot be written ({error.strerror})") from None
+        sync_folder(folder.parent)
+
+    def _check_header(self, inputs: Mapping) -> int:
+        """The format of the journal. Raises ValueError unless it can be resumed with these inputs."""
+        folder, path = self.folder, self.folder / HEADER
+        if not path.exists():
+            raise ValueError(f"--resume: there is no journal {folder}; start without --resume")
+        try:
+            header = json.loads(path.read_text(encoding="utf-8"))
+            given = {"format": header.get("format"), **inputs}
+            differ = [name for name in {**given, **header} if header.get(name) != given.get(name)]
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path}: damaged ({error}); delete {folder} to begin again") from None
+        if header.get("format") not in (WITHOUT_DIGEST, FORMAT):
+            differ.insert(0, "format")
+        if differ:
+            raise ValueError(
+                f"--resume: {folder} was begun with another {', '.join(differ)}; give the same as then, or delete it"
+            )
+        return header["format"]
+
+    def _read_chunks(self, num_chunks: int, has_digests: bool) -> None:
+        """Read the chunks up to the first that is not what was written; delete the rest, last first."""
+        names = (CHUNK_FILE.fullmatch(path.name) for path in self.folder.iterdir())
+        numbers = sorted(int(name[1]) for name in names if name)
         reason = f"the video has {num_chunks} chunks"
-        for number in there:
-            if number == num_chunks:
-                break
-            if number > len(self.made):
-                reason = f"{self._path(len(self.made)).name} is missing"
+        for number in numbers[:num_chunks]:
+            if number > len(self.finished):
+                reason = f"{self._path(len(self.finished)).name} is missing"
                 break
             try:
-                self.made.append(self._read(number, has_digests))
-            except _Untrusted as error:
+                self.finished.append(self._read(number, has_digests))
+            except _DamagedChunk as error:
                 reason = str(error)
                 break
-        if rest := there[len(self.made) :]:
-            again = "deleted" if len(self.made) == num_chunks else "made again"
-            log.warning("%s: %s; it and what follows it is %s", self._path(rest[0]), reason, again)
-        try:
-            for number in reversed(rest):
+        if rest := numbers[len(self.finished) :]:
+            result = "are deleted" if len(self.finished) == num_chunks else "are generated again"
+            log.warning("%s: %s; it and the later chunks %s", self._path(rest[0]), reason, result)
+        for number in reversed(rest):
+            try:
                 self._path(number).unlink()
-        except OSError as error:
-            raise ValueError(f"{self._path(number)}: cannot be deleted ({error.strerror})") from None
+            except OSError as error:
+                raise ValueError(f"{self._path(number)}: cannot be deleted ({error.strerror})") from None
 
     def _read(self, number: int, has_digests: bool) -> Tensor:
-        """Raises _Untrusted unless the chunk is what was written under this number for this video."""
+        """Raises _DamagedChunk unless the file holds what was written as this chunk of this video."""
         path = self._path(number)
         try:
-            # Not mapped: on Windows a mapped file cannot be deleted.
+            # Not mapped: Windows does not delete a mapped file.
             data = path.read_bytes()
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
@@ -141,21 +150,21 @@ class Journal:
             latents = load(data)["latents"]
             digest = _metadata(data).get(DIGEST_KEY)
         except (SafetensorError, LookupError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
-            raise _Untrusted(f"not a whole chunk ({error})") from None
+            raise _DamagedChunk(f"not a whole chunk ({error})") from None
         if latents.shape != self._shape or latents.dtype != DTYPE:
-            raise _Untrusted(
+            raise _DamagedChunk(
                 f"holds {latents.dtype} of shape {tuple(latents.shape)}, the video's chunks are {DTYPE}, {self._shape}"
             )
         if not latents.isfinite().all():
-            raise _Untrusted("holds values that are not finite")
+            raise _DamagedChunk("holds values that are not finite")
         if digest is None and has_digests:
-            raise _Untrusted("has no digest")
+            raise _DamagedChunk("has no digest")
         if digest is not None and digest != self._digest(number, latents):
-            raise _Untrusted("does not have the digest of this chunk: damaged, or another chunk")
+            raise _DamagedChunk("does not have the digest of this chunk: damaged, or another chunk")
         return latents
 
     def _digest(self, number: int, latents_BCTHW: Tensor) -> str:
-        """Of a chunk in its place: video, number, shape, type and every byte."""
+        """SHA-256 of the video, the number of the chunk, its shape, dtype and every byte."""
         sha = hashlib.sha256(f"{self._video} {number} {latents_BCTHW.dtype} {tuple(latents_BCTHW.shape)}".encode())
         sha.update(latents_BCTHW.flatten().view(torch.uint8).numpy())
         return sha.hexdigest()
@@ -164,10 +173,10 @@ class Journal:
         return self.folder / f"chunk-{number:06d}.safetensors"
 
 
-class _Untrusted(Exception):
-    """A chunk that is not what was written; says why."""
+class _DamagedChunk(Exception):
+    """A file does not hold the chunk that was written. The message is the reason."""
 
 
 def _metadata(data: bytes) -> dict[str, str]:
-    """Of a safetensors file."""
+    """The metadata of a safetensors file."""
     return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})

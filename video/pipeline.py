@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +20,12 @@ from ..model.config import StudentCard
 from ..model.fingerprint import fingerprint
 from ..model.network import Network, run_directly
 from ..model.offload import Offload
-from ..model.sampler import CausalSampler, SamplerOptions, chunks_for, make_sampler
+from ..model.sampler import CausalSampler, SamplerOptions, make_sampler
 from ..model.segment import generate_segment
 from ..model.units import latent_size, pixel_size
 from .frames import num_start_frames, to_pixels
 from .reading import VideoError, check_video, read_runs
-from .story import Story
+from .story import ResolvedStory
 
 log = logging.getLogger("context_forcing")
 
@@ -88,25 +88,24 @@ class Pipeline:
         return new_memory(config, width, height)
 
     @torch.inference_mode()
-    def sampler(
-        self, text_BLC: Tensor, on_pass: Callable[[], None] = lambda: None, options: SamplerOptions | None = None
-    ) -> CausalSampler:
-        """The student under a prompt's embeddings."""
-        network = dataclasses.replace(self.network, on_pass=on_pass)
-        return make_sampler(network, self.card, text_BLC, options or SamplerOptions(), self.fingerprint)
+    def sampler(self, text_BLC: Tensor, options: SamplerOptions | None = None) -> CausalSampler:
+        """The student under the text embeddings [1, L, C] of a prompt."""
+        return make_sampler(self.network, self.card, text_BLC, options or SamplerOptions(), self.fingerprint)
 
     def generate(
-        self, story: Story, memory: Memory, on_pass: Callable[[], None] = lambda: None, made: Iterable[Tensor] = ()
+        self,
+        story: ResolvedStory,
+        memory: Memory,
+        options: SamplerOptions | None = None,
+        finished: Iterable[Tensor] = (),
     ) -> Iterator[Memory]:
-        """Continue a memory by a story; yields the memory after every chunk. `made` are chunks of an earlier run."""
-        made = iter(made)
-        sampler_of = lambda text: self.sampler(text, on_pass)
-        for scene in story.segments:
-            chunks = chunks_for(scene.seconds, story.fps or self.card.fps, memory.config.chunk)
+        """Continue a memory by a story; yields the memory after every chunk. `finished` are x0 of an earlier run."""
+        finished = iter(finished)
+        for segment in story.segments:
             for memory in generate_segment(
-                sampler_of, memory, self.text_encoder.encode(scene.prompt), prompt=scene.prompt,
-                seed=story.seed if scene.seed is None else scene.seed, num_chunks=chunks, sigmas=self.card.sigmas,
-                change=scene.change, blend=scene.blend, made=made,
+                lambda text: self.sampler(text, options), memory, self.text_encoder.encode(segment.prompt),
+                prompt=segment.prompt, seed=segment.seed, num_chunks=segment.num_chunks, sigmas=self.card.sigmas,
+                change=segment.change, blend=segment.blend, made=finished,
             ):  # fmt: skip
                 yield memory
 

@@ -1,16 +1,20 @@
-"""A story: prompts with seconds, in YAML; what `context-forcing generate` takes."""
+"""Stories: prompts with seconds, read from YAML."""
 
 import dataclasses
+import logging
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from ..memory.fields import check_keys, checked_fields
 from ..memory.memory import CHANGES, Memory
+from ..model.config import StudentCard
 from ..model.sampler import chunks_for
 from ..model.units import check_size, latent_seconds, pixel_size
+
+log = logging.getLogger("context_forcing")
 
 MAX_SEED = 2**63 - 1
 MAX_BLEND = 1000
@@ -18,64 +22,88 @@ MAX_BLEND = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentSpec:
-    """One segment: a prompt and how long it lasts."""
+    """One segment as it is written: a prompt and how long it lasts."""
 
     prompt: str
     seconds: float
     seed: int | None = None
-    """None takes the story's."""
+    """None: the story's seed."""
     change: str = "keep"
-    """How the prompt takes over from the one before (memory.CHANGES)."""
+    """How the prompt replaces the one before: one of memory.CHANGES."""
     blend: int = 0
     """Chunks over which the text moves from the old prompt to this one."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResolvedSegment:
+    """One segment with every default filled in."""
+
+    prompt: str
+    seconds: float
+    """Of its whole chunks."""
+    num_chunks: int
+    seed: int
+    change: str
+    blend: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedStory:
+    """A story for one student and one memory, with every default filled in."""
+
+    segments: tuple[ResolvedSegment, ...]
+    size: tuple[int, int]
+    """Width and height in pixels."""
+    fps: float
+
+    @property
+    def num_chunks(self) -> int:
+        return sum(segment.num_chunks for segment in self.segments)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Story:
-    """Segments that continue each other over one memory."""
+    """Segments as they are written. They continue each other over one memory."""
 
     segments: tuple[SegmentSpec, ...]
     size: tuple[int, int] | None = None
-    """Width and height in pixels; None is what the student was trained with."""
+    """Width and height in pixels; None: those of the student's training."""
     fps: int | None = None
-    """None is what the student was trained with."""
+    """None: that of the student's training."""
     seed: int = 0
 
     def with_seed(self, seed: int) -> "Story":
         """The same story with one seed for all segments."""
-        segments = tuple(dataclasses.replace(scene, seed=None) for scene in self.segments)
+        segments = tuple(dataclasses.replace(segment, seed=None) for segment in self.segments)
         return dataclasses.replace(self, seed=seed, segments=segments)
 
-    def check_fits(self, memory: Memory, compact: bool) -> None:
-        """Raises ValueError for what a memory of this kind cannot do, before anything is made."""
-        for scene in self.segments if memory.latent_chunks else self.segments[1:]:
-            memory.check_change(scene.change)
-        if compact:
-            memory.check_supports("compact")
+    def resolve(self, card: StudentCard, memory: Memory) -> ResolvedStory:
+        """Fill in every default for a student and the memory that the video continues; round up to whole chunks.
 
-    def check_continues(self, memory: Memory, settings: Mapping[str, object]) -> None:
-        """Raises ValueError where a memory was made at another size, or with other `settings` of its config."""
-        width, height = pixel_size(memory.latent_size)
-        if self.size is not None and self.size != (width, height):
-            raise ValueError(f"size: the story says {list(self.size)}, the memory was made at {[width, height]}")
-        made = dataclasses.asdict(memory.config)
-        for name, value in settings.items():
-            if made[name] != value:
-                raise ValueError(
-                    f"{name}: {value} was asked for, the memory was made with {made[name]}; a memory keeps its settings"
-                )
-
-    def rounded(self, fps: float, chunk: int) -> Iterator[str]:
-        """A line for every segment that is longer than it says, because chunks are whole."""
-        a_chunk = latent_seconds(chunk, fps)
-        for i, scene in enumerate(self.segments):
-            seconds = chunks_for(scene.seconds, fps, chunk) * a_chunk
-            if abs(seconds - scene.seconds) > 1e-6:
-                yield f"segments[{i}]: {scene.seconds:g} s rounded up to {seconds:g} s, whole chunks of {a_chunk:g} s"
-
-    def num_chunks(self, fps: float, chunk: int) -> int:
-        """Chunks of all segments, each rounded up."""
-        return sum(chunks_for(scene.seconds, fps, chunk) for scene in self.segments)
+        Logs the segments that become longer. Raises ValueError if the memory has another size, or does not support the
+        change of a segment.
+        """
+        size, fps = pixel_size(memory.latent_size), self.fps or card.fps
+        if self.size not in (None, size):
+            raise ValueError(
+                f"size: the story has {list(self.size)}, the memory {list(size)}; remove it from the story"
+            )
+        chunk_seconds = latent_seconds(memory.config.chunk, fps)
+        segments = []
+        for i, segment in enumerate(self.segments):
+            if i or memory.latent_chunks:
+                memory.check_change(segment.change)
+            num_chunks = chunks_for(segment.seconds, fps, memory.config.chunk)
+            seconds = num_chunks * chunk_seconds
+            if abs(seconds - segment.seconds) > 1e-6:
+                log.info(
+                    "segments[%d]: %g s rounded up to %g s, whole chunks of %g s",
+                    i, segment.seconds, seconds, chunk_seconds,
+                )  # fmt: skip
+            seed = self.seed if segment.seed is None else segment.seed
+            values = {**vars(segment), "seed": seed, "seconds": seconds}
+            segments.append(ResolvedSegment(**values, num_chunks=num_chunks))
+        return ResolvedStory(segments=tuple(segments), size=size, fps=fps)
 
 
 def load_story(path: str | Path) -> Story:
@@ -94,57 +122,42 @@ def load_story(path: str | Path) -> Story:
 
 
 def parse_story(raw: object) -> Story:
-    """A story from plain values; raises ValueError."""
-    _check_keys("story", raw, Story)
-    segments = raw.get("segments")
+    """A story from plain values. Raises ValueError."""
+    values = check_keys(Story, raw, "story")
+    segments = values.get("segments")
     if not isinstance(segments, list) or not segments:
         raise ValueError("segments: give a list with at least one `prompt` and `seconds`")
-    story = Story(
+    return Story(
         segments=tuple(_segment(f"segments[{i}]", segment) for i, segment in enumerate(segments)),
-        size=_size(raw["size"]) if "size" in raw else None,
-        fps=_whole("fps", raw["fps"], 1, 240) if "fps" in raw else None,
-        seed=_whole("seed", raw.get("seed", 0), 0, MAX_SEED),
+        size=_size(values["size"]) if "size" in values else None,
+        fps=_integer("fps", values["fps"], 1, 240) if "fps" in values else None,
+        seed=_integer("seed", values.get("seed", 0), 0, MAX_SEED),
     )
-    return story
 
 
 def _segment(where: str, raw: object) -> SegmentSpec:
-    _check_keys(where, raw, SegmentSpec)
-    for name in ("prompt", "seconds"):
-        if name not in raw:
-            raise ValueError(f"{where}.{name}: missing")
-    prompt, seconds = raw["prompt"], raw["seconds"]
+    values = checked_fields(SegmentSpec, raw, where)
+    prompt, seconds, change = values["prompt"], values["seconds"], values.get("change", "keep")
     if not isinstance(prompt, str):
         raise ValueError(f"{where}.prompt: {prompt!r} is not text")
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
-        raise ValueError(f"{where}.seconds: {seconds!r} must be a number above 0")
-    seed = _whole(f"{where}.seed", raw["seed"], 0, MAX_SEED) if "seed" in raw else None
-    change = raw.get("change", "keep")
+        raise ValueError(f"{where}.seconds: {seconds!r} is not a number above 0")
     if change not in CHANGES:
         raise ValueError(f"{where}.change: {change!r} is not one of {', '.join(CHANGES)}")
-    blend = _whole(f"{where}.blend", raw.get("blend", 0), 0, MAX_BLEND)
-    return SegmentSpec(prompt=prompt, seconds=float(seconds), seed=seed, change=change, blend=blend)
+    _integer(f"{where}.seed", values.get("seed", 0), 0, MAX_SEED)
+    _integer(f"{where}.blend", values.get("blend", 0), 0, MAX_BLEND)
+    return SegmentSpec(**{**values, "seconds": float(seconds)})
 
 
 def _size(raw: object) -> tuple[int, int]:
     if not isinstance(raw, list) or len(raw) != 2:
-        raise ValueError(f"size: {raw!r} must be [width, height]")
-    width, height = (_whole("size", side, 1, 2**15) for side in raw)
+        raise ValueError(f"size: {raw!r} is not [width, height]")
+    width, height = (_integer("size", side, 1, 2**15) for side in raw)
     check_size(width, height)
     return width, height
 
 
-def _whole(name: str, value: object, least: int, most: int) -> int:
+def _integer(name: str, value: object, least: int, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ValueError(f"{name}: {value!r} must be a whole number from {least} to {most}")
+        raise ValueError(f"{name}: {value!r} is not a whole number from {least} to {most}")
     return value
-
-
-def _check_keys(where: str, raw: object, cls: type) -> None:
-    if not isinstance(raw, Mapping):
-        raise ValueError(
-            f"{where}: {raw!r} must be a mapping with {', '.join(f.name for f in dataclasses.fields(cls))}"
-        )
-    known = [f.name for f in dataclasses.fields(cls)]
-    if unknown := [key for key in raw if key not in known]:
-        raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(known)}")

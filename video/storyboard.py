@@ -1,4 +1,4 @@
-"""A storyboard: timed prompts in plain text, one line a segment.
+"""Storyboards: timed prompts in plain text, one line per segment.
 
     # comments and empty lines are ignored
     0:00 A meadow under a clear sky by day. The camera pans right.
@@ -6,35 +6,40 @@
     12.5 [cut seed=7] A desert. The camera pans left.
     0:20
 
-Times are m:ss, h:mm:ss or seconds, each with a fraction if wanted; the last line says where the video ends.
+Times are m:ss, h:mm:ss or seconds, optionally with a fraction. The last line is the time at which the video ends.
 """
 
+import itertools
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..model.sampler import MAX_SECONDS
-from ..model.units import FRAMES_PER_LATENT
+from ..model.units import latent_seconds
 from .story import CHANGES, MAX_BLEND, MAX_SEED, SegmentSpec, Story, load_story
 
-ERRORS_NAMED = 5
-TEXT_NAMED = 50
+MAX_ERRORS = 5
+"""Wrong lines that a message names."""
+MAX_TEXT = 50
+"""Characters of a line that a message quotes."""
 
 LINE = re.compile(r"(?P<time>[0-9:.]+)(?=[\s\[]|$)\s*(?:\[(?P<options>[^\]]*)\])?\s*(?P<prompt>.*)")
 TIME = re.compile(r"(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d+)?)", re.ASCII)
 NUMBER = re.compile(r"(seed|blend)=(\d+)", re.ASCII)
-MOST = {"seed": MAX_SEED, "blend": MAX_BLEND}
+MAXIMUM = {"seed": MAX_SEED, "blend": MAX_BLEND}
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoryboardLine:
-    """One line: when a prompt begins, and how."""
+    """One line: when a prompt begins, and how it replaces the one before."""
 
-    where: str
-    """The line's number and text, for messages."""
+    name: str
+    """The number and text of the line, for messages."""
     begins: float
-    """Seconds since the storyboard's beginning."""
+    """Seconds since the start of the storyboard."""
     prompt: str
     seed: int | None = None
     change: str = "keep"
@@ -43,68 +48,71 @@ class StoryboardLine:
 
 @dataclass(frozen=True, kw_only=True)
 class Storyboard:
-    """Cues as they were written; their times do not know of chunks yet."""
+    """Lines as they are written. Their times are not rounded to chunks."""
 
-    cues: tuple[StoryboardLine, ...]
+    lines: tuple[StoryboardLine, ...]
     ends: float
     """Seconds."""
 
 
 def parse_storyboard(text: str) -> Storyboard:
-    """Read timed lines. Raises ValueError, one line, that names the lines that are wrong and the remedy."""
+    """Read timed lines. Raises ValueError, one line, that names the wrong lines and the remedy."""
     numbered = ((number, raw.strip()) for number, raw in enumerate(text.removeprefix("\ufeff").split("\n"), 1))
     written = [(number, raw) for number, raw in numbered if raw and not raw.startswith("#")]
-    cues, wrong = [], []
-    for place, (number, raw) in enumerate(written):
-        where = _where(number, raw)
+    lines, errors = [], []
+    for number, raw in written:
+        name = _name(number, raw)
         try:
-            cue = _cue(where, raw)
-            _check_order(cue, cues[-1] if cues else None, place == 0, place == len(written) - 1)
-            cues.append(cue)
+            line = _line(name, raw)
+            _check_order(line, lines[-1] if lines else None, number == written[0][0], number == written[-1][0])
+            lines.append(line)
         except ValueError as error:
-            wrong.append(f"{where}: {error}")
-    if wrong:
-        raise ValueError(_joined(wrong))
-    if len(cues) < 2:
-        raise ValueError("storyboard: no prompt; write a line a segment, `0:00 A meadow.`, and a time at which it ends")
-    return Storyboard(cues=tuple(cues[:-1]), ends=cues[-1].begins)
+            errors.append(f"{name}: {error}")
+    _raise(errors)
+    if len(lines) < 2:
+        raise ValueError("storyboard: no prompt; write a line per segment, `0:00 A meadow.`, and the time of its end")
+    return Storyboard(lines=tuple(lines[:-1]), ends=lines[-1].begins)
 
 
 def chunk_story(storyboard: Storyboard, fps: float, chunk: int, seed: int = 0) -> Story:
-    """A storyboard for a student that makes `chunk` latent frames at a time: every time at the nearest whole chunk.
+    """A storyboard for a student with `chunk` latent frames per chunk. Every time is rounded to the nearest chunk.
 
-    Raises ValueError, one line, for segments that are left with none.
+    Raises ValueError, one line, for segments without a chunk.
     """
-    chunk_seconds = FRAMES_PER_LATENT * chunk / fps
-    times = [*(cue.begins for cue in storyboard.cues), storyboard.ends]
-    # Times are rounded, not lengths: so errors do not add up.
+    chunk_seconds = latent_seconds(chunk, fps)
+    times = [*(line.begins for line in storyboard.lines), storyboard.ends]
+    # Times are rounded, not lengths, so that errors do not add up.
     bounds = [math.floor(round(time / chunk_seconds, 6) + 0.5) for time in times]
-    lengths = [end - begin for begin, end in zip(bounds, bounds[1:])]
-    wrong = [
-        f"{cue.where}: {end - begin:g} s is too short for a whole chunk ({chunk_seconds:g} s); make it longer"
-        for cue, length, begin, end in zip(storyboard.cues, lengths, times, times[1:])
-        if length < 1
-    ]
-    if wrong:
-        raise ValueError(_joined(wrong))
-    scenes = (
-        SegmentSpec(
-            prompt=cue.prompt, seconds=length * chunk_seconds, seed=cue.seed, change=cue.change, blend=cue.blend
+    segments, errors = [], []
+    for line, (first, last), (begins, ends) in zip(
+        storyboard.lines, itertools.pairwise(bounds), itertools.pairwise(times)
+    ):
+        if first == last:
+            errors.append(
+                f"{line.name}: {ends - begins:g} s is too short for a whole chunk ({chunk_seconds:g} s); make it longer"
+            )
+        segments.append(
+            SegmentSpec(
+                prompt=line.prompt,
+                seconds=(last - first) * chunk_seconds,
+                seed=line.seed,
+                change=line.change,
+                blend=line.blend,
+            )
         )
-        for cue, length in zip(storyboard.cues, lengths)
-    )  # fmt: skip
-    return Story(segments=tuple(scenes), seed=seed)
+    _raise(errors)
+    return Story(segments=tuple(segments), seed=seed)
 
 
 def write_storyboard(story: Story) -> str:
-    """The storyboard of a story: what `parse_storyboard` reads."""
+    """The storyboard of a story, as `parse_storyboard` reads it."""
     lines, time = [], 0.0
-    for scene in story.segments:
-        options = [scene.change] if scene.change != "keep" or scene.prompt.startswith("[") else []
-        options += [f"blend={scene.blend}"] if scene.blend else []
-        options += [] if scene.seed is None else [f"seed={scene.seed}"]
-        lines.append(" ".join([_clock(time), *([f"[{' '.join(options)}]"] if options else []), scene.prompt]))
-        time += scene.seconds
+    for segment in story.segments:
+        options = [segment.change] if segment.change != "keep" or segment.prompt.startswith("[") else []
+        options += [f"blend={segment.blend}"] if segment.blend else []
+        options += [] if segment.seed is None else [f"seed={segment.seed}"]
+        lines.append(" ".join([_clock(time), *([f"[{' '.join(options)}]"] if options else []), segment.prompt]))
+        time += segment.seconds
     return "\n".join([*lines, _clock(time)])
 
 
@@ -114,66 +122,64 @@ def read_story(path: str | Path, fps: float, chunk: int) -> Story:
     if path.suffix.lower() != ".txt":
         return load_story(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        return chunk_story(parse_storyboard(path.read_text(encoding="utf-8")), fps, chunk)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8 text") from None
-    try:
-        return chunk_story(parse_storyboard(text), fps, chunk)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _cue(where: str, raw: str) -> StoryboardLine:
-    found = LINE.fullmatch(raw)
-    if not found:
+def _line(name: str, raw: str) -> StoryboardLine:
+    match = LINE.fullmatch(raw)
+    if not match:
         raise ValueError("it must begin with a time, 0:06, 1:02:03 or 12.5")
-    begins, prompt = _seconds(found["time"]), found["prompt"]
-    if found["options"] is None and prompt.startswith("["):
+    begins, prompt = _seconds(match["time"]), match["prompt"]
+    if match["options"] is None and prompt.startswith("["):
         raise ValueError("the bracket is not closed; put ] before the prompt")
-    return StoryboardLine(where=where, begins=begins, prompt=prompt, **_options(found["options"] or ""))
+    return StoryboardLine(name=name, begins=begins, prompt=prompt, **_options(match["options"] or ""))
 
 
-def _seconds(written: str) -> float:
-    found = TIME.fullmatch(written)
-    if not found:
-        raise ValueError(f"{written} is not a time; write 0:06, 1:02:03 or 12.5")
-    hours, minutes, seconds = found[1], found[2], found[3]
-    short = minutes is not None and (float(seconds) >= 60 or len(seconds.split(".")[0]) != 2)
-    if short or (hours is not None and (float(minutes) >= 60 or len(minutes) != 2)):
-        raise ValueError(f"{written} is not a time; after a colon come two digits below 60")
+def _seconds(text: str) -> float:
+    match = TIME.fullmatch(text)
+    if not match:
+        raise ValueError(f"{text} is not a time; write 0:06, 1:02:03 or 12.5")
+    hours, minutes, seconds = match[1] or "", match[2] or "", match[3]
+    after_colon = [minutes] * bool(hours) + [seconds.split(".")[0]] * bool(minutes)
+    if any(len(digits) != 2 or int(digits) >= 60 for digits in after_colon):
+        raise ValueError(f"{text} is not a time; two digits below 60 follow a colon")
     time = float(hours or 0) * 3600 + float(minutes or 0) * 60 + float(seconds)
     if time >= MAX_SECONDS:
-        raise ValueError(f"{written} is too late; it must be below {MAX_SECONDS:g} seconds")
+        raise ValueError(f"{text} is too late; it must be below {MAX_SECONDS:g} seconds")
     return time
 
 
-def _options(written: str) -> dict[str, str | int]:
-    """Words in brackets -> fields of a Cue."""
-    options = {}
-    for word in written.split():
-        number = NUMBER.fullmatch(word)
-        if not number and word not in CHANGES:
-            raise ValueError(f"[{word}] is not known; it can be {', '.join(CHANGES)}, seed=N or blend=N")
-        name, value = (number[1], int(number[2])) if number else ("change", word)
+def _options(text: str) -> dict[str, Any]:
+    """Words in brackets -> fields of a StoryboardLine."""
+    options: dict[str, Any] = {}
+    for word in text.split():
+        match = NUMBER.fullmatch(word)
+        if not match and word not in CHANGES:
+            raise ValueError(f"[{word}] is not known; options are {', '.join(CHANGES)}, seed=N and blend=N")
+        name, value = (match[1], int(match[2])) if match else ("change", word)
         if name in options:
-            raise ValueError(f"[{word}] is the second {name}; leave one")
-        if number and value > MOST[name]:
-            raise ValueError(f"[{word}] is too large; {name} is at most {MOST[name]}")
+            raise ValueError(f"[{word}] is the second {name}; remove one")
+        if match and int(match[2]) > MAXIMUM[name]:
+            raise ValueError(f"[{word}] is too large; {name} is at most {MAXIMUM[name]}")
         options[name] = value
     return options
 
 
-def _check_order(cue: StoryboardLine, before: StoryboardLine | None, is_first: bool, is_last: bool) -> None:
-    if is_first and cue.begins != 0:
+def _check_order(line: StoryboardLine, before: StoryboardLine | None, is_first: bool, is_last: bool) -> None:
+    if is_first and line.begins != 0:
         raise ValueError("the first time must be 0:00")
-    if before is not None and cue.begins <= before.begins:
-        raise ValueError(f"times must rise, and a line before begins at {_clock(before.begins)}")
-    if is_last and cue.prompt:
-        raise ValueError(f"its end is missing; add a last line with only a time, like {_clock(cue.begins + 6)}")
-    if not is_last and not cue.prompt:
-        raise ValueError("it has no prompt; write one behind the time (only the last line has none)")
+    if before is not None and line.begins <= before.begins:
+        raise ValueError(f"times must rise, and a line before it begins at {_clock(before.begins)}")
+    if is_last and line.prompt:
+        raise ValueError(f"the end is missing; add a last line with only a time, like {_clock(line.begins + 6)}")
+    if not is_last and not line.prompt:
+        raise ValueError("the prompt is missing; only the last line has none")
 
 
 def _clock(seconds: float) -> str:
@@ -184,11 +190,13 @@ def _clock(seconds: float) -> str:
     return f"{minutes}:{left:02}" + (f".{fraction:06}".rstrip("0") if fraction else "")
 
 
-def _where(number: int, raw: str) -> str:
+def _name(number: int, raw: str) -> str:
     text = " ".join(raw.split())
-    return f'line {number} ("{text if len(text) <= TEXT_NAMED else text[: TEXT_NAMED - 3] + "..."}")'
+    return f'line {number} ("{text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 3] + "..."}")'
 
 
-def _joined(wrong: list[str]) -> str:
-    more = len(wrong) - ERRORS_NAMED
-    return "; ".join(wrong[:ERRORS_NAMED]) + (f"; and {more} more" if more > 0 else "")
+def _raise(errors: Sequence[str]) -> None:
+    """Raises ValueError, one line, unless there are no errors."""
+    if errors:
+        more = f"; and {len(errors) - MAX_ERRORS} more" if len(errors) > MAX_ERRORS else ""
+        raise ValueError("; ".join(errors[:MAX_ERRORS]) + more)

@@ -149,10 +149,28 @@ def test_the_film_depends_on_seed_prompt_and_memory_settings(generate, tmp_path)
     assert not torch.equal(film({**STORY, "segments": [{"prompt": "snow at night", "seconds": 6}]}), base)
 
 
-def test_rounding_is_told(generate):
+def test_sampler_options(generate, tmp_path):
+    """Where keys and values are does not change the latents; what the commit pass attends to does."""
+
+    def latents(*options):
+        path = tmp_path / "memory.safetensors"
+        code, err, _ = generate(told(3), "film.mp4", "--memory-out", path, "--scale", 1, *options)
+        assert code == 0, err
+        return load_file(path)["film"]
+
+    base = latents()
+    for placement in ("at once", "by layer", "from RAM"):
+        assert torch.equal(latents("--kv-placement", placement), base)
+    assert torch.equal(latents("--attention", "sdpa", "--commit-attends", "all"), base)
+    assert not torch.equal(latents("--commit-attends", "no sink"), base)
+    assert not torch.equal(latents("--commit-attends", "fast only"), base)
+
+
+def test_rounding_is_told(generate, caplog):
+    caplog.set_level("INFO", "context_forcing")
     code, err, out = generate(told(0.75, 1.0))
     assert code == 0, err
-    assert "segments[1]: 1 s rounded up to 1.5 s" in " ".join(err.split()) and "segments[0]" not in err
+    assert "segments[1]: 1 s rounded up to 1.5 s" in caplog.text and "segments[0]" not in caplog.text
     assert len(frames_of(out)[1]) == 9 + 24
 
 
@@ -192,9 +210,9 @@ def test_a_saved_memory_is_reported(generate, run, student, tmp_path):
 REPORT_MISTAKES = {
     "no such memory": ("none.memory", ["-o", "r.png"], "none.memory: no such file"),
     "no memory": ("text.memory", ["-o", "r.png"], "text.memory: not a whole safetensors file"),
-    "no png": ("kept.memory", ["-o", "r.jpg"], "--output: r.jpg must end in .png"),
+    "no png": ("kept.memory", ["-o", "r.jpg"], "--output: r.jpg does not end in .png"),
     "no folder": ("kept.memory", ["-o", "nowhere/r.png"], "--output: nowhere/r.png"),
-    "no fps": ("kept.memory", ["-o", "r.png", "--fps", "0"], "--fps: 0 must be above 0"),
+    "no fps": ("kept.memory", ["-o", "r.png", "--fps", "0"], "--fps: 0 is not a number above 0"),
     "another's attention": ("kept.memory", ["-o", "r.png", "--attention"], "made by another student"),
     "nothing to look at": ("empty.memory", ["-o", "r.png", "--attention"], "nothing was made on it yet"),
 }
@@ -243,6 +261,9 @@ BAD_OPTIONS = {
     "output folder missing": (["-o", "missing/film.mp4"], ["output", "missing/film.mp4"]),
     "bad policy": (["--policy", "newest"], ["policy", "newest"]),
     "bad memory": (["--memory", "goldfish"], ["memory", "goldfish", "longlive"]),
+    "bad attention": (["--attention", "best"], ["attention", "best", "sage"]),
+    "bad commit": (["--commit-attends", "none"], ["commit_attends", "none", "fast only"]),
+    "bad placement": (["--kv-placement", "disk"], ["kv_placement", "disk", "from RAM"]),
     "bad device": (["--device", "tpu"], ["device", "tpu"]),
     "bad dtype": (["--dtype", "fp16"], ["dtype", "fp16"]),
     "too much slow": (["--slow", "100"], ["window", "100"]),

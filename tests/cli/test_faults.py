@@ -89,7 +89,7 @@ def stopped(finished, tmp_path):
 def test_a_film_that_was_not_written_goes_on(generate, whole, ffmpeg_that, monkeypatch, tmp_path, does, words):
     ffmpeg_that(*does)
     code, said = generate()
-    assert code == 2 and words in said and "film.mp4" in said and "--resume goes on" in said
+    assert code == 2 and words in said and "film.mp4" in said and "--resume continues it" in said
     assert "Traceback" not in said and "frames, " not in said.partition("error:")[2]
     assert {path.name for path in tmp_path.iterdir()} == {"story.yaml", "film.mp4.journal"}
     monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
@@ -143,7 +143,7 @@ def test_a_damaged_journal_gives_the_same_film(generate, whole, stopped, tmp_pat
 
 def test_a_journal_that_is_whole_is_taken_as_it_is(generate, whole, stopped, tmp_path, caplog, monkeypatch):
     made = []
-    monkeypatch.setattr(Journal, "keep", lambda self, number, latents: made.append(number >= len(self.made)))
+    monkeypatch.setattr(Journal, "keep", lambda self, number, latents: made.append(number >= len(self.finished)))
     assert generate("--resume")[0] == 0
     assert (tmp_path / "film.mp4").read_bytes() == whole and made == [False] * 8
     assert not [record for record in caplog.records if "chunk" in record.message]

@@ -61,7 +61,7 @@ def test_the_journal_and_the_memory_keep_what_was_finished(generate, save, tmp_p
     broken = lambda seed, size: lambda frame, step: seeded_noise(seed, size)(frame, step) * (NAN if frame >= 6 else 1)
     monkeypatch.setattr("context_forcing.model.segment.seeded_noise", broken)
     code, said = generate(3)
-    assert code == 2 and "error: chunk 3 (latent frames 6-8), step 1 " in said and "--resume goes on" in said
+    assert code == 2 and "error: chunk 3 (latent frames 6-8), step 1 " in said and "--resume continues it" in said
     journal = tmp_path / "film.mp4.journal"
     assert sorted(path.name for path in journal.glob("chunk-*")) == [f"chunk-00000{n}.safetensors" for n in (0, 1)]
     assert (

@@ -89,7 +89,7 @@ def test_resume_wants_the_same_video(tmp_path, save_student):
     process.kill()
     process.wait()
     code, said = generate(tmp_path, "film")
-    assert code == 2 and "holds an unfinished video; --resume goes on with it" in said
+    assert code == 2 and "holds an unfinished video; continue it with --resume" in said
     code, said = generate(tmp_path, "film", "--resume", "--slow", "3")
     assert code == 2 and "another memory" in said
     student = StudentSource().open()

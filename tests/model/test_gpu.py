@@ -21,7 +21,7 @@ STORY = parse_story({"segments": [{"prompt": "A meadow. The camera pans right.",
 def film(device, dtype):
     pipeline = Pipeline.load(StudentSource().open(), torch.device(device), dtype)
     memory = pipeline.empty_memory()
-    for memory in pipeline.generate(STORY, memory):
+    for memory in pipeline.generate(STORY.resolve(pipeline.card, memory), memory):
         pass
     pixels = torch.cat(list(pipeline.decode(memory.latent_chunks)), dim=2).cpu()
     return torch.cat(memory.latent_chunks, dim=2), pixels

@@ -34,7 +34,8 @@ def test_results_are_those_without_bit_for_bit(student, same_memory):
     made = []
     for offload in (False, True):
         pipeline = Pipeline.load(StudentSource(student).open(), CPU, torch.float32, offload=offload)
-        *_, memory = pipeline.generate(STORY, pipeline.empty_memory())
+        empty = pipeline.empty_memory()
+        *_, memory = pipeline.generate(STORY.resolve(pipeline.card, empty), empty)
         made.append(memory)
     assert same_memory(*made)
 
@@ -57,7 +58,8 @@ def test_every_pass_over_a_block_runs_on_copies_of_its_weights(student):
         return call(module, inside, *args)
 
     pipeline = dataclasses.replace(pipeline, network=dataclasses.replace(pipeline.network, run=watched))
-    next(pipeline.generate(STORY, pipeline.empty_memory()))
+    empty = pipeline.empty_memory()
+    next(pipeline.generate(STORY.resolve(pipeline.card, empty), empty))
     # The prompt's keys, two denoising steps and the commit pass.
     assert used == [0, 1, 2] * 4
     assert own == {weight.data_ptr() for weight in pipeline.network.net.blocks.parameters()}, "they are back"
@@ -87,6 +89,7 @@ def test_on_a_gpu_too(student, same_memory):
         assert {weight.device.type for weight in pipeline.network.net.blocks.parameters()} == {
             "cpu" if offload else "cuda"
         }
-        *_, memory = pipeline.generate(STORY, pipeline.empty_memory())
+        empty = pipeline.empty_memory()
+        *_, memory = pipeline.generate(STORY.resolve(pipeline.card, empty), empty)
         made.append(memory.to("cpu", torch.float32))
     assert same_memory(*made)

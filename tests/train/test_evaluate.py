@@ -55,7 +55,8 @@ def generated(pipeline, memory, style, seed, moves):
     """The film of a script as `context-forcing generate` makes it."""
     runs = [(move, len(list(run))) for move, run in itertools.groupby(moves)]
     segments = tuple(Segment(prompt=caption(style, move), seconds=0.75 * count) for move, count in runs)
-    for memory in pipeline.generate(Story(segments=segments, seed=seed), memory):
+    story = Story(segments=segments, seed=seed).resolve(pipeline.card, memory)
+    for memory in pipeline.generate(story, memory):
         pass
     return memory
 

@@ -29,5 +29,6 @@ def test_every_stage_from_one_script(tmp_path):
     assert (card.stage, card.train_steps) == ("contextual", 4 + 4 + 4), "pretrain, local, contextual"
     pipeline = Pipeline.load(StudentSource(student).open(), torch.device("cpu"), torch.float32)
     scene = SegmentSpec(prompt="A meadow by day. The camera stays.", seconds=0.75)
-    (memory,) = pipeline.generate(Story(segments=(scene,)), pipeline.empty_memory())
+    empty = pipeline.empty_memory()
+    (memory,) = pipeline.generate(Story(segments=(scene,)).resolve(pipeline.card, empty), empty)
     assert memory.latent_chunks[0].isfinite().all() and memory.latent_chunks[0].std() > 0

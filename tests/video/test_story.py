@@ -1,10 +1,15 @@
 """Stories: read as written, or refused by field, value and remedy."""
 
+import dataclasses
+
 import pytest
 
+from context_forcing.memory import MemoryConfig, empty_memory
+from context_forcing.memory.config import MEMORY_PRESETS
 from context_forcing.model.codecs.demo_text import canonical_words, encode_demo_text, unknown_words
+from context_forcing.model.config import StudentCard
 from context_forcing.model.units import check_size
-from context_forcing.video.story import MAX_SEED, SegmentSpec, load_story, parse_story
+from context_forcing.video.story import MAX_SEED, ResolvedSegment, SegmentSpec, load_story, parse_story
 
 SCENE = {"prompt": "a meadow", "seconds": 3}
 
@@ -22,8 +27,25 @@ def test_a_whole_story():
     )
     assert (story.size, story.fps, story.seed) == ((128, 64), 24, 5)
     assert story.segments == (SegmentSpec(prompt="a meadow", seconds=3.0), SegmentSpec(prompt="", seconds=0.5, seed=9))
-    assert story.num_chunks(16, 3) == 4 + 1
     assert parse_story({"segments": [SCENE]}).size is None
+
+
+def test_a_resolved_story_has_every_default(caplog):
+    caplog.set_level("INFO", "context_forcing")
+    card, memory = StudentCard(base="demo", fps=16, size=(48, 32)), empty_memory(MemoryConfig(), (16, 4, 6))
+    story = parse_story({"seed": 5, "segments": [SCENE, {**SCENE, "seconds": 1, "seed": 9, "change": "cut"}]})
+    resolved = story.resolve(card, memory)
+    assert (resolved.size, resolved.fps, resolved.num_chunks) == ((48, 32), 16, 4 + 2)
+    first, second = resolved.segments
+    assert first == ResolvedSegment(prompt="a meadow", seconds=3, num_chunks=4, seed=5, change="keep", blend=0)
+    assert (second.seconds, second.num_chunks, second.seed, second.change) == (1.5, 2, 9, "cut")
+    assert caplog.messages == ["segments[1]: 1 s rounded up to 1.5 s, whole chunks of 0.75 s"]
+    assert dataclasses.replace(story, fps=12).resolve(card, memory).segments[1].seconds == 1
+    with pytest.raises(ValueError, match=r"size: the story has \[32, 48\], the memory \[48, 32\]"):
+        dataclasses.replace(story, size=(32, 48)).resolve(card, memory)
+    released = empty_memory(MEMORY_PRESETS["released"], (16, 4, 6))
+    with pytest.raises(ValueError, match="change: cut"):
+        story.resolve(card, released)
 
 
 def test_with_seed_replaces_every_seed():

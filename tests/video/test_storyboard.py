@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from context_forcing.memory import MemoryConfig, empty_memory
 from context_forcing.memory.memory import CHANGES
 from context_forcing.model.codecs.demo_text import unknown_words
+from context_forcing.model.config import StudentCard
 from context_forcing.model.sampler import chunks_for
-from context_forcing.model.units import FRAMES_PER_LATENT
+from context_forcing.model.units import latent_seconds
 from context_forcing.video.story import MAX_BLEND, MAX_SEED, SegmentSpec, load_story
 from context_forcing.video.storyboard import StoryboardLine, chunk_story, parse_storyboard, read_story, write_storyboard
 
@@ -29,12 +31,12 @@ def refused(text, fps=16, chunk=3):
     return str(caught.value)
 
 
-def cues(text):
-    return [(cue.begins, cue.prompt, cue.change, cue.blend, cue.seed) for cue in parse_storyboard(text).cues]
+def lines_of(text):
+    return [(line.begins, line.prompt, line.change, line.blend, line.seed) for line in parse_storyboard(text).lines]
 
 
 def test_a_whole_storyboard():
-    assert cues(TEXT) == [
+    assert lines_of(TEXT) == [
         (0, "A meadow. The camera pans right.", "keep", 0, None),
         (6, "A meadow at dusk: 3 [sic] birds # and a hash", "recache", 2, None),
         (12.5, "A desert.", "cut", 0, 7),
@@ -60,7 +62,7 @@ def test_times(written, seconds):
     if seconds is None:
         assert refused(text).startswith(f'line 2 ("{written[:47]}')
     else:
-        assert [begins for begins, *_ in cues(text)] == [0, seconds]
+        assert [begins for begins, *_ in lines_of(text)] == [0, seconds]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -69,7 +71,7 @@ def test_times(written, seconds):
     [("{}", 0, None), ("{} blend=3", 3, None), ("seed=4  {}", 0, 4), (" blend=1000 seed=0 {} ", 1000, 0)],
 )
 def test_every_mode_in_any_order(change, options, blend, seed):
-    ((*_, told, told_blend, told_seed),) = cues(f"0 [{options.format(change)}] A meadow.\n3")
+    ((*_, told, told_blend, told_seed),) = lines_of(f"0 [{options.format(change)}] A meadow.\n3")
     assert (told, told_blend, told_seed) == (change, blend, seed)
 
 
@@ -79,11 +81,11 @@ def test_every_mode_in_any_order(change, options, blend, seed):
         ("A meadow.", ["it must begin with a time", "0:06"]),
         ("[cut] 0:06 A meadow.", ["it must begin with a time"]),
         ("0:06A meadow.", ["it must begin with a time"]),
-        ("0:75 A meadow.", ["0:75 is not a time", "two digits below 60"]),
-        ("1:2 A meadow.", ["1:2 is not a time", "two digits below 60"]),
+        ("0:75 A meadow.", ["0:75 is not a time", "two digits below 60 follow"]),
+        ("1:2 A meadow.", ["1:2 is not a time", "two digits below 60 follow"]),
         ("1..2 A meadow.", ["1..2 is not a time", "12.5"]),
         ("30000000 A meadow.", ["30000000 is too late"]),
-        ("0:06 [wipe] A meadow.", ["[wipe] is not known", "keep, recache, flush", "seed=N or blend=N"]),
+        ("0:06 [wipe] A meadow.", ["[wipe] is not known", "keep, recache, flush", "seed=N and blend=N"]),
         ("0:06 [cut, seed=3] A meadow.", ["[cut,] is not known"]),
         ("0:06 [seed=-1] A meadow.", ["[seed=-1] is not known"]),
         ("0:06 [cut flush] A meadow.", ["[flush] is the second change"]),
@@ -92,8 +94,8 @@ def test_every_mode_in_any_order(change, options, blend, seed):
         (f"0:06 [seed={MAX_SEED + 1}] A meadow.", [f"seed is at most {MAX_SEED}"]),
         (f"0:06 [blend={MAX_BLEND + 1}] A meadow.", [f"blend is at most {MAX_BLEND}"]),
         ("0:06 [cut A meadow.", ["the bracket is not closed"]),
-        ("0:06", ["it has no prompt", "only the last line has none"]),
-        ("0:06 [cut]", ["it has no prompt"]),
+        ("0:06", ["the prompt is missing", "only the last line has none"]),
+        ("0:06 [cut]", ["the prompt is missing"]),
         ("0:03 A meadow.", ["times must rise", "begins at 0:03"]),
         ("0:02 A meadow.", ["times must rise", "begins at 0:03"]),
     ],
@@ -110,12 +112,12 @@ def test_the_first_time_is_zero():
 
 def test_a_missing_end_is_asked_for():
     message = refused("0:00 A meadow.\n1:57 A desert.")
-    assert message == 'line 2 ("1:57 A desert."): its end is missing; add a last line with only a time, like 2:03'
+    assert message == 'line 2 ("1:57 A desert."): the end is missing; add a last line with only a time, like 2:03'
 
 
 @pytest.mark.parametrize("text", ["", "\n# nothing\n", "0:00", "\ufeff"])
 def test_nothing_to_tell(text):
-    assert refused(text).startswith("storyboard: no prompt; write a line a segment")
+    assert refused(text).startswith("storyboard: no prompt; write a line per segment")
 
 
 def test_five_lines_are_named_at_most():
@@ -135,7 +137,7 @@ def test_a_segment_without_a_chunk_is_named():
 @pytest.mark.parametrize("fps, chunk", [(16, 3), (24, 3), (30, 1), (23.976, 3), (12.5, 4), (7, 5)])
 def test_rounding_does_not_drift(fps, chunk):
     random.seed(fps)
-    piece = FRAMES_PER_LATENT * chunk / fps
+    piece = latent_seconds(chunk, fps)
     for _ in range(200):
         times, time = [0.0], 0.0
         for _ in range(random.randint(1, 60)):
@@ -159,7 +161,7 @@ def test_half_chunks_go_up():
 def test_what_is_written_is_read_again():
     random.seed(3)
     for fps, chunk in ((16, 3), (24, 2), (30, 3)):
-        piece = FRAMES_PER_LATENT * chunk / fps
+        piece = latent_seconds(chunk, fps)
         for _ in range(100):
             lines, time = [], 0
             for _ in range(random.randint(1, 20)):
@@ -186,7 +188,7 @@ def test_files(tmp_path):
 
 @pytest.mark.parametrize(
     "content, says",
-    [(b"0:00 A meadow.", "its end is missing"), (b"\xff\xfe\x00\xd8", "not UTF-8"), (b"", "no prompt"), (None, "read")],
+    [(b"0:00 A meadow.", "the end is missing"), (b"\xff\xfe\x00\xd8", "not UTF-8"), (b"", "no prompt"), (None, "read")],
 )
 def test_bad_files(tmp_path, content, says):
     path = tmp_path / "story.txt"
@@ -198,12 +200,15 @@ def test_bad_files(tmp_path, content, says):
 
 def test_the_sample():
     story = read_story(Path(__file__).parents[2] / "workflows" / "stories" / "storyboard.txt", 16, 3)
-    assert len(story.segments) == 8 and story.num_chunks(16, 3) == 40
+    assert (
+        len(story.segments) == 8
+        and story.resolve(StudentCard(base="demo"), empty_memory(MemoryConfig(), (16, 8, 16))).num_chunks == 40
+    )
     assert not any(unknown_words(scene.prompt) for scene in story.segments)
 
 
-def test_a_cue_knows_its_line():
-    first = parse_storyboard(TEXT).cues[0]
+def test_a_line_has_its_number_and_text():
+    first = parse_storyboard(TEXT).lines[0]
     assert first == StoryboardLine(
-        where='line 4 ("0:00 A meadow. The camera pans right.")', begins=0, prompt=first.prompt
+        name='line 4 ("0:00 A meadow. The camera pans right.")', begins=0, prompt=first.prompt
     )

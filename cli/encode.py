@@ -1,0 +1,56 @@
+"""`context-forcing encode`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from .console import progress_bar, say
+from .options import Device
+
+SOURCE = """A folder of videos, each with a caption in a .txt beside it; a .csv or .tsv with columns path, caption
+and optionally start and end in seconds; or a .txt with a prompt per line."""
+MODEL = "`demo`, or a local copy of Wan-AI/Wan2.1-T2V-1.3B-Diffusers (vae, text_encoder, tokenizer)."
+SIZE = "WIDTHxHEIGHT, multiples of 16. Default: 128x64 for the demo, 832x480 for Wan."
+MAX_SKIPPED = 20
+"""Skipped sources that are printed."""
+
+
+def encode(
+    source: Annotated[Path, Argument(help=SOURCE)],
+    output: Annotated[Path, Option("--output", "-o", help="Folder of the set; a set begun there is continued.")],
+    model: Annotated[str, Option(help=MODEL)] = "demo",
+    size: Annotated[str | None, Option(help=SIZE)] = None,
+    fps: Annotated[int, Option(min=1, help="Frames per second that videos are resampled to.")] = 16,
+    frames: Annotated[int, Option(min=1, help="Latent frames of a clip; 42 are 165 frames, 10.3 s.")] = 42,
+    max_clips: Annotated[int | None, Option(min=1, help="Stop when the set has this many clips.")] = None,
+    dtype: Annotated[str, Option(help="Dtype of the stored latents: fp16 or bf16.")] = "fp16",
+    shard_mb: Annotated[int, Option(min=1, help="Megabytes of a shard.")] = 256,
+    device: Device = "auto",
+    retry: Annotated[bool, Option("--retry", help="Try skipped videos again.")] = False,
+) -> None:
+    """Encode videos with captions, or prompts, into a training set of latents and text embeddings."""
+    from ..train.data.encode import EncodeSettings, SetEncoder, parse_size
+
+    settings = EncodeSettings(
+        model=model,
+        size=None if size is None else parse_size(size),
+        fps=fps,
+        frames=frames,
+        max_clips=max_clips,
+        dtype=dtype,
+        shard_mb=shard_mb,
+        device=device,
+        retry=retry,
+    )
+    encoder = SetEncoder(source, output, settings)
+    with progress_bar() as bar:
+        task = bar.add_task("encode", total=len(encoder.sources), note="")
+        note = lambda so_far: f"{so_far.clips} clips  {len(so_far.skipped)} skipped"
+        summary = encoder.run(lambda finished, so_far: bar.update(task, completed=finished, note=note(so_far)))
+    for name, reason in list(summary.skipped.items())[:MAX_SKIPPED]:
+        say(f"skipped {name}: {reason}")
+    say(
+        f"{output}: {summary.clips} clips ({summary.new_clips} new) of {summary.through} sources,"
+        f" {len(summary.skipped)} skipped; the manifest lists all"
+    )

@@ -1,0 +1,53 @@
+"""`context-forcing evaluate`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from rich.console import Console
+from typer import Option
+
+from .console import console
+from .options import Device, Dtype
+
+OUTPUT = "Folder for JSON, plots and filmstrips; results that are there are kept."
+COMPARE = "Another student on the same scenes and noise, FILE or FILE=policy,policy. Repeatable."
+GAPS = "Chunks for which the camera looks elsewhere before it returns; empty: none."
+VIDEO = "Measure this video by --clip and --dino; no option above applies. Repeatable."
+
+
+def evaluate(
+    output: Annotated[Path, Option("--output", "-o", help=OUTPUT)],
+    student: Annotated[str, Option(help="`demo`, or a student file.")] = "demo",
+    compare: Annotated[list[str] | None, Option(help=COMPARE)] = None,
+    policies: Annotated[str, Option(help="novel, clean, fifo, uniform, none (no slow memory).")] = "novel,clean,none",
+    rollouts: Annotated[int, Option(min=2, help="Scenes per seed.")] = 12,
+    gaps: Annotated[str, Option(help=GAPS)] = "8,24",
+    minutes: Annotated[float, Option(min=0, help="Length of long rollouts, which measure drift; 0: none.")] = 0,
+    long_rollouts: Annotated[int, Option(min=2, help="Long rollouts per seed.")] = 4,
+    seed: Annotated[str, Option(help="Seeds of scenes and noise, comma-separated.")] = "0",
+    video: Annotated[list[Path] | None, Option(help=VIDEO)] = None,
+    clip: Annotated[Path | None, Option(help="Folder of a CLIP model in the layout of transformers.")] = None,
+    dino: Annotated[Path | None, Option(help="Folder of a DINOv2 model in the layout of transformers.")] = None,
+    every: Annotated[float, Option(help="Seconds between the frames of a video that are compared.")] = 1.0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Measure students on the demo world (recall over gaps, drift), or videos (consistency over time)."""
+    if video or clip or dino:
+        from ..train.evaluation.consistency import evaluate_videos
+
+        tables = evaluate_videos(video or [], clip, dino, every, device, dtype, output)
+    else:
+        from ..train.evaluation.evaluate import Plan, evaluate, parse_students, whole_numbers
+
+        plan = Plan(
+            students=parse_students(student, compare or [], policies),
+            gaps=whole_numbers("gaps", gaps),
+            rollouts=rollouts,
+            seeds=whole_numbers("seed", seed),
+            minutes=minutes,
+            long_rollouts=long_rollouts,
+        )
+        tables = evaluate(plan, device, dtype, output)
+    for table in tables:
+        Console(width=max(240, console.width)).print(table, highlight=False)

@@ -1,0 +1,54 @@
+"""`context-forcing report`."""
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from .console import say
+from .options import Device, Dtype, ModelsDir, Student, Vae
+
+
+def report(
+    memory: Annotated[Path, Argument(help="Memory of `generate --memory-out` or of the node Save Memory.")],
+    output: Annotated[Path, Option("--output", "-o", help="Picture to write, .png.")],
+    attention: Annotated[bool, Option("--attention", help="Also draw what the next chunk attends to.")] = False,
+    student: Student = "demo",
+    vae: Vae = None,
+    models_dir: ModelsDir = None,
+    fps: Annotated[float | None, Option(help="Frames per second. Default: the student's.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Draw what a saved memory remembers, since when, and what it dropped and why.
+
+    The remembered frames are drawn only with the student that made the memory.
+    """
+    from ..memory.snapshot import load_memory
+    from ..model.attention_mass import attention_mass
+    from ..model.checkpoints.locate import locate_student
+    from ..model.checkpoints.student import StudentSource
+    from ..model.codecs.backbone import backbone_of
+    from ..model.device import pick_device
+    from ..video.frames import thumbnails
+    from ..video.pipeline import Pipeline
+    from ..video.report import draw_report, summary
+
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"--output: {output} does not end in .png; give a name that does")
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise ValueError(f"--output: {output} is a folder, or is in no folder; give a file in an existing folder")
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"--fps: {fps:g} is not a number above 0")
+    saved = load_memory(memory)
+    opened, where = StudentSource(locate_student(student, models_dir)).open(), pick_device(device, dtype)
+    codecs = backbone_of(opened.card.base).load_codecs(*where, vae=vae, models_dir=models_dir)
+    pipeline = Pipeline.load(opened, *where, codecs)
+    is_own = saved.student in ("", pipeline.fingerprint)
+    if not is_own:
+        say(f"{memory}: made by another student; no frames are drawn without its --student")
+    mass = attention_mass(pipeline.sampler, saved, pipeline.card.sigmas) if attention else None
+    fps = fps or pipeline.card.fps
+    draw_report(saved, thumbnails(saved, pipeline.decode) if is_own else None, fps, mass).save(output)
+    say(summary(saved, fps, mass))

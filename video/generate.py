@@ -1,0 +1,178 @@
+"""Generation of a video file from a story. Everything is checked before work begins, and finished chunks are kept."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from ..memory.config import named_memory
+from ..memory.memory import Memory
+from ..memory.snapshot import fingerprint_memory, load_memory, save_memory
+from ..model.attention import load_attention
+from ..model.checkpoints.student import StudentSource
+from ..model.codecs.backbone import backbone_of
+from ..model.device import pick_device
+from ..model.sampler import SamplerOptions
+from ..model.units import FRAMES_PER_LATENT
+from .frames import thumbnails
+from .journal import Journal, journal_path
+from .mp4 import default_scale, hold_output, write_video
+from .pipeline import Pipeline
+from .report import draw_report, summary
+from .story import ResolvedStory
+from .storyboard import read_story
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest:
+    """What to generate, from which files, and where to write it: the options of `context-forcing generate`."""
+
+    story: Path
+    output: Path
+    student: StudentSource
+    loras: tuple[str, ...] = ()
+    """The LoRAs of the student as the user wrote them, for the journal."""
+    text_encoder: str | None = None
+    vae: str | None = None
+    models_dir: Path | None = None
+    seed: int | None = None
+    memory: str | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)
+    """Fields of the memory's configuration that replace its own."""
+    device: str = "auto"
+    dtype: str = "auto"
+    offload: bool = False
+    attention: str = "sdpa"
+    commit_attends: str = "all"
+    kv_placement: str = "at once"
+    memory_in: Path | None = None
+    memory_out: Path | None = None
+    compact: bool = False
+    start: Path | None = None
+    resume: bool = False
+    report: Path | None = None
+    scale: int | None = None
+
+    def check_paths(self) -> None:
+        """Raises ValueError if a file cannot be written where it is requested."""
+        for option, path in (("--memory-out", self.memory_out), ("--report", self.report)):
+            if path is not None and not path.absolute().parent.is_dir():
+                raise ValueError(f"{option}: the folder {path.parent} does not exist; create it first")
+            if path is not None and path.is_dir():
+                raise ValueError(f"{option}: {path} is a folder; give a file name")
+        if self.report is not None and self.report.suffix.lower() != ".png":
+            raise ValueError(f"--report: {self.report} does not end in .png; give a name that does")
+        if self.compact and self.memory_out is None:
+            raise ValueError("--compact: there is no --memory-out that it applies to; give one")
+        if self.memory_out and self.memory_in and self.memory_out.resolve() == self.memory_in.resolve():
+            raise ValueError(f"--memory-out: {self.memory_out} is --memory-in; give another file, --resume needs both")
+
+
+@dataclass(kw_only=True)
+class GenerateJob:
+    """A video that is ready to be generated."""
+
+    request: GenerateRequest
+    pipeline: Pipeline
+    options: SamplerOptions
+    story: ResolvedStory
+    memory: Memory
+    """The memory after the last finished chunk."""
+    journal: Journal
+
+    def run(self, on_chunk: Callable[[int, str], None] = lambda finished, note: None) -> int:
+        """Generate, decode and write the video. Returns its number of pixel frames.
+
+        `on_chunk` is called after every chunk with the number of finished chunks and a note on speed and memory. After
+        an error or an interrupt `memory_out` holds what is finished, and the journal can be resumed.
+        """
+        request, story = self.request, self.story
+        scale = request.scale or default_scale(*story.size)
+        try:
+            pixels = self.pipeline.decode(self._latents(on_chunk))
+            num_frames = write_video(request.output, pixels, fps=story.fps, scale=scale)
+        finally:
+            if request.memory_out is not None and self.memory.latent_chunks:
+                save_memory(request.memory_out, self.memory.compact() if request.compact else self.memory)
+        self.journal.close()
+        if request.report is not None:
+            pictures = thumbnails(self.memory, self.pipeline.decode)
+            draw_report(self.memory, pictures, story.fps).save(request.report)
+        return num_frames
+
+    @property
+    def summary(self) -> str:
+        """The memory in words."""
+        return summary(self.memory, self.story.fps)
+
+    def _latents(self, on_chunk: Callable[[int, str], None]) -> Iterator[Tensor]:
+        """The chunks of the video so far, then every new one as soon as it is kept."""
+        yield from self.memory.latent_chunks
+        began, kept = time.monotonic(), self.journal.finished
+        for number, memory in enumerate(self.pipeline.generate(self.story, self.memory, self.options, kept), 1):
+            new_chunks = memory.latent_chunks[len(self.memory.latent_chunks) :]
+            self.memory = memory
+            self.journal.keep(number - 1, new_chunks[-1])
+            num_frames = max(0, number - len(kept)) * memory.config.chunk * FRAMES_PER_LATENT
+            slots = ", ".join(f"{len(getattr(memory.slots, part))} {part}" for part in ("sink", "slow", "fast"))
+            on_chunk(number, f"{num_frames / max(1e-6, time.monotonic() - began):.1f} frames/s  memory: {slots}")
+            yield from new_chunks
+
+
+@contextlib.contextmanager
+def open_job(request: GenerateRequest) -> Iterator[GenerateJob]:
+    """Read, check and load all that a request names, and reserve its output until the end of the block.
+
+    Raises ValueError, one line, for anything that cannot work; then nothing is written.
+    """
+    request.check_paths()
+    options = SamplerOptions(
+        attention=load_attention(request.attention),
+        commit_attends=request.commit_attends,
+        kv_placement=request.kv_placement,
+    )
+    student = request.student.open()
+    card = student.card
+    story = read_story(request.story, card.fps, card.memory.chunk)
+    story = story if request.seed is None else story.with_seed(request.seed)
+    with hold_output(request.output):
+        where = pick_device(request.device, request.dtype)
+        prompts = [segment.prompt for segment in story.segments]
+        codecs = backbone_of(card.base).load_codecs(
+            *where, prompts, text_encoder=request.text_encoder, vae=request.vae, models_dir=request.models_dir
+        )
+        pipeline = Pipeline.load(student, *where, codecs, request.offload)
+        settings = dict(request.settings)
+        if request.memory is not None:
+            settings = dataclasses.asdict(named_memory(request.memory, card.memory)) | settings
+        if request.memory_in is not None:
+            memory = load_memory(request.memory_in, pipeline.fingerprint)
+            check_settings(memory, settings)
+        else:
+            memory = pipeline.empty_memory(story.size, **settings)
+        resolved = story.resolve(card, memory)
+        if request.compact:
+            memory.check_supports("compact")
+        if request.start is not None:
+            memory = memory.with_start_latents(pipeline.encode_file(request.start, memory, resolved.fps))
+        inputs = {**pipeline.names, "loras": request.loras, "story": dataclasses.asdict(story)}
+        inputs |= {"card": dataclasses.asdict(card), "memory": fingerprint_memory(memory)}
+        # Only if they are not the defaults: older journals do not have them.
+        inputs |= {"attention": request.attention} if request.attention != "sdpa" else {}
+        inputs |= {"commit attends": request.commit_attends} if request.commit_attends != "all" else {}
+        folder, num_chunks = journal_path(request.output), resolved.num_chunks
+        journal = Journal(folder, inputs, request.resume, num_chunks=num_chunks, shape=memory.chunk_shape)
+        yield GenerateJob(
+            request=request, pipeline=pipeline, options=options, story=resolved, memory=memory, journal=journal
+        )
+
+
+def check_settings(memory: Memory, settings: Mapping[str, object]) -> None:
+    """Raises ValueError if a memory was made with other settings."""
+    for name, value in settings.items():
+        if (own := getattr(memory.config, name)) != value:
+            raise ValueError(f"{name}: {value} requested, the memory has {own}; a memory keeps its settings")
