@@ -7,75 +7,65 @@ from dataclasses import dataclass
 from .fields import checked_fields
 
 CLEAN_POLICIES = ("novel", "clean", "fifo", "uniform")
-"""Those that decide once per frame, on keys of clean latents."""
+"""Policies that decide once per frame, on keys of clean latents."""
 RELEASED = "released"
 POLICIES = (*CLEAN_POLICIES, RELEASED)
 EVICTIONS = ("oldest", "redundant")
+MINIMUM = {"sink": 0, "slow": 0, "chunk": 1, "uniform_stride": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
-    """How many latent frames are remembered, and by which rule (Context Forcing, sec. 3; method.md 5.1, 8.3).
+    """How many latent frames are remembered, and by which policy (docs/method.md, Memory and Policies).
 
-    The chunk being made counts among the fast frames: it sees `sink + slow + fast - chunk` remembered frames,
-    and its last frame has position `sink + slow + fast - 1` at most.
+    The chunk being generated counts as fast. It attends to `sink + slow + fast - chunk` remembered frames, and its last
+    frame has position `sink + slow + fast - 1` at most.
     """
 
     sink: int = 3
-    """The first latent frames of the video; they never leave."""
+    """The first latent frames of the video. They always stay."""
     slow: int = 12
-    """Keyframes kept for long; 0 means no slow memory."""
+    """Keyframes that are kept for long; 0: no slow memory."""
     fast: int = 6
-    """The most recent latent frames, the chunk being made included."""
+    """The most recent latent frames, the chunk being generated included."""
     chunk: int = 3
-    """Latent frames made together."""
+    """Latent frames generated together."""
     window: int = 21
-    """Positions the student was trained with; sink + slow + fast must fit in."""
+    """Number of positions the student was trained with, at least sink + slow + fast."""
     policy: str = "novel"
-    """Which frames leaving fast are promoted to slow:
-    `clean` those unlike the frame just before them (the paper's rule), `novel` those unlike everything remembered,
-    `fifo` all, `uniform` every `uniform_stride`-th. `released` is what the released Context Forcing weights were
-    trained with: each layer keeps first frames of chunks as they stood in a pass over noise (memory/released.py)."""
+    """Which frames are promoted from fast to slow. `clean`: those unlike the frame before them (the paper's rule);
+    `novel`: those unlike all remembered ones; `fifo`: all; `uniform`: every `uniform_stride`-th; `released`: the rule of
+    the released Context Forcing weights (layer_store.py)."""
     slow_similarity_threshold: float = 0.95
-    """tau: a frame whose key similarity is below it counts as new (policies clean, novel and released)."""
+    """tau: a frame with a lower key similarity is new (policies clean, novel and released)."""
     eviction: str = "oldest"
-    """Who goes when slow is full: the `oldest` entry, or the most `redundant` one."""
+    """Which slow frame is evicted: the `oldest`, or the most `redundant` one."""
     novel_against_sink: bool = True
-    """Policy novel compares with the sink too."""
+    """Whether policy novel compares with the sink too."""
     uniform_stride: int = 6
 
     def __post_init__(self):
-        for name in ("sink", "slow", "fast", "chunk", "window", "uniform_stride"):
+        for name in (*MINIMUM, "fast", "window"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ValueError(f"{name}: {value!r} is not a whole number of latent frames")
-        for name in ("sink", "slow"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: {getattr(self, name)} latent frames; it must be 0 or more")
-        for name in ("chunk", "uniform_stride"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} latent frames; it must be 1 or more")
+        for name, least in MINIMUM.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: {getattr(self, name)} latent frames; it must be {least} or more")
         least = self.chunk + 1 if self.slow else self.chunk
         if self.fast < least:
             raise ValueError(
-                f"fast: {self.fast} latent frames; it holds the chunk being made ({self.chunk}) and, with a slow"
-                f" memory, the frame before it, so at least {least}"
+                f"fast: {self.fast} latent frames; it must be {least} or more: a chunk of {self.chunk} and, with slow"
+                " memory, the frame before it"
             )
-        if self.sink + self.slow + self.fast > self.window:
-            raise ValueError(
-                f"window: sink {self.sink} + slow {self.slow} + fast {self.fast} ="
-                f" {self.sink + self.slow + self.fast} frames do not fit in the window of {self.window};"
-                " make one of them smaller (positions past the window were never trained)"
-            )
-        if self.policy == RELEASED and (self.sink + self.slow + self.fast) % self.chunk:
-            raise ValueError(
-                f"policy: released fills sink {self.sink} + slow {self.slow} + fast {self.fast} frames by whole chunks"
-                f" of {self.chunk}; make their sum a multiple of it"
-            )
-        if self.policy not in POLICIES:
-            raise ValueError(f"policy: {self.policy!r} is not one of {', '.join(POLICIES)}")
-        if self.eviction not in EVICTIONS:
-            raise ValueError(f"eviction: {self.eviction!r} is not one of {', '.join(EVICTIONS)}")
+        sizes = f"sink {self.sink} + slow {self.slow} + fast {self.fast} = {self.num_slots} frames"
+        if self.num_slots > self.window:
+            raise ValueError(f"window: {sizes} do not fit in the window of {self.window}; make one of them smaller")
+        if self.per_layer and self.num_slots % self.chunk:
+            raise ValueError(f"policy: {self.policy} needs whole chunks; make {sizes} a multiple of {self.chunk}")
+        for name, choices in (("policy", POLICIES), ("eviction", EVICTIONS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(choices)}")
         tau = self.slow_similarity_threshold
         if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not -1 <= tau <= 1:
             raise ValueError(f"slow_similarity_threshold: {tau!r} is not a cosine; it must be a number in [-1, 1]")
@@ -113,8 +103,8 @@ MEMORY_PRESETS: Mapping[str, MemoryConfig] = {
     "longlive": MemoryConfig(slow=0, fast=9, window=12, policy="fifo"),
     "infinity-rope": MemoryConfig(sink=1, slow=0, fast=5, window=6, policy="fifo"),
 }
-"""Memories by name: ours, the paper's, the released weights', and the sliding windows that LongLive and Infinity-RoPE students have
-(method.md 3.5)."""
+"""Memories by name: the default, the paper's, that of the released weights, and the sliding windows of LongLive and
+Infinity-RoPE students (docs/method.md, Policies)."""
 
 
 def memory_preset(name: str) -> MemoryConfig:
@@ -125,11 +115,11 @@ def memory_preset(name: str) -> MemoryConfig:
 
 
 def named_memory(name: str, trained: MemoryConfig) -> MemoryConfig:
-    """A memory by name for a student that was trained with `trained`.
+    """A memory by name, with the chunk of a student that was trained with `trained`.
 
-    Raises ValueError for an unknown name, or one that needs positions the student was never trained with.
+    Raises ValueError for an unknown name, and for one that needs more positions than the student has.
     """
-    chosen = memory_preset(name)
-    if chosen.window > trained.window:
-        raise ValueError(f"memory: {name} needs a window of {chosen.window} frames, the student has {trained.window}")
-    return dataclasses.replace(chosen, chunk=trained.chunk)
+    preset = memory_preset(name)
+    if preset.window > trained.window:
+        raise ValueError(f"memory: {name} needs a window of {preset.window} frames, the student has {trained.window}")
+    return dataclasses.replace(preset, chunk=trained.chunk)

@@ -1,59 +1,58 @@
-"""Files that two processes must not write at once, and that must outlive a power cut once they have their name."""
+"""Files that are written atomically, and a lock between processes."""
 
 import contextlib
 import errno
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+if sys.platform == "win32":
     import msvcrt
+else:
+    import fcntl
 
 log = logging.getLogger("context_forcing")
 
 UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""Errors of file systems that have no locks."""
+"""Errors of file systems without locks."""
 
 HELD = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
-"""Errors where another has the lock."""
+"""Errors of a lock that another process has."""
 
 LOCKED_BYTE = 2**30
-"""Windows keeps others from reading what is locked: a byte far behind the text."""
+"""Offset of the locked byte. Windows lets nobody read a locked byte, so it is far behind the text."""
 
 
 class HeldError(Exception):
-    """Another process has the lock; says which, since when."""
+    """Another process has the lock; its id, host and start."""
 
 
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Hold the lock of a file, which says who holds it and is deleted at the end.
+    """Hold a lock on a file that names this process. The file is deleted at the end.
 
-    The lock goes with its process, however that ends; after SIGKILL the file stays and is in nobody's way. Raises
-    HeldError where another has the lock, OSError where the file cannot be made.
+    The lock ends with the process. After SIGKILL the file stays, unlocked. Raises HeldError if another process has the
+    lock, and OSError if the file cannot be created.
     """
-    fd = _take(path)
+    fd = _open_locked(path)
     try:
         os.ftruncate(fd, 0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         os.write(fd, f"pid {os.getpid()} on {socket.gethostname()}, since {since}".encode())
         yield
     finally:
-        # Deleted while it is locked: whoever opened it before finds that it is gone (_take). Windows deletes no file
-        # that is open, here or in another process.
+        # Windows cannot delete an open file. Elsewhere it is deleted while locked, which _open_locked detects.
+        if sys.platform == "win32":
+            os.close(fd)
         with contextlib.suppress(OSError):
-            if fcntl and _stands_at(fd, path):
+            if sys.platform == "win32" or _is_at(fd, path):
                 path.unlink()
-        os.close(fd)
-        with contextlib.suppress(OSError):
-            if not fcntl:
-                path.unlink()
+        if sys.platform != "win32":
+            os.close(fd)
 
 
 @contextlib.contextmanager
@@ -79,8 +78,8 @@ def settle(part: Path, path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the system can."""
-    # Windows does not open folders; some file systems over a network do not sync them.
+    """Flush the names in a folder to the disk, if the system can."""
+    # Windows does not open folders; some network file systems do not sync them.
     with contextlib.suppress(OSError):
         fd = os.open(folder, os.O_RDONLY)
         try:
@@ -89,38 +88,37 @@ def sync_folder(folder: Path) -> None:
             os.close(fd)
 
 
-def _take(path: Path) -> int:
+def _open_locked(path: Path) -> int:
     while True:
         with contextlib.ExitStack() as opened:
             fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             opened.callback(os.close, fd)
-            if not _locked(fd, path):
+            if not _try_lock(fd, path):
                 os.lseek(fd, 0, os.SEEK_SET)
                 raise HeldError(os.read(fd, 200).decode(errors="replace"))
-            if _stands_at(fd, path):
+            if _is_at(fd, path):  # else another process deleted the file between opening and locking
                 opened.pop_all()
                 return fd
 
 
-def _locked(fd: int, path: Path) -> bool:
-    """Whether the lock is ours now."""
+def _try_lock(fd: int, path: Path) -> bool:
     try:
-        if fcntl:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
+        if sys.platform == "win32":
             os.lseek(fd, LOCKED_BYTE, os.SEEK_SET)
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
             os.lseek(fd, 0, os.SEEK_SET)
+        else:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in HELD:
             return False
         if error.errno not in UNSUPPORTED:
             raise
-        log.warning("%s: this file system has no locks; let no other process write there meanwhile", path.parent)
+        log.warning("%s: this file system has no locks; no other process may write there", path.parent)
     return True
 
 
-def _stands_at(fd: int, path: Path) -> bool:
+def _is_at(fd: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except FileNotFoundError:

@@ -8,7 +8,7 @@ Shapes: B batch (one video), T latent frames of a chunk, P tokens per latent fra
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -41,37 +41,34 @@ class LayerSlots:
     entries: tuple[FrameKV, ...] = ()
     """Raw keys and values of every filled slot, [B, P, N, E]."""
     num_slow: int = 0
-    descriptor: Tensor | None = None
-    """Mean raw key of the last pass, [B, N * E], float32."""
+    descriptor: Tensor = field(default_factory=lambda: torch.empty(0))
+    """Mean raw key of the last pass, [B, N * E], float32; empty before the first pass."""
 
     def take(self, config: MemoryConfig, first: int, k_BTPNE: Tensor, v_BTPNE: Tensor) -> "LayerSlots":
         """The slots after a pass over the chunk that begins at latent frame `first`."""
         descriptor = k_BTPNE.flatten(1, 2).mean(dim=1).flatten(1).float()
-        chunk = tuple(FrameKV(k_BTPNE[:, t], v_BTPNE[:, t]) for t in range(k_BTPNE.shape[1]))
-        frames, entries, num_slow = list(self.frames), list(self.entries), self.num_slow
-        newest_slow = frames[config.sink + num_slow - 1] if num_slow else None
+        chunk = [(first + t, FrameKV(k_BTPNE[:, t], v_BTPNE[:, t])) for t in range(k_BTPNE.shape[1])]
+        slots, num_slow = list(zip(self.frames, self.entries)), self.num_slow
+        newest_slow = self.frames[config.sink + num_slow - 1] if num_slow else None
         if newest_slow != first and self._is_new(config, first, descriptor):
+            # Cloned: a slice would keep the tensor of the whole chunk alive.
+            promoted = first, FrameKV(k_BTPNE[:, 0].clone(), v_BTPNE[:, 0].clone())
             if num_slow < config.slow:
+                slots[config.sink + num_slow] = promoted
                 num_slow += 1
             else:
-                for part in (frames, entries):
-                    last_slow = config.sink + config.slow - 1
-                    part[config.sink : last_slow] = part[config.sink + 1 : last_slow + 1]
-            slot = config.sink + num_slow - 1
-            # Cloned: a slice would keep the tensor of the whole chunk alive.
-            frames[slot], entries[slot] = first, FrameKV(chunk[0].keys.clone(), chunk[0].values.clone())
-        new_frames, num_new = range(first, first + len(chunk)), len(chunk)
-        if self.frames[-num_new:] == tuple(new_frames):  # a later pass over the same chunk
-            del frames[-num_new:], entries[-num_new:]
-        elif len(frames) == config.num_slots:
+                del slots[config.sink]
+                slots.insert(config.sink + config.slow - 1, promoted)
+        if self.frames[-len(chunk) :] == tuple(frame for frame, _ in chunk):  # a later pass over the same chunk
+            del slots[-len(chunk) :]
+        elif len(slots) == config.num_slots:
             oldest_fast = config.sink + config.slow
-            del frames[oldest_fast : oldest_fast + num_new], entries[oldest_fast : oldest_fast + num_new]
-        return LayerSlots(
-            frames=(*frames, *new_frames), entries=(*entries, *chunk), num_slow=num_slow, descriptor=descriptor
-        )
+            del slots[oldest_fast : oldest_fast + len(chunk)]
+        frames, entries = zip(*slots, *chunk)
+        return LayerSlots(frames=frames, entries=entries, num_slow=num_slow, descriptor=descriptor)
 
     def _is_new(self, config: MemoryConfig, first: int, descriptor: Tensor) -> bool:
-        if not config.slow or first < config.sink + config.chunk or self.descriptor is None:
+        if not config.slow or first < config.sink + config.chunk or not self.frames:
             return False
         similarity = F.cosine_similarity(descriptor, self.descriptor.to(descriptor.device), dim=-1).mean()
         return bool(similarity < config.slow_similarity_threshold)
@@ -132,7 +129,7 @@ class LayerStore(KVStore):
         tensors = []
         for layer in self.layers:
             tensors += [tensor for kv in layer.entries for tensor in (kv.keys, kv.values)]
-            tensors += [] if layer.descriptor is None else [layer.descriptor]
+            tensors.append(layer.descriptor)
         return tensors
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:

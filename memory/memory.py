@@ -103,7 +103,7 @@ class Memory:
     @property
     def is_compact(self) -> bool:
         """Whether keys and values must be computed from the latents first (CausalSampler.recache)."""
-        return self.store.is_compact
+        return bool(self.slots.all) and not self.store.tensors()
 
     def compact(self) -> "Memory":
         """The memory without keys and values. Raises ValueError if the store does not support it."""

@@ -1,8 +1,6 @@
-"""Which latent frames stay: sink, slow, fast. Integers and floats only, no tensors.
+"""Which latent frames stay: sink, slow, fast (docs/method.md, Memory and Policies). Integers and floats, no tensors.
 
-Between chunks fast holds `fast - chunk` frames, because the next chunk will be the rest of it: what leaves fast
-when a chunk starts (method.md 5.5, choice 1) is decided as soon as the chunk before it is committed. Nothing can
-happen in between, so the decisions are the same and less is kept.
+Between chunks fast holds `fast - chunk` frames: room for the next chunk is made when a chunk is committed.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +20,7 @@ class Slots:
     slow: tuple[int, ...] = ()
     fast: tuple[int, ...] = ()
     similarity_to_previous: tuple[float | None, ...] = ()
-    """Similarity of each fast frame to the frame just before it in time (policy clean)."""
+    """Similarity of each fast frame to the frame before it (policy clean)."""
 
     @property
     def all(self) -> tuple[int, ...]:
@@ -32,34 +30,33 @@ class Slots:
 
 @dataclass(frozen=True)
 class Decision:
-    """What became of one latent frame when it left fast."""
+    """What happened to a latent frame when it left fast."""
 
     frame: int
     promoted: bool
     similarity: float | None
-    """What the threshold was compared with; None where the policy does not compare or had nothing to compare."""
+    """The value compared with the threshold; None if nothing was compared."""
     evicted: int | None = None
-    """The slow frame that made room."""
+    """The slow frame that was evicted for it."""
 
 
 def advance(
     slots: Slots, config: MemoryConfig, new_frames: Sequence[int], similarity: Similarity
 ) -> tuple[Slots, tuple[Decision, ...]]:
-    """Commit `new_frames` and let the oldest fast frames leave; pure."""
+    """The slots after `new_frames` are committed and the oldest fast frames leave."""
     num_sink = config.sink - len(slots.sink)
     sink = slots.sink + tuple(new_frames[:num_sink])
     slow = slots.slow
     fast, similarity_to_previous = list(slots.fast), list(slots.similarity_to_previous)
-    previous = slots.fast[-1] if slots.fast else (sink[-1] if sink else None)
+    previous = (sink + slots.fast)[-1:]
     for frame in new_frames[num_sink:]:
-        compare = config.policy == "clean" and config.slow and previous is not None
-        similarity_to_previous.append(similarity(frame, [previous])[0] if compare else None)
+        compare = config.policy == "clean" and config.slow and previous
+        similarity_to_previous.append(similarity(frame, previous)[0] if compare else None)
         fast.append(frame)
-        previous = frame
+        previous = (frame,)
     decisions = []
     while len(fast) > config.fast - config.chunk:
-        frame, like = fast.pop(0), similarity_to_previous.pop(0)
-        slow, decision = _leave_fast(frame, like, sink, slow, config, similarity)
+        slow, decision = _leave_fast(fast.pop(0), similarity_to_previous.pop(0), sink, slow, config, similarity)
         decisions.append(decision)
     return Slots(sink, slow, tuple(fast), tuple(similarity_to_previous)), tuple(decisions)
 
@@ -88,8 +85,7 @@ def _leave_fast(
         promoted = score is None or score < config.slow_similarity_threshold
     if not promoted:
         return slow, Decision(frame, False, score)
-    slow = (*slow, frame)
-    evicted = None
+    slow, evicted = (*slow, frame), None
     if len(slow) > config.slow:
         evicted = _most_redundant(slow, similarity) if config.eviction == "redundant" else slow[0]
         slow = tuple(kept for kept in slow if kept != evicted)

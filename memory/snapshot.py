@@ -99,7 +99,8 @@ def load_memory(path: str | Path, student: str = "") -> Memory:
 
 
 def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
-    slots = Slots(**{FIELD_NAMES.get(name, name): tuple(value) for name, value in header["slots"].items()})
+    parts: dict[str, tuple] = {FIELD_NAMES.get(name, name): tuple(part) for name, part in header["slots"].items()}
+    slots = Slots(**parts)
     config = MemoryConfig.from_dict(header["config"])
     channels, height, width = header["latent_size"]
     chunks = header["chunks"]

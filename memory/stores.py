@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .config import MemoryConfig
 from .policy import Decision, Slots, advance
-from .view import MemoryView, Rotate
+from .view import LazyLayers, MemoryView, Rotate
 
 KV_PLACEMENTS = ("at once", "by layer", "from RAM")
 """How keys and values are prepared for a chunk: all layers before it, the fastest; each layer in every pass, with half
@@ -27,12 +27,12 @@ SIMILARITY_ELEMENTS = 2**24
 
 @dataclass(frozen=True)
 class FrameKV:
-    """Raw keys (before rotation) and values of one latent frame: all layers [layers, B, P, N, E], or one [B, P, N, E]."""
+    """Raw keys (before rotation) and values of a latent frame: all layers [layers, B, P, N, E], or one [B, P, N, E]."""
 
     keys: Tensor
     values: Tensor
     written: object = field(default_factory=object, compare=False, repr=False)
-    """Identity of the pass that computed them. Copies on other devices have the same one."""
+    """Identity of the pass that computed them; the same in copies on other devices."""
 
     def to(self, device: torch.device, dtype: torch.dtype | None, existing: "FrameKV | None") -> "FrameKV":
         """A copy on a device; `existing` itself if it is such a copy."""
@@ -57,7 +57,7 @@ class WorkingBytes(NamedTuple):
 class KVStore(abc.ABC):
     """Interface of stores."""
 
-    slots: Slots = Slots()
+    slots: Slots = field(default_factory=Slots)
     """The remembered latent frames."""
 
     @abc.abstractmethod
@@ -68,15 +68,18 @@ class KVStore(abc.ABC):
 
     @abc.abstractmethod
     def view(self, config: MemoryConfig, next_frame: int, rotate: Rotate, lazy: bool) -> Any:
-        """What the passes over the chunk that begins at latent frame `next_frame` attend to (model/memory_attention.py)."""
+        """What the chunk that begins at latent frame `next_frame` attends to (model/memory_attention.py).
+
+        A `lazy` view holds no copy of the store.
+        """
 
     @abc.abstractmethod
     def frame_kvs(self) -> Iterator[tuple[int, FrameKV]]:
-        """All keys and values with their latent frame; a store of layers has several entries per frame."""
+        """All keys and values, each with its latent frame."""
 
     @abc.abstractmethod
     def to(self, device: torch.device, dtype: torch.dtype | None, before: "KVStore | None") -> "KVStore":
-        """The same store on a device. Entries of `before` that are there already are shared."""
+        """The same store on a device. Entries that `before` has there already are shared."""
 
     @abc.abstractmethod
     def state(self) -> tuple[dict, dict[str, Tensor]]:
@@ -102,21 +105,16 @@ class KVStore(abc.ABC):
         """All tensors of the store."""
         return [tensor for _, kv in self.frame_kvs() for tensor in (kv.keys, kv.values)]
 
-    @property
-    def is_compact(self) -> bool:
-        """True if frames are remembered, but their keys and values are not stored."""
-        return bool(self.slots.all) and not self.tensors()
-
     def unsupported(self, operation: str) -> str:
         """The reason why this store cannot do an operation (memory.OPERATIONS); empty if it can."""
         return ""
 
     def restrict_to(self, frames: Collection[int]) -> "KVStore":
-        """The store with only these latent frames."""
+        """The store with only these latent frames, for `flush` and `cut`."""
         raise NotImplementedError
 
     def write(self, frames: Sequence[int], new_kv: Sequence[tuple[Tensor, Tensor]]) -> "KVStore":
-        """New keys and values for remembered frames, per layer [B, T, P, N, E]."""
+        """New keys and values for remembered frames, per layer [B, T, P, N, E], for `recache`."""
         raise NotImplementedError
 
     def compact(self) -> "KVStore":
@@ -126,7 +124,7 @@ class KVStore(abc.ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class FrameStore(KVStore):
-    """Keys and values per latent frame, from the pass over clean latents. A policy decides once per frame (policy.py)."""
+    """Keys and values per latent frame, from passes over clean latents. The policy decides once per frame."""
 
     frames: dict[int, FrameKV] = field(default_factory=dict)
     """By absolute latent-frame index: exactly the frames of `slots`, or none (compact). Never changed in place."""
@@ -146,11 +144,13 @@ class FrameStore(KVStore):
 
     def view(self, config: MemoryConfig, next_frame: int, rotate: Rotate, lazy: bool) -> MemoryView:
         kvs = [self.frames[frame] for frame in self.slots.all]
-        keys, values = (
-            [part.unbind(0) for part in parts] for parts in ([k.keys for k in kvs], [v.values for v in kvs])
+        num_layers = len(kvs[0].keys) if kvs else 0
+        layers = (
+            LazyLayers(num_layers, lambda n: rotate(torch.stack([kv.keys[n] for kv in kvs], dim=1)).flatten(1, 2)),
+            LazyLayers(num_layers, lambda n: torch.cat([kv.values[n] for kv in kvs], dim=1)),
         )
-        view = MemoryView.assemble(keys, values, rotate, lazy)
-        return dataclasses.replace(view, num_sink=len(self.slots.sink), num_slow=len(self.slots.slow))
+        keys, values = layers if lazy else map(tuple, layers)
+        return MemoryView(keys, values, len(kvs), len(self.slots.sink), len(self.slots.slow))
 
     def frame_kvs(self) -> Iterator[tuple[int, FrameKV]]:
         yield from self.frames.items()
@@ -161,12 +161,10 @@ class FrameStore(KVStore):
         return dataclasses.replace(self, frames=frames)
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
-        parts = ("keys", "values")
-        return {}, {
-            f"{part}.{frame}": getattr(kv, part).cpu().contiguous()
-            for frame, kv in self.frames.items()
-            for part in parts
-        }
+        tensors = {}
+        for frame, kv in self.frames.items():
+            tensors |= {f"keys.{frame}": kv.keys.cpu().contiguous(), f"values.{frame}": kv.values.cpu().contiguous()}
+        return {}, tensors
 
     @classmethod
     def from_state(cls, slots: Slots, header: dict, tensors: dict[str, Tensor]) -> "FrameStore":
@@ -177,15 +175,15 @@ class FrameStore(KVStore):
     def working_bytes(
         self, config: MemoryConfig, kv_placement: str, num_layers: int, elements: int, itemsize: int
     ) -> WorkingBytes:
-        frame, copies = 2 * num_layers * elements * itemsize, {"at once": 2, "by layer": 1, "from RAM": 0}[kv_placement]
-        # Remembered keys are rotated in float32, with values in memory; then the chunk's are appended to both.
+        copies = {"at once": 2, "by layer": 1, "from RAM": 0}[kv_placement]
+        frame = 2 * num_layers * elements * itemsize
+        # Remembered keys are rotated in float32, next to values; then the chunk's are appended to both.
         rotated = elements * config.capacity * (2 * 4 + itemsize)
-        attended = elements * 2 * (config.capacity + config.window) * itemsize
-        # The chunk's keys and values exist once per layer and once per frame; keys are compared in float32.
+        appended = elements * 2 * (config.capacity + config.window) * itemsize
+        # The chunk's keys and values are there by layer and by frame; keys are compared in float32.
         compared = 5 * 4 * min(SIMILARITY_ELEMENTS, num_layers * elements)
-        return WorkingBytes(
-            frame * (copies * config.capacity + config.chunk), max(rotated, attended), frame * config.chunk + compared
-        )
+        stored = frame * (copies * config.capacity + config.chunk)
+        return WorkingBytes(stored, max(rotated, appended), frame * config.chunk + compared)
 
     @property
     def key_shapes(self) -> set[tuple[int, ...]]:
@@ -193,9 +191,9 @@ class FrameStore(KVStore):
 
     def restrict_to(self, frames: Collection[int]) -> "FrameStore":
         keep = lambda part: tuple(frame for frame in part if frame in frames)
-        similarities = dict(zip(self.slots.fast, self.slots.similarity_to_previous, strict=True))
-        fast = keep(self.slots.fast)
-        slots = Slots(keep(self.slots.sink), keep(self.slots.slow), fast, tuple(similarities[frame] for frame in fast))
+        slots, fast = self.slots, keep(self.slots.fast)
+        similarity = dict(zip(slots.fast, slots.similarity_to_previous, strict=True))
+        slots = Slots(keep(slots.sink), keep(slots.slow), fast, tuple(similarity[frame] for frame in fast))
         return FrameStore(slots=slots, frames={frame: kv for frame, kv in self.frames.items() if frame in frames})
 
     def write(self, frames: Sequence[int], new_kv: Sequence[tuple[Tensor, Tensor]]) -> "FrameStore":
@@ -211,10 +209,8 @@ def by_pass(store: KVStore | None) -> dict[int, FrameKV]:
 
 
 def _by_frame(frames: Sequence[int], new_kv: Sequence[tuple[Tensor, Tensor]]) -> dict[int, FrameKV]:
-    return {
-        frame: FrameKV(torch.stack([k[:, t] for k, _ in new_kv]), torch.stack([v[:, t] for _, v in new_kv]))
-        for t, frame in enumerate(frames)
-    }
+    stack = lambda part, t: torch.stack([kv[part][:, t] for kv in new_kv])
+    return {frame: FrameKV(stack(0, t), stack(1, t)) for t, frame in enumerate(frames)}
 
 
 def key_similarity(a: Tensor, b: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The forward pass: a rollout over a memory is one causal pass, and what must not be seen changes nothing."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -141,7 +143,7 @@ def _per_layer(memory):
 
 
 @pytest.mark.parametrize("hidden", [0, 1, 2, 4])
-def test_without_first_hides_frames_and_moves_none(net, make_sampler, empty_memory, hidden):
+def test_restrict_to_hides_frames_and_moves_none(net, make_sampler, empty_memory, hidden):
     sampler, memory = make_sampler(net), empty_memory(sink=0, slow=0, fast=6, chunk=2)
     for seed in range(2):
         memory = sampler.commit(memory, random(1, 16, 2, 4, 6, seed=seed))
@@ -157,7 +159,7 @@ def test_without_first_hides_frames_and_moves_none(net, make_sampler, empty_memo
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
 
     x, t = random(1, 16, 2, 4, 6, seed=5), torch.full((1, 2), 500.0)
-    less = attention_to(net, view.without_first(hidden), 2)
+    less = attention_to(net, dataclasses.replace(view, num_sink=hidden).restrict_to("no sink"), 2)
     by_hand = attention_to(net, view, 2, masked)
     got = causal_forward(net, x, t, sampler.text, less)
     assert relative(got, causal_forward(net, x, t, sampler.text, by_hand)) < 1e-5
