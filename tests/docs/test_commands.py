@@ -97,7 +97,7 @@ def test_files_are_understood(page, documents, tmp_path):
             path.write_text(block.text)
             assert load_story(path).segments, block.where
         if block.language == "" and re.search(r"^0:00 ", block.text, re.M):
-            assert parse_storyboard(block.text).cues, block.where
+            assert parse_storyboard(block.text).lines, block.where
 
 
 @pytest.fixture(scope="module")
