@@ -1,4 +1,4 @@
-"""Sizes of a Wan 2.1 text-to-video transformer, and the card that a student carries."""
+"""Sizes of a Wan 2.1 text-to-video transformer, and the card of a student."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ..memory.config import MemoryConfig
 from ..memory.fields import checked_fields, json_object
 from .flow import SOLVERS, warped_sigmas
-from .units import PIXEL_MULTIPLE
+from .units import LATENT_CHANNELS, check_size
 
 CARD_KEY = "context_forcing"
 """The key of the student card in a safetensors file's metadata."""
@@ -16,13 +16,13 @@ CARD_KEY = "context_forcing"
 
 @dataclass(frozen=True, kw_only=True)
 class WanConfig:
-    """Sizes of one network (method.md 1.1); everything else follows from them."""
+    """Sizes of one network (docs/method.md, Network)."""
 
     dim: int
     ffn_dim: int
     num_heads: int
     num_layers: int
-    channels: int = 16
+    channels: int = LATENT_CHANNELS
     patch_size: tuple[int, int, int] = (1, 2, 2)
     freq_dim: int = 256
     text_dim: int = 4096
@@ -31,7 +31,7 @@ class WanConfig:
 
     def __post_init__(self):
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
-            raise ValueError(f"num_heads: {self.num_heads} must divide dim {self.dim} into even head dims")
+            raise ValueError(f"num_heads: {self.num_heads} does not divide dim {self.dim} into even head dims")
 
 
 PUBLISHED_SIZES: Mapping[str, WanConfig] = {
@@ -51,22 +51,22 @@ def published_size(config: WanConfig) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentCard:
-    """What a student was trained with; loader and sampler take their defaults from it (architecture.md, promise 7)."""
+    """What a student was trained with (docs/students.md, The card); loader and sampler take their defaults from it."""
 
     name: str = "unnamed"
     base: str = "wan2.1-1.3b"
     stage: str = "unknown"
     steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
-    """Denoising steps before the warp."""
+    """Denoising timesteps before the shift."""
     first_steps: tuple[float, ...] = ()
-    """Those of a chunk made while nothing is remembered, a film's first one; empty: the same as the others'."""
+    """Timesteps of a chunk that is made with an empty memory; empty: `steps`."""
     shift: float = 5.0
     solver: str = "renoise"
     """`renoise` for distilled students, `euler` for flow-matching ones (flow.SOLVERS)."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     fps: int = 16
     size: tuple[int, int] = (832, 480)
-    """Width and height in pixels that the student saw in training."""
+    """Width and height in pixels of the training videos."""
     revision: str = "unknown"
     """Git revision of the code that trained it."""
     data: str = "unknown"
@@ -75,15 +75,17 @@ class StudentCard:
     train_seconds: float | None = None
 
     def __post_init__(self):
-        for name, length in (("steps", None), ("first_steps", None), ("size", 2)):
+        for name in ("steps", "first_steps", "size"):
             values = getattr(self, name)
-            whole = isinstance(values, tuple) and all(type(value) in (int, float) for value in values)
-            if not whole or (length and len(values) != length):
-                raise ValueError(f"{name}: {values!r} is not a list of {length or 'some'} numbers")
-        if type(self.shift) not in (int, float) or type(self.fps) is not int or self.fps < 1:
-            raise ValueError(f"shift: {self.shift!r} or fps: {self.fps!r} is not a number that makes sense")
-        if any(type(side) is not int or side <= 0 or side % PIXEL_MULTIPLE for side in self.size):
-            raise ValueError(f"size: {self.size!r} must be multiples of {PIXEL_MULTIPLE}")
+            if not isinstance(values, tuple) or any(type(value) not in (int, float) for value in values):
+                raise ValueError(f"{name}: {values!r} is not a list of numbers")
+        if type(self.shift) not in (int, float):
+            raise ValueError(f"shift: {self.shift!r} is not a number")
+        if type(self.fps) is not int or self.fps < 1:
+            raise ValueError(f"fps: {self.fps!r} is not a positive integer")
+        if len(self.size) != 2 or any(type(side) is not int for side in self.size):
+            raise ValueError(f"size: {self.size!r} is not a width and a height in pixels")
+        check_size(*self.size)
         if self.solver not in SOLVERS:
             raise ValueError(f"solver: {self.solver!r} is not one of {', '.join(SOLVERS)}")
         for steps in (self.steps, self.first_steps or self.steps):
@@ -91,16 +93,16 @@ class StudentCard:
 
     @property
     def sigmas(self) -> tuple[float, ...]:
-        """Noise levels of the sampler, warped, without the final 0."""
+        """Noise levels of the sampler, shifted, without the final 0."""
         return warped_sigmas(self.steps, self.shift)
 
     @property
     def first_sigmas(self) -> tuple[float, ...]:
-        """Those of a chunk made while nothing is remembered; empty: the same."""
+        """Noise levels of a chunk that is made with an empty memory; empty: `sigmas`."""
         return warped_sigmas(self.first_steps, self.shift) if self.first_steps else ()
 
     def to_json(self) -> str:
-        """The card as it is written into a file's metadata."""
+        """The card as in a file's metadata."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod

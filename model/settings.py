@@ -1,10 +1,11 @@
-"""Settings from outside - `key=value`, YAML files, checkpoints - into checked configurations."""
+"""Settings as `key=value`, YAML files or JSON -> checked dataclasses."""
 
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -13,47 +14,41 @@ from ..memory.fields import check_keys
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict:
-    """`key=value` and `part.key=value`, later ones over earlier ones, as nested settings.
+    """`key=value` and `part.key=value` as nested settings; later ones replace earlier ones.
 
-    Raises ValueError for what is not `key=value`.
+    Raises ValueError for text of another form.
     """
-    tree: dict = {}
+    settings: dict = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise ValueError(f"{override!r}: an override is key=value, for example steps=100")
-        _put(tree, key.split("."), _scalar(text))
-    return tree
+        *parts, last = key.split(".")
+        inner = settings
+        for part in parts:
+            inner = inner.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"{key}: {part} has no parts; give {part}=value")
+        inner[last] = _expand(last, _scalar(text))
+    return settings
 
 
-def _scalar(text: str):
+def _scalar(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         return text
 
 
-def _put(tree: dict, path: list[str], value) -> None:
-    for part in path[:-1]:
-        if not isinstance(tree.get(part), dict):
-            tree[part] = _expand(part, tree[part]) if part in tree else {}
-        tree = tree[part]
-        if not isinstance(tree, dict):
-            raise ValueError(f"{'.'.join(path)}: {part} has no parts; give {part}=value")
-    tree[path[-1]] = value
-
-
-def _expand(key: str, value):
-    """A memory by name as its settings."""
-    if key != "memory" or not isinstance(value, str):
-        return value
-    return dataclasses.asdict(memory_preset(value))
+def _expand(key: str, value: Any) -> Any:
+    """The settings of a memory that is given by name; any other value is unchanged."""
+    return dataclasses.asdict(memory_preset(value)) if key == "memory" and isinstance(value, str) else value
 
 
 def read_settings(path: Path, names: Sequence[str]) -> tuple[str, dict]:
-    """A YAML file of settings: the named configuration it builds on, and what it says otherwise.
+    """A YAML file of settings: the named configuration under `config`, and the settings that differ from it.
 
-    Raises ValueError for a file that cannot be read, or does not name one with `config`.
+    Raises ValueError for a file that cannot be read or has no `config`.
     """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -64,15 +59,14 @@ def read_settings(path: Path, names: Sequence[str]) -> tuple[str, dict]:
     return raw.pop("config"), raw
 
 
-def with_settings(config, tree: dict, before: str = ""):
-    """A configuration with settings replaced, all at once: they are checked together, not one by one.
+def with_settings(config: Any, settings: Mapping, prefix: str = "") -> Any:
+    """A dataclass with nested settings replaced. All are replaced at once, so they are checked together.
 
     Raises ValueError for an unknown key or a value of another type.
     """
     values = {}
-    for key, value in check_keys(type(config), tree, before.rstrip(".")).items():
-        name = f"{before}{key}"
-        current, value = getattr(config, key), _expand(key, value)
+    for key, value in check_keys(type(config), settings, prefix.rstrip(".")).items():
+        name, current, value = f"{prefix}{key}", getattr(config, key), _expand(key, value)
         if dataclasses.is_dataclass(current):
             values[key] = with_settings(current, value, f"{name}.")
         elif isinstance(value, dict):
@@ -82,23 +76,21 @@ def with_settings(config, tree: dict, before: str = ""):
     return dataclasses.replace(config, **values)
 
 
-def _typed(name: str, value, current):
-    """A value in the type of the one it replaces, element by element in a tuple."""
-    said = value
-    if isinstance(current, float) and type(value) in (int, str):
-        try:
-            value = float(value)  # YAML reads 1e-3 as text
-        except ValueError:
-            value = None
+def _typed(name: str, value: Any, current: Any) -> Any:
+    """`value` in the type of `current`, element by element in a tuple."""
     if isinstance(current, tuple):
         each = current[0] if current else 0.0
-        if isinstance(value, str):  # 1000,500: a list without its brackets
+        if isinstance(value, str):  # 1000,500: a list without brackets
             value = [_scalar(part) for part in value.split(",")]
-        elif not isinstance(value, (list, tuple)):
-            value = [value]
-        return tuple(_typed(name, part, each) for part in value)
+        return tuple(_typed(name, part, each) for part in (value if isinstance(value, (list, tuple)) else [value]))
+    converted = value
+    if isinstance(current, float) and type(value) in (int, str):
+        try:
+            converted = float(value)  # YAML reads 1e-3 as text
+        except ValueError:
+            converted = None
     if current is None and (value is None or type(value) in (int, float)):
         return value
-    if type(value) is not type(current) or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"{name}: {json.dumps(said, default=str)} is not a {type(current).__name__}")
-    return value
+    if type(converted) is not type(current) or (isinstance(converted, float) and not math.isfinite(converted)):
+        raise ValueError(f"{name}: {json.dumps(value, default=str)} is not a {type(current).__name__}")
+    return converted

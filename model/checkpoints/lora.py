@@ -45,13 +45,12 @@ class Lora:
         return name in self.pairs or name in self.wholes
 
     def add(self, name: str, weight: Tensor) -> Tensor:
-        """W + strength * (alpha / r) * up @ down + strength * difference, in float32."""
-        weight = weight.float()
+        """W + strength * (alpha / r) * up @ down + strength * difference, in float32; as it is without changes."""
         if name in self.pairs:
             up, down, scale = self.pairs[name]
             weight = add_low_rank(weight, up, down, self.strength * scale)
         if name in self.wholes:
-            weight = weight + self.strength * self.wholes[name].float()
+            weight = weight.float() + self.strength * self.wholes[name].float()
         return weight
 
 

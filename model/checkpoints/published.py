@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...memory.config import MEMORY_PRESETS, MemoryConfig
 from ...memory.fields import json_object
-from ..config import CARD_KEY, StudentCard, WanConfig, published_size
+from ..config import StudentCard, WanConfig, published_size
 from ..settings import parse_overrides, with_settings
 from .containers import Container
 
@@ -119,14 +119,6 @@ def published_student(name: str) -> PublishedStudent:
     if name not in PUBLISHED:
         raise ValueError(f"card: {name!r} is not one of {', '.join(CARDS)}")
     return PUBLISHED[name]
-
-
-def card_in(metadata: Mapping[str, str], path: str | Path) -> StudentCard | None:
-    """The card in a file's metadata, None if there is none. Raises ValueError for an invalid card."""
-    try:
-        return StudentCard.from_json(metadata[CARD_KEY]) if CARD_KEY in metadata else None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def transformer_config(metadata: Mapping[str, str]) -> Mapping:

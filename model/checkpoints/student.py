@@ -19,7 +19,7 @@ from .containers import DTYPE_NAMES, SAFETENSORS, Container, open_container, wri
 from .float8 import scaled
 from .layouts import Named, name_tensors
 from .lora import Lora, read_lora
-from .published import DEFAULT, CardChoice, card_in, choose_card, override, published_student, transformer_config
+from .published import DEFAULT, CardChoice, choose_card, override, published_student, transformer_config
 
 log = logging.getLogger("context_forcing")
 
@@ -79,21 +79,21 @@ class StudentSource:
 
 @dataclass(frozen=True)
 class StudentFile:
-    """A student of any published layout. Each property is a stage of reading; it runs once, when first used.
+    """A student of any published layout. Its cached properties are the stages of reading, in order.
 
-    Each stage raises ValueError, one line, for a file that it cannot read.
+    A stage runs once, when it is first used. It raises ValueError, one line, for a file that it cannot read.
     """
 
     source: StudentSource
 
     @cached_property
     def container(self) -> Container:
-        """Stage 1: the tensors in the file, as stored."""
+        """The tensors in the file, as stored."""
         return open_container(self.source.path or DEMO_STUDENT)
 
     @cached_property
     def weights(self) -> tuple[str, dict[str, Tensor]]:
-        """Stage 2: the network's tensors, and the name of the dict that holds them; empty for a flat file."""
+        """The network's tensors, and the name of the set that holds them; empty for a flat file."""
         weights, card, container = self.source.weights, self.source.card, self.container
         if weights not in WEIGHTS:
             raise ValueError(f"weights: {weights!r} is not one of {', '.join(WEIGHTS)}")
@@ -106,42 +106,31 @@ class StudentFile:
 
     @cached_property
     def named(self) -> Named:
-        """Stage 3: the tensors under Wan's names."""
+        """The tensors under Wan's names."""
         return name_tensors(self.weights[1], self.container.metadata, self.container.path)
 
     @cached_property
     def config(self) -> WanConfig:
-        """Stage 4: the sizes of the network."""
-        path, config = self.container.path, self.container.config
-        given = (
-            transformer_config(self.container.metadata).get("num_heads"),
-            config.get("num_attention_heads"),
-            config.get("num_heads"),
-        )
-        num_heads = next((number for number in given if number is not None), None)
+        """The sizes of the network."""
+        metadata, config = transformer_config(self.container.metadata), self.container.config
+        keys = ((metadata, "num_heads"), (config, "num_attention_heads"), (config, "num_heads"))
+        num_heads = next((settings[key] for settings, key in keys if settings.get(key) is not None), None)
         if num_heads is not None and (type(num_heads) is not int or num_heads < 1):
-            raise ValueError(f"{path}: num_heads: {num_heads!r} is not a number of heads")
-        return infer_config(self.named.tensors, num_heads, path)
-
-    def check(self) -> None:
-        """Run all stages."""
-        path = self.container.path
-        with torch.device("meta"):
-            net = WanModel(self.config)
-        check_tensors(net, self.named.tensors, path)
-        for name, tensor in self.named.tensors.items():
-            if tensor.dtype not in DTYPE_NAMES:
-                raise ValueError(f"{path}: {name} is {tensor.dtype}; weights are floats of 8 to 64 bits")
-        _ = self.card_choice, self.loras
+            raise ValueError(f"{self.container.path}: num_heads: {num_heads!r} is not a number of heads")
+        return infer_config(self.named.tensors, num_heads, self.container.path)
 
     @cached_property
     def own_card(self) -> StudentCard | None:
         """The card in the file's metadata."""
-        return card_in(self.container.metadata, self.container.path)
+        try:
+            text = self.container.metadata.get(CARD_KEY)
+            return None if text is None else StudentCard.from_json(text)
+        except ValueError as error:
+            raise ValueError(f"{self.container.path}: {error}") from None
 
     @cached_property
     def card_choice(self) -> CardChoice:
-        """Stage 5: the card, and why it is this one."""
+        """The card, and why it is this one."""
         if self.source.card == "auto" and self.own_card:
             choice = CardChoice(card=self.own_card, reason="the card in its metadata")
         else:
@@ -150,9 +139,19 @@ class StudentFile:
 
     @cached_property
     def loras(self) -> tuple[Lora, ...]:
-        """Stage 6: the LoRAs to merge."""
+        """The LoRAs to merge."""
         shapes = {name: tuple(tensor.shape) for name, tensor in self.named.tensors.items()}
         return tuple(read_lora(file, shapes, strength) for file, strength in self.source.loras)
+
+    def check(self) -> None:
+        """Run all stages. Raises ValueError unless the network is complete."""
+        with torch.device("meta"):
+            net = WanModel(self.config)
+        check_tensors(net, self.named.tensors, self.container.path)
+        for name, tensor in self.named.tensors.items():
+            if tensor.dtype not in DTYPE_NAMES:
+                raise ValueError(f"{self.container.path}: {name} is {tensor.dtype}; weights are floats of 8 to 64 bits")
+        _ = self.card_choice, self.loras
 
     @property
     def card(self) -> StudentCard:
@@ -173,22 +172,21 @@ class StudentFile:
 
     @property
     def unmerged(self) -> Mapping[str, Tensor]:
-        """Weights that LoRAs change, without them; the fingerprint is taken of these. Empty without LoRAs."""
+        """The weights without LoRAs, for the fingerprint; empty if there are no LoRAs."""
         return self.named.tensors if self.loras else {}
 
     def tensor(self, name: str) -> Tensor:
-        """A weight under Wan's name: as stored or, where it is scaled or a LoRA changes it, in float32."""
+        """A weight under Wan's name: as stored, or in float32 where it is scaled or a LoRA changes it."""
         tensor = scaled(self.named.tensors[name], self.named.scales.get(name))
         for lora in self.loras:
-            if lora.changes(name):
-                tensor = lora.add(name, tensor)
+            tensor = lora.add(name, tensor)
         return tensor
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """The dtype a weight is written in by default: as stored, but bfloat16 for a changed float8 one."""
+        """The default dtype of a weight in a new file: as stored, but bfloat16 for a changed float8 one."""
         stored = self.named.tensors[name].dtype
-        changed = name in self.named.scales or any(lora.changes(name) for lora in self.loras)
-        return torch.bfloat16 if changed and stored.itemsize == 1 else stored
+        is_changed = name in self.named.scales or any(lora.changes(name) for lora in self.loras)
+        return torch.bfloat16 if is_changed and stored.itemsize == 1 else stored
 
     def load(self, dtype: torch.dtype = torch.float32) -> WanModel:
         """The network on the CPU, ready to run; logs `note`."""

@@ -1,7 +1,6 @@
-"""What differs between the demo world and Wan 2.1: the text encoder, the VAE, and the size of a video."""
+"""What differs between the demo world and Wan 2.1: text encoder, VAE, and default size of a video."""
 
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,24 +17,28 @@ from .wan_vae import load_wan_vae, why_no_wan_vae
 
 log = logging.getLogger("context_forcing")
 
-WHY_NOT = {"text-encoder": why_no_umt5, "vae": why_no_wan_vae}
+NO_CODECS = (
+    "student: a Wan 2.1 student needs a text encoder and a VAE; give `generate` --text-encoder and --vae, or"
+    " --models-dir, the models folder of ComfyUI that holds them"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Codecs:
-    """A text encoder and a VAE on their devices."""
+    """A text encoder, and a VAE on its device."""
 
     text_encoder: TextEncoder
     vae: VAE
 
 
-class Backbone(ABC):
-    """The kind of network a student is, by its card's `base`."""
+class Backbone:
+    """Wan 2.1 of any size, with UMT5-XXL and Wan's VAE; subclasses are other kinds of networks."""
 
-    size: tuple[int, int]
+    size = (832, 480)
     """Default width and height of a video in pixels."""
+    preview_vae: VAE | None = None
+    """A VAE on the CPU that is fast enough for previews."""
 
-    @abstractmethod
     def load_codecs(
         self,
         device: torch.device,
@@ -46,23 +49,38 @@ class Backbone(ABC):
         vae: str | None = None,
         models_dir: Path | None = None,
     ) -> Codecs:
-        """The text encoder and VAE, by path, by name in ComfyUI's models folder, or found there.
+        """The codecs by path, by name in ComfyUI's models folder, or found there.
 
-        Wan's prompts are encoded at once and the text encoder is freed, so that it never shares the device with the
-        student; without prompts no text encoder is loaded. The VAE runs in `dtype` on CUDA, in float32 elsewhere.
-        Raises ValueError, one line.
+        Prompts are encoded at once and UMT5 is freed, so that it never shares the device with the student; without
+        prompts it is not loaded. The VAE runs in `dtype` on CUDA, in float32 elsewhere. Raises ValueError, one line.
         """
+        prompts, models_dir = list(dict.fromkeys(prompts)), default_models_dir(models_dir)
+        encoder = PrecomputedText(name="none", rows={})
+        umt5_path = self._path("text-encoder", text_encoder, models_dir, why_no_umt5) if prompts else None
+        vae_path = self._path("vae", vae, models_dir, why_no_wan_vae)
+        if umt5_path:
+            umt5 = load_umt5(umt5_path, device)
+            rows = {prompt: rows_LD[None] for prompt, rows_LD in zip(prompts, umt5.encode(prompts))}
+            encoder = PrecomputedText(name=umt5.name, rows=rows)
+        net = load_wan_vae(vae_path, dtype if device.type == "cuda" else torch.float32)
+        return Codecs(text_encoder=encoder, vae=net.to(device))
 
-    @abstractmethod
+    def _path(self, kind: str, name: str | None, models_dir: Path | None, why_not) -> Path:
+        if name is not None:
+            return locate(kind, name, models_dir)
+        if models_dir is None:
+            raise ValueError(NO_CODECS)
+        path = find(kind, models_dir, why_not)
+        log.info("%s: %s", kind, path)
+        return path
+
     def built_in_codecs(self, device: torch.device) -> Codecs:
-        """The codecs that need no file. Raises ValueError where there are none."""
-
-    preview_vae: VAE | None = None
-    """A VAE on the CPU, fast enough for previews; None if there is none."""
+        """The codecs in the package. Raises ValueError if there are none."""
+        raise ValueError(NO_CODECS)
 
 
 class DemoBackbone(Backbone):
-    """The demo world: its codecs are part of the package."""
+    """The demo world; its codecs are in the package."""
 
     size = (128, 64)
 
@@ -80,44 +98,9 @@ class DemoBackbone(Backbone):
         return load_demo_codec()
 
 
-class WanBackbone(Backbone):
-    """Wan 2.1 of any size: UMT5-XXL and Wan's VAE, from files."""
-
-    size = (832, 480)
-
-    def load_codecs(self, device, dtype, prompts=(), *, text_encoder=None, vae=None, models_dir=None) -> Codecs:
-        prompts, models_dir = list(dict.fromkeys(prompts)), default_models_dir(models_dir)
-        names = {"text-encoder": text_encoder, "vae": vae} if prompts else {"vae": vae}
-        paths = {kind: self._path(kind, name, models_dir) for kind, name in names.items()}
-        encoder = PrecomputedText(name="none", rows={})
-        if prompts:
-            umt5 = load_umt5(paths["text-encoder"], device)
-            rows = {prompt: rows_LD[None] for prompt, rows_LD in zip(prompts, umt5.encode(prompts))}
-            encoder = PrecomputedText(name=umt5.name, rows=rows)
-        loaded = load_wan_vae(paths["vae"], dtype if device.type == "cuda" else torch.float32)
-        return Codecs(text_encoder=encoder, vae=loaded.to(device))
-
-    def _path(self, kind: str, name: str | None, models_dir: Path | None) -> Path:
-        if name is not None:
-            return locate(kind, name, models_dir)
-        if models_dir is None:
-            raise ValueError(self.missing)
-        path = find(kind, models_dir, WHY_NOT[kind])
-        log.info("%s: %s", kind, path)
-        return path
-
-    missing = (
-        "student: a Wan 2.1 student needs a text encoder and a VAE; give `generate` --text-encoder and --vae, or"
-        " --models-dir, the models folder of ComfyUI that holds them"
-    )
-
-    def built_in_codecs(self, device: torch.device) -> Codecs:
-        raise ValueError(self.missing)
-
-
-DEMO, WAN = DemoBackbone(), WanBackbone()
+WAN, DEMO = Backbone(), DemoBackbone()
 
 
 def backbone_of(name: str) -> Backbone:
-    """The backbone of a card's `base`, of a training preset or of a set's model: `demo`, or any name of Wan 2.1."""
+    """The backbone of a card's `base`, a training preset or the model of a training set: `demo`, or any of Wan 2.1."""
     return DEMO if name == "demo" else WAN

@@ -1,4 +1,4 @@
-"""What every text encoder and VAE provides, and Wan 2.1's latent normalisation.
+"""The interface of text encoders and VAEs, and the latent normalisation of Wan 2.1.
 
 Shapes: B batch, C latent channels, t latent frames, T pixel frames, H W pixels, h w latents, L text tokens.
 """
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..units import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 
 WAN_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -21,62 +23,63 @@ WAN_STD = (
 
 
 class TextEncoder(Protocol):
-    """Prompts -> text embeddings; `name` tells one encoder from another."""
+    """Prompts -> text embeddings."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """A name that differs for encoders with other weights."""
+        ...
 
     def encode(self, prompt: str) -> Tensor:
         """[1, L, 4096], L <= 512."""
         ...
 
 
-def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
-    return torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1, 1)
-
-
-def normalise(raw_BCtHW: Tensor) -> Tensor:
-    """VAE space (what ComfyUI's LATENT holds) -> the space the network works in."""
-    return (raw_BCtHW - _channels(WAN_MEAN, raw_BCtHW)) / _channels(WAN_STD, raw_BCtHW)
-
-
-def denormalise(latents_BCtHW: Tensor) -> Tensor:
-    """The inverse of `normalise`."""
-    return latents_BCtHW * _channels(WAN_STD, latents_BCtHW) + _channels(WAN_MEAN, latents_BCtHW)
-
-
-class VAE(Protocol):
-    """Pixels in [-1, 1] to latents in VAE space and back, causal in time, float32 at this border."""
-
-    def encode(self, pixels_BCTHW: Tensor) -> Tensor:
-        """[B, 3, 1 + 4k, H, W] -> [B, 16, 1 + k, H/8, W/8]. Raises ValueError for other shapes."""
-        ...
-
-    def decode(self, raw_BCthw: Tensor) -> Tensor:
-        """[B, 16, t, h, w] -> [B, 3, 4t - 3, 8h, 8w]."""
-        ...
-
-    def decode_stream(self, raw_chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The same of consecutive chunks of one film, in pieces; the cuts between chunks change nothing."""
-        ...
-
-
-def check_pixels(pixels_BCTHW: Tensor) -> None:
-    """Raises ValueError unless there are 1 + 4k frames and sides that are multiples of 8."""
-    _, _, num_frames, height, width = pixels_BCTHW.shape
-    if num_frames % 4 != 1 or height % 8 or width % 8:
-        raise ValueError(
-            f"pixels: {num_frames} frames of {width} x {height}; the codec takes 1 + 4k frames"
-            " and sides that are multiples of 8"
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
 class PrecomputedText:
-    """Embeddings of certain prompts, made by an encoder that is gone since."""
+    """A text encoder for prompts that were encoded before."""
 
     name: str
     rows: Mapping[str, Tensor]
 
     def encode(self, prompt: str) -> Tensor:
         return self.rows[prompt]
+
+
+class VAE(nn.Module):
+    """Pixels in [-1, 1] to latents in VAE space and back, causal in time. Inputs and outputs are float32."""
+
+    def encode(self, pixels_BCTHW: Tensor) -> Tensor:
+        """[B, 3, 1 + 4k, H, W] -> [B, 16, 1 + k, H/8, W/8]. Raises ValueError for other shapes."""
+        raise NotImplementedError
+
+    def decode_stream(self, raw_chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Decode consecutive chunks of one video, in pieces; the result does not depend on the cuts between chunks."""
+        raise NotImplementedError
+
+    def decode(self, raw_BCthw: Tensor) -> Tensor:
+        """[B, 16, t, h, w] -> [B, 3, 4t - 3, 8h, 8w]."""
+        return torch.cat(list(self.decode_stream([raw_BCthw])), dim=2)
+
+
+def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
+    return torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1, 1)
+
+
+def normalise(raw_BCthw: Tensor) -> Tensor:
+    """VAE space, as in ComfyUI's LATENT -> the space of the network."""
+    return (raw_BCthw - _channels(WAN_MEAN, raw_BCthw)) / _channels(WAN_STD, raw_BCthw)
+
+
+def denormalise(latents_BCthw: Tensor) -> Tensor:
+    """The inverse of `normalise`."""
+    return latents_BCthw * _channels(WAN_STD, latents_BCthw) + _channels(WAN_MEAN, latents_BCthw)
+
+
+def check_pixels(pixels_BCTHW: Tensor) -> None:
+    """Raises ValueError unless there are 1 + 4k frames and sides that are multiples of 8."""
+    _, _, num_frames, height, width = pixels_BCTHW.shape
+    if num_frames % FRAMES_PER_LATENT != 1 or height % PIXELS_PER_LATENT or width % PIXELS_PER_LATENT:
+        raise ValueError(
+            f"pixels: {num_frames} frames of {width} x {height}; give 1 + 4k frames with sides that are multiples of 8"
+        )

@@ -1,8 +1,8 @@
-"""What a text encoder is, and the demo student's: no download, no weights, Wan-shaped output.
+"""The text encoder of the demo student (docs/demo_student.md, Text): it has no weights, and Wan's output shape.
 
-The student knows a few concepts; each has many spellings. A prompt becomes one row per concept it names, in
-[512, 4096] padded with zeros like UMT5's output (method.md 1.2.4). Rows are drawn from a hash of the concept, so
-they are the same on every machine and in every version.
+The demo student was trained on a few concepts, each with many spellings. A prompt becomes one row per concept in
+[512, 4096], padded with zeros like the output of UMT5. A row is drawn from a hash of its concept, so it is the same on
+every machine and in every version.
 """
 
 import hashlib
@@ -42,12 +42,12 @@ _FILLERS = frozenset(
 
 
 def canonical_words(prompt: str) -> list[str]:
-    """The concepts a prompt names, in order, repetitions included; unknown words are dropped."""
+    """The concepts in a prompt, in order and with repetitions; unknown words are dropped."""
     return [WORDS[word] for word in re.findall(r"[a-z]+", prompt.lower()) if word in WORDS]
 
 
 def unknown_words(prompt: str) -> list[str]:
-    """Words of a prompt that the demo student never learnt; they have no effect."""
+    """Words in a prompt that the demo student was not trained on; they have no effect."""
     words = re.findall(r"[a-z]+", prompt.lower())
     return [word for word in dict.fromkeys(words) if word not in WORDS and word not in _FILLERS]
 
@@ -60,7 +60,7 @@ def concept_embedding(concept: str) -> Tensor:
 
 
 def encode_demo_text(prompt: str) -> Tensor:
-    """Prompt -> text embeddings [1, 512, 4096]; prompts that name the same concepts are equal."""
+    """Prompt -> text embeddings [1, 512, 4096]; prompts with the same concepts give the same embeddings."""
     concepts = sorted(set(canonical_words(prompt)))
     rows = torch.zeros(1, TEXT_LEN, TEXT_DIM)
     for i, concept in enumerate(concepts):
@@ -69,11 +69,13 @@ def encode_demo_text(prompt: str) -> Tensor:
 
 
 class DemoTextEncoder:
-    """The demo student's; says which words it does not know."""
+    """Logs a warning for unknown words."""
 
     name = "demo"
 
     def encode(self, prompt: str) -> Tensor:
         if unknown := unknown_words(prompt):
-            log.warning("the demo student does not know these words, they have no effect: %s", ", ".join(unknown))
+            log.warning(
+                "prompt: the demo student was not trained on %s; these words have no effect", ", ".join(unknown)
+            )
         return encode_demo_text(prompt)

@@ -1,9 +1,8 @@
-"""From pixels to latents and back: what a codec is, Wan's latent normalisation, the demo codec.
+"""The codec of the demo world, with the interface of Wan's VAE (docs/demo_student.md, Codec).
 
-The demo codec has the Wan VAE's interface (method.md 1.6, demo_world.md 2): 16 channels, 1/8 in space, 1 + 4k pixel
-frames in time, causal. Its encoder is fixed: a 4 x 4 DCT of art pixels (2 x 2 pixels each) of the last frame of
-every group of four, 8 luma and 4 + 4 chroma coefficients. Its decoder is learned: from one latent frame and the one
-before it, it draws the four pixel frames between.
+The encoder is fixed: a 4 x 4 DCT of art pixels (2 x 2 pixels each) of the last frame of each group of four, with 8 luma
+and 4 + 4 chroma coefficients. The decoder is learned: from one latent frame and the one before it, it draws the four
+pixel frames between them.
 
 Shapes: B batch, C latent channels, t latent frames, T pixel frames, H W pixels, h w latents.
 """
@@ -19,19 +18,19 @@ from torch import Tensor, nn
 
 from ..checkpoints.containers import read_safetensors
 from ..checkpoints.student import ASSETS, check_tensors
-from .base import check_pixels, denormalise, normalise
+from .base import VAE, check_pixels, denormalise, normalise
 
 DEMO_CODEC = ASSETS / "demo_codec.safetensors"
 
 
 ART_PIXEL = 2
-"""The demo world is drawn at half size and doubled."""
+"""Pixels per side of an art pixel: the demo world is drawn at half size and doubled."""
 BLOCK = 4
 NUM_LUMA, NUM_CHROMA = 8, 4
 
 
 def dct_transform() -> Tensor:
-    """[16, 48] from an art-pixel block (row, column, RGB) in [-1, 1] to its kept YCbCr coefficients."""
+    """[16, 48]: an art-pixel block (row, column, RGB) in [-1, 1] -> its YCbCr coefficients that are kept."""
     k = torch.arange(BLOCK, dtype=torch.float64)
     dct = torch.cos(math.pi / BLOCK * (k[None] + 0.5) * k[:, None]) * math.sqrt(2 / BLOCK)
     dct[0] /= math.sqrt(2)
@@ -62,7 +61,7 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.silu(self.conv1(F.silu(x))))
 
 
-class DemoCodec(nn.Module):
+class DemoCodec(VAE):
     """encode [B, 3, T, H, W] in [-1, 1] -> [B, 16, t, h, w] in VAE space; decode is its causal inverse."""
 
     def __init__(self, width: int = 96, num_blocks: int = 3):
@@ -99,16 +98,12 @@ class DemoCodec(nn.Module):
         art = F.avg_pool3d(last, (1, ART_PIXEL, ART_PIXEL))
         return denormalise(self.encode_art(art.movedim(1, -1)))
 
-    def decode(self, raw_BCthw: Tensor) -> Tensor:
-        """VAE-space latents -> pixels [B, 3, 4t - 3, H, W]."""
-        return torch.cat(list(self.decode_stream([raw_BCthw])), dim=2)
-
     def decode_stream(self, raw_chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Decode consecutive chunks of one film; only the last latent frame is carried."""
+        """Decode consecutive chunks of one video; only the last latent frame is carried."""
         before = None
         for raw_BCthw in raw_chunks:
             drawn = []
-            # One by one: a convolution over several rounds otherwise, and the film must not depend on its chunks.
+            # One by one: a convolution over several rounds differently, and a video must not depend on its chunks.
             for latent in normalise(raw_BCthw).unbind(2):
                 frames = self.draw_frames(latent if before is None else before, latent)
                 drawn.append(frames if before is not None else frames[:, 3:])
@@ -122,7 +117,7 @@ def load_demo_codec(path: str | Path | None = None) -> DemoCodec:
     path = Path(path or DEMO_CODEC)
     state, _ = read_safetensors(path)
     if "stem.weight" not in state or "mean" not in state:
-        raise ValueError(f"{path}: not a demo codec")
+        raise ValueError(f"{path}: not a demo codec; give a file that `train vae` wrote")
     width = state["stem.weight"].shape[0]
     num_blocks = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("body."))
     codec = DemoCodec(width, num_blocks)

@@ -1,14 +1,12 @@
-"""UMT5's encoder, Wan 2.1's text encoder (method.md 1.6), one layer after another over all prompts.
+"""UMT5's encoder, the text encoder of Wan 2.1 (docs/method.md, Codecs). All prompts pass one layer, then the next.
 
-Weights stay as they are in the file, mapped: of UMT5-XXL's 11 GB one layer at a time is brought to the device, in
-float32, and let go. So it needs no memory to speak of, and prompts that are encoded together or apart are equal to
-the bit.
+Weights stay in the file, memory-mapped. One layer at a time is copied to the device in float32 and freed again, so the
+11 GB of UMT5-XXL are never in memory at once. Prompts that are encoded together or apart give the same bits.
 
 Shapes: L tokens of a prompt, D width, N heads, E head dim.
 """
 
 import html
-import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -20,20 +18,21 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..checkpoints.float8 import scaled, split_scales
 from ..checkpoints.locate import read_tensors, subfolder
-from ..checkpoints.student import check_tensors
+from ..checkpoints.student import build
 from ..fingerprint import fingerprint
 from .demo_text import TEXT_DIM, TEXT_LEN
 
 log = logging.getLogger("context_forcing")
 
 Tokenize = Callable[[str], list[int]]
-"""Text -> token numbers, without the one that ends it."""
+"""Text -> token numbers, without the end token."""
 
 EOS = 1
 EPS = 1e-6
 MAX_DISTANCE = 128
-"""Positions further apart than this are equally far."""
+"""Larger distances between tokens share one bucket."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 PUBLISHED = "umt5_xxl_fp16.safetensors, models_t5_umt5-xxl-enc-bf16.pth or a diffusers folder text_encoder"
 
@@ -51,7 +50,7 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Weights of a gated feed-forward."""
+    """Weights of a gated feed-forward layer."""
 
     def __init__(self, dim: int, inner: int):
         super().__init__()
@@ -61,25 +60,22 @@ class FeedForward(nn.Module):
 
 
 class UMT5Encoder(nn.Module):
-    """The tree, parameter names exactly those of transformers' and ComfyUI's files."""
+    """The module tree; parameter names are those of transformers' and ComfyUI's files."""
 
     def __init__(self, vocabulary: int, dim: int, inner: int, num_heads: int, num_buckets: int, ff: int, layers: int):
         super().__init__()
         self.shared = nn.Embedding(vocabulary, dim)
         norm = lambda: nn.RMSNorm(dim, eps=EPS)
-        attention = lambda: nn.ModuleDict(
-            {"SelfAttention": SelfAttention(dim, inner, num_heads, num_buckets), "layer_norm": norm()}
-        )
-        feed_forward = lambda: nn.ModuleDict({"DenseReluDense": FeedForward(dim, ff), "layer_norm": norm()})
-        block = lambda: nn.ModuleDict({"layer": nn.ModuleList([attention(), feed_forward()])})
-        self.encoder = nn.ModuleDict(
-            {"block": nn.ModuleList([block() for _ in range(layers)]), "final_layer_norm": norm()}
-        )
+        attention = lambda: SelfAttention(dim, inner, num_heads, num_buckets)
+        layer = lambda name, module: nn.ModuleDict({name: module, "layer_norm": norm()})
+        parts = lambda: [layer("SelfAttention", attention()), layer("DenseReluDense", FeedForward(dim, ff))]
+        blocks = [nn.ModuleDict({"layer": nn.ModuleList(parts())}) for _ in range(layers)]
+        self.encoder = nn.ModuleDict({"block": nn.ModuleList(blocks), "final_layer_norm": norm()})
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextEncoder:
-    """Prompts -> text embeddings. `scales` are factors of weights in fp8, by the weight's name."""
+class UMT5:
+    """Prompts -> text embeddings. `scales` are factors of float8 weights, by the weight's name."""
 
     net: UMT5Encoder
     scales: Mapping[str, Tensor]
@@ -92,23 +88,23 @@ class TextEncoder:
         return fingerprint(self.net)
 
     def tokens(self, prompt: str) -> list[int]:
-        """Cleaned, cut to 512 with the end marked."""
+        """Token numbers of the cleaned prompt, at most 512 with the end token."""
         tokens = self.tokenize(clean_text(prompt))
         if len(tokens) >= TEXT_LEN:
-            log.warning("prompt: %d tokens, the first %d count: %.60s ...", len(tokens) + 1, TEXT_LEN - 1, prompt)
+            log.warning("prompt: %d tokens, only the first %d are used: %.60s ...", len(tokens), TEXT_LEN - 1, prompt)
         return [*tokens[: TEXT_LEN - 1], EOS]
 
     @torch.inference_mode()
     def encode(self, prompts: Iterable[str]) -> list[Tensor]:
         """float32 rows [L, 4096] of each prompt, L <= 512, without padding, on the CPU.
 
-        Padding is hidden from the words by UMT5's attention mask: without it the rows are the same, and fewer.
+        UMT5's attention mask hides padding from the words, so the rows are the same with padding.
         """
         tokens = [torch.tensor(self.tokens(prompt)) for prompt in prompts]
-        if max(int(number.max()) for number in tokens) >= self.net.shared.num_embeddings:
-            raise ValueError("text-encoder: its tokenizer has more words than its weights; give a pair that fits")
-        rows = [self.net.shared.weight[number.to(self.net.shared.weight.device)] for number in tokens]
-        rows = [self._ready("shared.weight", x) for x in rows]
+        embedding = self.net.shared.weight
+        if max(int(number.max()) for number in tokens) >= len(embedding):
+            raise ValueError("text-encoder: the tokenizer has more words than the weights; give a matching pair")
+        rows = [self._ready("shared.weight", embedding[number.to(embedding.device)]) for number in tokens]
         for number, block in enumerate(self.net.encoder["block"]):
             prefix = f"encoder.block.{number}."
             weights = {name: self._ready(prefix + name, weight) for name, weight in block.named_parameters()}
@@ -117,8 +113,7 @@ class TextEncoder:
         return [_norm(x, final).cpu() for x in rows]
 
     def _ready(self, name: str, weight: Tensor) -> Tensor:
-        weight = weight.to(self.device).float()
-        return weight * self.scales[name].to(weight) if name in self.scales else weight
+        return scaled(weight.to(self.device), self.scales.get(name)).float()
 
 
 def _norm(x_LD: Tensor, weight_D: Tensor) -> Tensor:
@@ -140,9 +135,10 @@ def _block(weights: Mapping[str, Tensor], x_LD: Tensor) -> Tensor:
 
 
 def distance_buckets(num_tokens: int, num_buckets: int) -> Tensor:
-    """Bucket of the distance from each token (row) to each (column): half for those before, half for those after.
+    """Bucket of the distance from each token (row) to each other token (column).
 
-    Of a half, the first half are single distances, the rest grow with the logarithm up to MAX_DISTANCE.
+    One half of the buckets is for earlier tokens, one for later. In each, the first half are single distances; the rest
+    grow with the logarithm up to MAX_DISTANCE.
     """
     position = torch.arange(num_tokens)
     distance = position[None] - position[:, None]
@@ -155,7 +151,7 @@ def distance_buckets(num_tokens: int, num_buckets: int) -> Tensor:
 
 
 def clean_text(prompt: str) -> str:
-    """As Wan cleans a prompt before its tokenizer; ComfyUI does not (method.md 1.6)."""
+    """A prompt cleaned as in Wan's own code; ComfyUI does not clean prompts (docs/method.md, Text)."""
     ftfy, *_ = _libraries()
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
 
@@ -170,39 +166,29 @@ def _libraries():
     return ftfy, sentencepiece, tokenizers
 
 
-def load_umt5(
-    path: str | Path, device: torch.device, tokenizer: Path | None = None, resident: bool = False
-) -> TextEncoder:
-    """From ComfyUI's files, fp8 ones too, Wan's own, or a folder in diffusers' layout.
+def load_umt5(path: str | Path, device: torch.device, tokenizer: Path | None = None, resident: bool = False) -> UMT5:
+    """UMT5 from ComfyUI's files, also float8, from Wan's own, or from a folder in diffusers' layout.
 
-    The tokenizer is the one within ComfyUI's file, else that of the folder `tokenizer`, else of one beside the file.
-    `resident` keeps the weights on the device, for many prompts one by one. Raises ValueError, one line.
+    The tokenizer is the one inside ComfyUI's file, else that of the folder `tokenizer`, else one beside the file.
+    `resident` keeps the weights on the device, for many calls. Raises ValueError, one line.
     """
     _libraries()
     path = subfolder(Path(path), "text_encoder")
-    state = dict(read_tensors(path))
+    state = read_tensors(path)
     state.pop("encoder.embed_tokens.weight", None)
     spiece = state.pop("spiece_model", None)
-    state, scales = _dequantised(state, path)
-    state = {from_wan(key): value for key, value in state.items()}
+    state, scales = ({from_wan(key): value for key, value in part.items()} for part in split_scales(state, {}, path))
     if reason := why_no_umt5(state):
         raise ValueError(f"{path}: {reason}; give {PUBLISHED}")
-    if odd := [key for key, value in state.items() if value.dtype not in FLOATS]:
-        raise ValueError(f"{path}: {odd[0]} is stored as {state[odd[0]].dtype}; give one in fp32, fp16, bf16 or fp8")
-    with torch.device("meta"):
-        net = UMT5Encoder(*_sizes(state))
-    check_tensors(net, state, path)
-    net.load_state_dict(state, strict=True, assign=True)
-    if spiece is not None:
-        tokenize = _sentencepiece(spiece.numpy().tobytes(), path)
-    else:
-        tokenize = find_tokenizer(path, tokenizer)
-    net = net.eval().requires_grad_(False)
-    return TextEncoder(net=net.to(device) if resident else net, scales=scales, tokenize=tokenize, device=device)
+    if other := [key for key, value in state.items() if value.dtype not in FLOATS]:
+        raise ValueError(f"{path}: {other[0]} is stored as {state[other[0]].dtype}; give fp32, fp16, bf16 or fp8")
+    net = build(lambda: UMT5Encoder(*_sizes(state)), state, path)
+    tokenize = find_tokenizer(path, tokenizer) if spiece is None else _sentencepiece(spiece.numpy().tobytes(), path)
+    return UMT5(net=net.to(device) if resident else net, scales=scales, tokenize=tokenize, device=device)
 
 
 def why_no_umt5(state: Mapping[str, Tensor]) -> str:
-    """Empty for tensors of UMT5-XXL's encoder, as far as a look tells; else what they are not."""
+    """Why tensors are not those of UMT5-XXL's encoder, by names and width; empty if they may be."""
     keys = {from_wan(key): key for key in state}
     for name in ("shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"):
         if name not in keys:
@@ -225,24 +211,6 @@ def _sizes(state: Mapping[str, Tensor]) -> tuple[int, ...]:
     return (*state["shared.weight"].shape, inner, num_heads, num_buckets, ff, layers)
 
 
-def _dequantised(state: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights, and the factors of those in ComfyUI's scaled fp8, in either of its spellings."""
-    weights, scales = {}, {}
-    for key, value in state.items():
-        layer, _, last = key.rpartition(".")
-        if last == "comfy_quant":
-            format = json.loads(bytes(value.tolist())).get("format")
-            if format not in ("float8_e4m3fn", "float8_e5m2"):
-                raise ValueError(f"{path}: {layer} is quantised as {format}; give the fp16, bf16 or fp8 file")
-        elif last in ("scale_weight", "weight_scale"):
-            if value.numel() != 1:
-                raise ValueError(f"{path}: {key} scales by row; take umt5_xxl_fp16 or fp8_e4m3fn_scaled")
-            scales[from_wan(f"{layer}.weight")] = value
-        elif last not in ("scale_input", "input_scale", "scaled_fp8"):
-            weights[key] = value
-    return weights, scales
-
-
 FROM_WAN = {
     "norm1": "layer.0.layer_norm", "norm2": "layer.1.layer_norm", "attn.q": "layer.0.SelfAttention.q",
     "attn.k": "layer.0.SelfAttention.k", "attn.v": "layer.0.SelfAttention.v", "attn.o": "layer.0.SelfAttention.o",
@@ -250,30 +218,32 @@ FROM_WAN = {
     "ffn.gate.0": "layer.1.DenseReluDense.wi_0", "ffn.fc1": "layer.1.DenseReluDense.wi_1",
     "ffn.fc2": "layer.1.DenseReluDense.wo",
 }  # fmt: skip
+FROM_WAN_OUTER = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
 
 
 def from_wan(key: str) -> str:
-    """The name in transformers' layout of a tensor in Wan's own; a name that it has not stays."""
-    if key in ("token_embedding.weight", "norm.weight"):
-        return "shared.weight" if key.startswith("token") else "encoder.final_layer_norm.weight"
+    """The name in transformers' layout of a tensor in Wan's own; an unknown name is unchanged."""
     start, _, rest = key.partition(".")
     number, _, name = rest.partition(".")
     name = FROM_WAN.get(name.removesuffix(".weight"))
-    return f"encoder.block.{number}.{name}.weight" if start == "blocks" and name else key
+    return f"encoder.block.{number}.{name}.weight" if start == "blocks" and name else FROM_WAN_OUTER.get(key, key)
 
 
 def find_tokenizer(weights: Path, folder: Path | None) -> Tokenize:
-    """The tokenizer of a folder, else one that lies by the weights as Wan's and diffusers' do. Raises ValueError."""
-    by = weights.parent
-    folders = [folder] if folder else [weights, by / "tokenizer", by / "google" / "umt5-xxl", by]
+    """The tokenizer in a folder, else one beside the weights as in Wan's and diffusers' repositories.
+
+    Raises ValueError.
+    """
+    parent = weights.parent
+    folders = [folder] if folder else [weights, parent / "tokenizer", parent / "google" / "umt5-xxl", parent]
     for place in folders:
         if (place / "tokenizer.json").is_file():
             return _tokenizers(place / "tokenizer.json")
         if (place / "spiece.model").is_file():
             return _sentencepiece((place / "spiece.model").read_bytes(), place / "spiece.model")
     raise ValueError(
-        f"{weights}: has no tokenizer within, and there is no tokenizer.json or spiece.model in"
-        f" {', '.join(map(str, folders))}; put google/umt5-xxl's there, or give ComfyUI's umt5_xxl_fp16.safetensors"
+        f"{weights}: no tokenizer inside, and no tokenizer.json or spiece.model in {', '.join(map(str, folders))}; copy"
+        " them from google/umt5-xxl, or give ComfyUI's umt5_xxl_fp16.safetensors"
     )
 
 
@@ -282,7 +252,7 @@ def _sentencepiece(proto: bytes, path: Path) -> Tokenize:
     try:
         return library.SentencePieceProcessor(model_proto=proto).encode
     except RuntimeError as error:
-        raise ValueError(f"{path}: its tokenizer is no SentencePiece model ({error})") from None
+        raise ValueError(f"{path}: the tokenizer is not a SentencePiece model ({error})") from None
 
 
 def _tokenizers(path: Path) -> Tokenize:

@@ -1,13 +1,14 @@
-"""Wan 2.1's VAE, parameter names exactly those of Wan2.1_VAE.pth, run as a stream (method.md 1.6).
+"""Wan 2.1's VAE, run as a stream (docs/method.md, Codecs). Parameter names are those of Wan2.1_VAE.pth.
 
-Time is causal: a convolution sees the frames before its own and none after. What it saw last is its `Past`, carried
-from piece to piece, and every piece is one latent frame: one pixel frame for the first, four for each later one. So a
-film does not depend on how it is cut into chunks, to the bit, and memory use does not depend on its length.
+Convolutions are causal in time. `Past` holds the last input frames of each layer and is carried from piece to piece. A
+piece is one latent frame: one pixel frame for the first, four for each later one. So a video does not depend, to the
+bit, on how it is cut into chunks, and memory use does not depend on its length.
 
 Shapes: B batch, C channels, T frames, h w rows and columns at the resolution of the layer.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -17,23 +18,23 @@ from torch import Tensor, nn
 
 from ..checkpoints.containers import read_json
 from ..checkpoints.locate import read_tensors, subfolder
-from ..checkpoints.student import check_tensors
+from ..checkpoints.student import build
 from ..units import LATENT_CHANNELS
-from .base import WAN_MEAN, WAN_STD, check_pixels
+from .base import VAE, WAN_MEAN, WAN_STD, check_pixels
 
 Past = dict[nn.Module, Tensor | None]
-"""Layer -> the last frames that it saw."""
+"""The last input frames of each layer."""
 
 MULTIPLES = (1, 2, 4, 4)
 """Widths of the levels, in units of the first."""
 PREFIX = "model."
-"""Some files have it before every name."""
+"""A prefix of all names in some files."""
 HALVES_TIME = (False, True, True)
-"""Which steps down also halve the frame rate."""
+"""Whether a downsampling step also halves the frame rate."""
 
 
 class CausalConv3d(nn.Conv3d):
-    """Sees, in time, its own frame and the `kernel - 1` frames before; zeros before the first."""
+    """A convolution over each frame and the `kernel - 1` frames before it; zeros before the first."""
 
     def __init__(self, in_dim: int, out_dim: int, kernel: tuple[int, int, int]):
         super().__init__(in_dim, out_dim, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
@@ -62,7 +63,7 @@ class RMSNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two causal convolutions and a skip."""
+    """Two causal convolutions and a skip connection."""
 
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
@@ -96,7 +97,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the rows and columns, and with `in_time` half the frames; the first frame of a video stays one."""
+    """Halves rows and columns, and with `in_time` frames; the first frame of a video stays one frame."""
 
     def __init__(self, dim: int, in_time: bool):
         super().__init__()
@@ -112,7 +113,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the rows and columns, half the channels, and with `in_time` two frames of each but a video's first."""
+    """Doubles rows and columns, halves channels; with `in_time` doubles all frames but the first of a video."""
 
     def __init__(self, dim: int, in_time: bool):
         super().__init__()
@@ -125,7 +126,7 @@ class Upsample(nn.Module):
         if self.time_conv is not None:
             if self in past:
                 x = rearrange(self.time_conv(x, past), "B (k C) T h w -> B C (T k) h w", k=2)
-            past[self] = None  # the first frame is through, and is not what the second one's convolution sees
+            past[self] = None  # the convolution of the second frame does not see the first
         return each_frame(self.resample, x)
 
 
@@ -133,14 +134,14 @@ STREAMED = (CausalConv3d, ResidualBlock, Downsample, Upsample)
 
 
 def run(layers: Iterable[nn.Module], x: Tensor, past: Past) -> Tensor:
-    """Layers one after another, with their past where they have one."""
+    """Run layers in sequence, streamed ones with their past."""
     for layer in layers:
         x = layer(x, past) if isinstance(layer, STREAMED) else layer(x)
     return x
 
 
 def each_frame(function, x_BCThw: Tensor) -> Tensor:
-    """A function of pictures [b, C, h, w] over the frames of a video."""
+    """Apply a function of images [b, C, h, w] to the frames of a video."""
     y = function(rearrange(x_BCThw, "B C T h w -> (B T) C h w"))
     return rearrange(y, "(B T) C h w -> B C T h w", T=x_BCThw.shape[2])
 
@@ -161,7 +162,7 @@ class Encoder(nn.Module):
         widths = [dim * multiple for multiple in (1, *MULTIPLES)]
         self.conv1 = CausalConv3d(3, dim, (3, 3, 3))
         layers = []
-        for level, (in_dim, out_dim) in enumerate(zip(widths, widths[1:])):
+        for level, (in_dim, out_dim) in enumerate(pairwise(widths)):
             layers += [ResidualBlock(out_dim if i else in_dim, out_dim) for i in range(num_blocks)]
             layers += [Downsample(out_dim, in_time) for in_time in HALVES_TIME[level : level + 1]]
         self.downsamples = nn.Sequential(*layers)
@@ -181,8 +182,8 @@ class Decoder(nn.Module):
         self.conv1 = CausalConv3d(LATENT_CHANNELS, widths[0], (3, 3, 3))
         self.middle = _middle(widths[0])
         layers, steps = [], HALVES_TIME[::-1]
-        for level, (in_dim, out_dim) in enumerate(zip(widths, widths[1:])):
-            in_dim = in_dim // 2 if level else in_dim  # the step up before has halved it
+        for level, (in_dim, out_dim) in enumerate(pairwise(widths)):
+            in_dim = in_dim // 2 if level else in_dim  # the Upsample before halved it
             layers += [ResidualBlock(out_dim if i else in_dim, out_dim) for i in range(num_blocks + 1)]
             layers += [Upsample(out_dim, in_time) for in_time in steps[level : level + 1]]
         self.upsamples = nn.Sequential(*layers)
@@ -192,8 +193,8 @@ class Decoder(nn.Module):
         return run([self.conv1, *self.middle, *self.upsamples, *self.head], x, past)
 
 
-class WanVAE(nn.Module):
-    """A Codec (codec.py). Runs in the dtype of its weights."""
+class WanVAE(VAE):
+    """Runs in the dtype of its weights."""
 
     def __init__(self, dim: int = 96, num_blocks: int = 2):
         super().__init__()
@@ -207,16 +208,12 @@ class WanVAE(nn.Module):
         check_pixels(pixels_BCTHW)
         past: Past = {}
         pixels = pixels_BCTHW.to(self.conv1.weight.dtype)
-        pieces = [pixels[:, :, :1], *pixels[:, :, 1:].split(4, dim=2)] if pixels.shape[2] > 1 else [pixels]
+        pieces = [pixels[:, :, :1], *(pixels[:, :, i : i + 4] for i in range(1, pixels.shape[2], 4))]
         latents = [self.conv1(self.encoder(piece, past), past).chunk(2, dim=1)[0] for piece in pieces]
         return torch.cat(latents, dim=2).float()
 
-    def decode(self, raw_BCthw: Tensor) -> Tensor:
-        """VAE-space latents -> pixels [B, 3, 4t - 3, H, W]."""
-        return torch.cat(list(self.decode_stream([raw_BCthw])), dim=2)
-
     def decode_stream(self, raw_chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Decode consecutive chunks of one film; yields the pixels of every latent frame."""
+        """Decode consecutive chunks of one video; yields the pixels of each latent frame."""
         past: Past = {}
         for raw in raw_chunks:
             for latent in raw.to(self.conv2.weight.dtype).split(1, dim=2):
@@ -224,7 +221,7 @@ class WanVAE(nn.Module):
 
 
 def load_wan_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> WanVAE:
-    """From Wan2.1_VAE.pth, ComfyUI's wan_2.1_vae.safetensors, or a folder in diffusers' layout.
+    """The VAE from Wan2.1_VAE.pth, ComfyUI's wan_2.1_vae.safetensors, or a folder in diffusers' layout.
 
     Raises ValueError, one line, for anything else.
     """
@@ -234,39 +231,34 @@ def load_wan_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> WanVAE
         _check_statistics(read_json(path / "config.json"), path)
         state = {from_diffusers(key, state): value for key, value in state.items()}
     if reason := why_no_wan_vae(state):
-        raise ValueError(
-            f"{path}: {reason}; give Wan 2.1's: Wan2.1_VAE.pth, wan_2.1_vae.safetensors or a diffusers folder vae"
-        )
-    with torch.device("meta"):
-        net = WanVAE(state["encoder.conv1.weight"].shape[0], _num_blocks(state))
-    check_tensors(net, state, path)
-    net.load_state_dict({key: value.to(dtype) for key, value in state.items()}, strict=True, assign=True)
-    return net.eval().requires_grad_(False)
+        raise ValueError(f"{path}: {reason}; give Wan2.1_VAE.pth, wan_2.1_vae.safetensors or a diffusers folder vae")
+    state = {key: value.to(dtype) for key, value in state.items()}
+    return build(lambda: WanVAE(len(state["encoder.conv1.weight"]), _num_blocks(state)), state, path)
 
 
-def why_no_wan_vae(state: dict[str, Tensor]) -> str:
-    """Empty for tensors of a Wan 2.1 VAE in Wan's own layout, as far as a look tells; else what they are not."""
+def why_no_wan_vae(state: Mapping[str, Tensor]) -> str:
+    """Why tensors are not those of Wan 2.1's VAE in Wan's layout, by names and channels; empty if they may be."""
     shapes = {key.removeprefix(PREFIX): value.shape for key, value in state.items()}
     for key in ("encoder.conv1.weight", "decoder.conv1.weight", "conv2.weight"):
         if key not in shapes:
             return f"not a Wan VAE, {key} is missing (its first tensor is {next(iter(state), 'nothing')})"
     channels = shapes["conv2.weight"][0]
     if channels != LATENT_CHANNELS:
-        return f"a VAE with {channels} latent channels, such as Wan 2.2's, where Wan 2.1 has {LATENT_CHANNELS}"
+        return f"a VAE with {channels} latent channels, for example of Wan 2.2; Wan 2.1 has {LATENT_CHANNELS}"
     return ""
 
 
-def _num_blocks(state: dict[str, Tensor]) -> int:
-    """Residual blocks of an encoder level: as many as there are before the first step down."""
+def _num_blocks(state: Mapping[str, Tensor]) -> int:
+    """Residual blocks in a level of the encoder: those before its first Downsample."""
     steps = [int(key.split(".")[2]) for key in state if key.startswith("encoder.downsamples.") and ".resample." in key]
     return min(steps, default=1)
 
 
 def _check_statistics(config: dict, path: Path) -> None:
-    """Latents are normalised with Wan 2.1's statistics: a VAE with others (Wan 2.2's) is refused."""
+    """Raises ValueError for a VAE whose latents have other statistics than Wan 2.1's, for example Wan 2.2's."""
     for name, expected in (("latents_mean", WAN_MEAN), ("latents_std", WAN_STD)):
-        found = config.get(name, expected)
-        if len(found) != len(expected) or any(abs(x - y) > 1e-3 for x, y in zip(found, expected)):
+        values = config.get(name, expected)
+        if len(values) != len(expected) or any(abs(x - y) > 1e-3 for x, y in zip(values, expected)):
             raise ValueError(f"{path}: {name} is not that of Wan 2.1's VAE; give Wan 2.1's")
 
 
@@ -276,8 +268,8 @@ OUTER = {"conv_in": "conv1", "norm_out": "head.0", "conv_out": "head.2", "quant_
          "post_quant_conv": "conv2"}  # fmt: skip
 
 
-def from_diffusers(key: str, state: dict[str, Tensor]) -> str:
-    """The name in Wan's layout of a tensor of diffusers' AutoencoderKLWan; a name that it has not stays."""
+def from_diffusers(key: str, state: Mapping[str, Tensor]) -> str:
+    """The name in Wan's layout of a tensor of diffusers' AutoencoderKLWan; an unknown name is unchanged."""
     match key.split("."):
         case [("quant_conv" | "post_quant_conv") as name, last]:
             return f"{OUTER[name]}.{last}"
@@ -298,27 +290,26 @@ def from_diffusers(key: str, state: dict[str, Tensor]) -> str:
 
 
 def decode_wan_stream(vae: nn.Module, raw_chunks: Iterable[Tensor], num_caches: int) -> Iterator[Tensor]:
-    """Decode consecutive chunks with a module tree of Wan's VAE, the feature cache carried from chunk to chunk.
+    """Decode consecutive chunks with ComfyUI's module tree of Wan's VAE; its feature cache is carried between chunks.
 
-    The decoder's cache keeps two frames of the chunk it is given and nothing older, so after the first latent frame
-    it must be fed two at a time or more (comfyui.md 5): an odd frame waits for the next chunk, or for the end.
+    That decoder caches two frames of its last input and no older ones. So after the first latent frame its input must
+    be two frames at a time or more; an odd frame waits for the next chunk, or for the end.
     """
     cache = [None] * num_caches
-    waiting, started = None, False
+    waiting, is_first = None, True
 
-    def feed(raw: Tensor) -> Tensor:
-        out = vae.decoder(vae.conv2(raw), feat_cache=cache, feat_idx=[0])
-        return torch.cat(out, dim=2) if isinstance(out, (list, tuple)) else out
+    def decode(raw: Tensor) -> Tensor:
+        pixels = vae.decoder(vae.conv2(raw), feat_cache=cache, feat_idx=[0])
+        return torch.cat(pixels, dim=2) if isinstance(pixels, (list, tuple)) else pixels
 
     for raw in raw_chunks:
-        if not started:
-            started = True
-            yield feed(raw[:, :, :1])
+        if is_first:
+            is_first = False
+            yield decode(raw[:, :, :1])
             raw = raw[:, :, 1:]
         waiting = raw if waiting is None else torch.cat([waiting, raw], dim=2)
-        whole = waiting.shape[2] - waiting.shape[2] % 2
-        for pair in waiting[:, :, :whole].split(2, dim=2) if whole else ():
-            yield feed(pair)
-        waiting = waiting[:, :, whole:]
+        while waiting.shape[2] > 1:
+            yield decode(waiting[:, :, :2])
+            waiting = waiting[:, :, 2:]
     if waiting is not None and waiting.shape[2]:
-        yield feed(waiting)
+        yield decode(waiting)

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from context_forcing.model.causal import embed_text
 from context_forcing.model.codecs.umt5 import FROM_WAN, UMT5Encoder, clean_text, distance_buckets, load_umt5
-from safetensors.torch import load_file, save_file
 
 pytest.importorskip("sentencepiece")
 pytest.importorskip("ftfy")
@@ -85,7 +86,7 @@ def test_text_is_cleaned_cut_and_ended(file, spiece, caplog):
     assert not caplog.records
     long = "night " * 600
     assert encoder.tokens(long) == [*plain(clean_text(long))[:511], 1]
-    assert "the first 511 count" in caplog.text
+    assert "only the first 511 are used" in caplog.text
 
 
 def test_wans_own_file_with_its_tokenizer_beside(umt5_state, spiece, rows, tmp_path):
@@ -100,7 +101,7 @@ def test_wans_own_file_with_its_tokenizer_beside(umt5_state, spiece, rows, tmp_p
         state[f"{wan}.weight"] = value
     assert "blocks.1.ffn.gate.0.weight" in state and "blocks.0.pos_embedding.embedding.weight" in state
     torch.save(state, tmp_path / "models_t5_umt5-xxl-enc-bf16.pth")
-    refused(tmp_path / "models_t5_umt5-xxl-enc-bf16.pth", "has no tokenizer within")
+    refused(tmp_path / "models_t5_umt5-xxl-enc-bf16.pth", "no tokenizer inside")
     (tmp_path / "google" / "umt5-xxl").mkdir(parents=True)
     (tmp_path / "google" / "umt5-xxl" / "spiece.model").write_bytes(spiece)
     assert torch.equal(load_umt5(tmp_path / "models_t5_umt5-xxl-enc-bf16.pth", CPU).encode([PROMPT])[0], rows)
@@ -191,8 +192,8 @@ REFUSED = {
         lambda s: {**s, "shared.comfy_quant": torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)},
         "shared is quantised as nvfp4",
     ),
-    "no tokenizer": (lambda s: {**s, "spiece_model": torch.ones(9).byte()}, "no SentencePiece model"),
-    "more words than weights": (lambda s: {**s, "shared.weight": torch.zeros(3, 4096)}, "more words than its weights"),
+    "no tokenizer": (lambda s: {**s, "spiece_model": torch.ones(9).byte()}, "not a SentencePiece model"),
+    "more words than weights": (lambda s: {**s, "shared.weight": torch.zeros(3, 4096)}, "more words than the weights"),
 }
 
 

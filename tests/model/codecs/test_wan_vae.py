@@ -51,7 +51,7 @@ def test_shapes(vae, frames, latents):
 
 @pytest.mark.parametrize("shape", [(4, 32, 48), (5, 30, 48)], ids=str)
 def test_other_shapes_are_refused(vae, shape):
-    with pytest.raises(ValueError, match="the codec takes 1 . 4k frames"):
+    with pytest.raises(ValueError, match="give 1 . 4k frames"):
         vae.encode(torch.zeros(1, 3, *shape))
 
 
