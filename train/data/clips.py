@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...memory.config import MemoryConfig
 from ...memory.policy import Slots, advance
+from ...model.codecs.backbone import DEMO, backbone_of
 from ...model.codecs.demo_text import TEXT_DIM, canonical_words, concept_embedding
 from ...model.codecs.demo_vae import DemoCodec, load_demo_codec
 from ..config import NetworkConfig, TeacherConfig
@@ -243,11 +244,11 @@ def open_prompts(config: NetworkConfig) -> DemoPrompts | EncodedSet:
 def _open_set(config: NetworkConfig, num_frames: int | None) -> EncodedSet:
     """Raises ValueError for a set of another model or size, of shorter clips, or of prompts where clips are needed."""
     encoded, folder = EncodedSet(config.data, config.data_seed, num_frames), config.data
-    header, is_demo = encoded.header, config.preset == "demo"
-    if (header.model == "demo") != is_demo:
+    header, backbone = encoded.header, backbone_of(config.preset)
+    if backbone_of(header.model) is not backbone:
         raise ValueError(
             f"data: {folder} was encoded by {header.model}, preset {config.preset} cannot read it; encode"
-            f" {'without --model' if is_demo else 'with --model, a copy of Wan'}"
+            f" {'without --model' if backbone is DEMO else 'with --model, a copy of Wan'}"
         )
     if num_frames and not header.frames:
         raise ValueError(f"data: {folder} holds prompts only; this stage learns from videos")

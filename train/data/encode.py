@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...model.codecs.backbone import DEMO, WAN, backbone_of
 from ...model.codecs.base import normalise
 from ...model.codecs.demo_text import canonical_words, encode_demo_text
 from ...model.codecs.demo_vae import DEMO_CODEC, load_demo_codec
@@ -100,7 +101,7 @@ class Encoder(Protocol):
 class DemoEncoder:
     """The demo student's codec and text encoder."""
 
-    size = (128, 64)
+    size = DEMO.size
     text_encoder = "demo"
 
     def __init__(self, device: torch.device):
@@ -121,7 +122,7 @@ class WanEncoder:
     Raises ValueError, one line, for a folder without them, weights of something else, or missing libraries.
     """
 
-    size = (832, 480)
+    size = WAN.size
 
     def __init__(self, folder: Path, device: torch.device, with_vae: bool):
         for name in WAN_FOLDERS[0 if with_vae else 1 :]:
@@ -147,7 +148,7 @@ class WanEncoder:
 def load_encoder(settings: EncodeSettings, with_vae: bool) -> Encoder:
     """What `settings.model` names. Raises ValueError where it is not there."""
     device, _ = pick_device(settings.device, "auto")
-    if settings.model == "demo":
+    if backbone_of(settings.model) is DEMO:
         return DemoEncoder(device)
     return WanEncoder(Path(settings.model), device, with_vae)
 
@@ -155,7 +156,7 @@ def load_encoder(settings: EncodeSettings, with_vae: bool) -> Encoder:
 def make_header(path: Path, settings: EncodeSettings, encoder: Encoder, of_videos: bool) -> Header:
     """What the set of this source would be."""
     shared = dict(source=str(path.resolve()), text_encoder=encoder.text_encoder, dtype=settings.dtype)
-    name = settings.model if settings.model == "demo" else Path(settings.model).resolve().name
+    name = settings.model if backbone_of(settings.model) is DEMO else Path(settings.model).resolve().name
     if not of_videos:
         return Header(**shared, model=name, vae=None)
     return Header(

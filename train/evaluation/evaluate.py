@@ -24,6 +24,7 @@ from ...memory.files import atomic_path
 from ...memory.history import reach_frames
 from ...memory.memory import Memory
 from ...model.checkpoints.containers import read_json
+from ...model.checkpoints.locate import BUILT_IN
 from ...model.checkpoints.student import StudentSource
 from ...model.device import pick_device
 from ...model.units import FRAMES_PER_LATENT, latent_seconds
@@ -38,7 +39,6 @@ from .summary import KINDS, LONG, Record, sum_up, tables
 
 log = logging.getLogger("context_forcing")
 
-BUILT_IN = "demo"
 NO_SLOW = "none"
 RESULTS = "recall.json"
 FORMAT = 3
