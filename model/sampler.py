@@ -31,6 +31,7 @@ Repeat = Callable[["CausalSampler"], object]
 
 MAX_SECONDS = 3e7
 
+
 @dataclass(frozen=True, kw_only=True)
 class SamplerOptions:
     """How a sampler runs, apart from the student and the prompt."""

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...memory.fields import json_object
+from ...memory.files import atomic_path
 
 SAFETENSORS = (".safetensors", ".sft")
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
@@ -257,16 +258,12 @@ def write_safetensors(
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as f:
+        with atomic_path(path) as part, open(part, "wb") as f:
             f.write(struct.pack("<Q", len(text)) + text)
             for name in names:
                 tensor = tensor_of(name).detach().to("cpu", kept[name][0]).contiguous()
                 f.write(tensor.reshape(-1).view(torch.uint8).numpy())
-        part.replace(path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        part.unlink(missing_ok=True)

@@ -37,40 +37,25 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, tor
 PUBLISHED = "umt5_xxl_fp16.safetensors, models_t5_umt5-xxl-enc-bf16.pth or a diffusers folder text_encoder"
 
 
-class SelfAttention(nn.Module):
-    """Weights of self-attention with a learned bias per distance."""
-
-    def __init__(self, dim: int, inner: int, num_heads: int, num_buckets: int):
-        super().__init__()
-        self.q = nn.Linear(dim, inner, bias=False)
-        self.k = nn.Linear(dim, inner, bias=False)
-        self.v = nn.Linear(dim, inner, bias=False)
-        self.o = nn.Linear(inner, dim, bias=False)
-        self.relative_attention_bias = nn.Embedding(num_buckets, num_heads)
-
-
-class FeedForward(nn.Module):
-    """Weights of a gated feed-forward layer."""
-
-    def __init__(self, dim: int, inner: int):
-        super().__init__()
-        self.wi_0 = nn.Linear(dim, inner, bias=False)
-        self.wi_1 = nn.Linear(dim, inner, bias=False)
-        self.wo = nn.Linear(inner, dim, bias=False)
-
-
 class UMT5Encoder(nn.Module):
-    """The module tree; parameter names are those of transformers' and ComfyUI's files."""
+    """The weights; their names are those of transformers' and ComfyUI's files."""
 
     def __init__(self, vocabulary: int, dim: int, inner: int, num_heads: int, num_buckets: int, ff: int, layers: int):
         super().__init__()
-        self.shared = nn.Embedding(vocabulary, dim)
+        linear = lambda in_dim, out_dim: nn.Linear(in_dim, out_dim, bias=False)
         norm = lambda: nn.RMSNorm(dim, eps=EPS)
-        attention = lambda: SelfAttention(dim, inner, num_heads, num_buckets)
-        layer = lambda name, module: nn.ModuleDict({name: module, "layer_norm": norm()})
-        parts = lambda: [layer("SelfAttention", attention()), layer("DenseReluDense", FeedForward(dim, ff))]
-        blocks = [nn.ModuleDict({"layer": nn.ModuleList(parts())}) for _ in range(layers)]
-        self.encoder = nn.ModuleDict({"block": nn.ModuleList(blocks), "final_layer_norm": norm()})
+
+        def block() -> nn.ModuleDict:
+            attention = {name: linear(dim, inner) for name in "qkv"} | {"o": linear(inner, dim)}
+            attention["relative_attention_bias"] = nn.Embedding(num_buckets, num_heads)
+            feed_forward = {"wi_0": linear(dim, ff), "wi_1": linear(dim, ff), "wo": linear(ff, dim)}
+            parts = {"SelfAttention": attention, "DenseReluDense": feed_forward}
+            layers = [nn.ModuleDict({name: nn.ModuleDict(part), "layer_norm": norm()}) for name, part in parts.items()]
+            return nn.ModuleDict({"layer": nn.ModuleList(layers)})
+
+        self.shared = nn.Embedding(vocabulary, dim)
+        blocks = nn.ModuleList([block() for _ in range(layers)])
+        self.encoder = nn.ModuleDict({"block": blocks, "final_layer_norm": norm()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,11 +221,9 @@ def find_tokenizer(weights: Path, folder: Path | None) -> Tokenize:
     """
     parent = weights.parent
     folders = [folder] if folder else [weights, parent / "tokenizer", parent / "google" / "umt5-xxl", parent]
-    for place in folders:
-        if (place / "tokenizer.json").is_file():
-            return _tokenizers(place / "tokenizer.json")
-        if (place / "spiece.model").is_file():
-            return _sentencepiece((place / "spiece.model").read_bytes(), place / "spiece.model")
+    for path in (place / name for place in folders for name in ("tokenizer.json", "spiece.model")):
+        if path.is_file():
+            return _json_tokenizer(path) if path.suffix == ".json" else _sentencepiece(path.read_bytes(), path)
     raise ValueError(
         f"{weights}: no tokenizer inside, and no tokenizer.json or spiece.model in {', '.join(map(str, folders))}; copy"
         " them from google/umt5-xxl, or give ComfyUI's umt5_xxl_fp16.safetensors"
@@ -255,7 +238,7 @@ def _sentencepiece(proto: bytes, path: Path) -> Tokenize:
         raise ValueError(f"{path}: the tokenizer is not a SentencePiece model ({error})") from None
 
 
-def _tokenizers(path: Path) -> Tokenize:
+def _json_tokenizer(path: Path) -> Tokenize:
     *_, library = _libraries()
     text = path.read_text(encoding="utf-8")
     if not text.startswith("{"):

@@ -8,7 +8,7 @@ Shapes: B batch, C channels, T frames, h w rows and columns at the resolution of
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import torch
@@ -27,6 +27,8 @@ Past = dict[nn.Module, Tensor | None]
 
 MULTIPLES = (1, 2, 4, 4)
 """Widths of the levels, in units of the first."""
+NUM_BLOCKS = 2
+"""Residual blocks in a level of the encoder; the decoder has one more."""
 PREFIX = "model."
 """A prefix of all names in some files."""
 HALVES_TIME = (False, True, True)
@@ -157,13 +159,13 @@ def _head(dim: int, out_dim: int) -> nn.Sequential:
 class Encoder(nn.Module):
     """Pixels of one latent frame -> mean and log variance [B, 2 * 16, 1, h, w]."""
 
-    def __init__(self, dim: int, num_blocks: int):
+    def __init__(self, dim: int):
         super().__init__()
         widths = [dim * multiple for multiple in (1, *MULTIPLES)]
         self.conv1 = CausalConv3d(3, dim, (3, 3, 3))
         layers = []
         for level, (in_dim, out_dim) in enumerate(pairwise(widths)):
-            layers += [ResidualBlock(out_dim if i else in_dim, out_dim) for i in range(num_blocks)]
+            layers += [ResidualBlock(out_dim if i else in_dim, out_dim) for i in range(NUM_BLOCKS)]
             layers += [Downsample(out_dim, in_time) for in_time in HALVES_TIME[level : level + 1]]
         self.downsamples = nn.Sequential(*layers)
         self.middle = _middle(widths[-1])
@@ -176,7 +178,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """One latent frame -> its pixels, [B, 3, 1 or 4, H, W]."""
 
-    def __init__(self, dim: int, num_blocks: int):
+    def __init__(self, dim: int):
         super().__init__()
         widths = [dim * multiple for multiple in (*MULTIPLES, MULTIPLES[-1])][::-1]
         self.conv1 = CausalConv3d(LATENT_CHANNELS, widths[0], (3, 3, 3))
@@ -184,7 +186,7 @@ class Decoder(nn.Module):
         layers, steps = [], HALVES_TIME[::-1]
         for level, (in_dim, out_dim) in enumerate(pairwise(widths)):
             in_dim = in_dim // 2 if level else in_dim  # the Upsample before halved it
-            layers += [ResidualBlock(out_dim if i else in_dim, out_dim) for i in range(num_blocks + 1)]
+            layers += [ResidualBlock(out_dim if i else in_dim, out_dim) for i in range(NUM_BLOCKS + 1)]
             layers += [Upsample(out_dim, in_time) for in_time in steps[level : level + 1]]
         self.upsamples = nn.Sequential(*layers)
         self.head = _head(widths[-1], 3)
@@ -196,12 +198,12 @@ class Decoder(nn.Module):
 class WanVAE(VAE):
     """Runs in the dtype of its weights."""
 
-    def __init__(self, dim: int = 96, num_blocks: int = 2):
+    def __init__(self, dim: int = 96):
         super().__init__()
-        self.encoder = Encoder(dim, num_blocks)
+        self.encoder = Encoder(dim)
         self.conv1 = CausalConv3d(2 * LATENT_CHANNELS, 2 * LATENT_CHANNELS, (1, 1, 1))
         self.conv2 = CausalConv3d(LATENT_CHANNELS, LATENT_CHANNELS, (1, 1, 1))
-        self.decoder = Decoder(dim, num_blocks)
+        self.decoder = Decoder(dim)
 
     def encode(self, pixels_BCTHW: Tensor) -> Tensor:
         """The means of the latents. Raises ValueError unless T = 1 + 4k and H, W are multiples of 8."""
@@ -229,11 +231,11 @@ def load_wan_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> WanVAE
     state = {key.removeprefix(PREFIX): value for key, value in read_tensors(path).items()}
     if path.is_dir():
         _check_statistics(read_json(path / "config.json"), path)
-        state = {from_diffusers(key, state): value for key, value in state.items()}
+        state = {from_diffusers(key): value for key, value in state.items()}
     if reason := why_no_wan_vae(state):
         raise ValueError(f"{path}: {reason}; give Wan2.1_VAE.pth, wan_2.1_vae.safetensors or a diffusers folder vae")
     state = {key: value.to(dtype) for key, value in state.items()}
-    return build(lambda: WanVAE(len(state["encoder.conv1.weight"]), _num_blocks(state)), state, path)
+    return build(lambda: WanVAE(len(state["encoder.conv1.weight"])), state, path)
 
 
 def why_no_wan_vae(state: Mapping[str, Tensor]) -> str:
@@ -246,12 +248,6 @@ def why_no_wan_vae(state: Mapping[str, Tensor]) -> str:
     if channels != LATENT_CHANNELS:
         return f"a VAE with {channels} latent channels, for example of Wan 2.2; Wan 2.1 has {LATENT_CHANNELS}"
     return ""
-
-
-def _num_blocks(state: Mapping[str, Tensor]) -> int:
-    """Residual blocks in a level of the encoder: those before its first Downsample."""
-    steps = [int(key.split(".")[2]) for key in state if key.startswith("encoder.downsamples.") and ".resample." in key]
-    return min(steps, default=1)
 
 
 def _check_statistics(config: dict, path: Path) -> None:
@@ -268,7 +264,7 @@ OUTER = {"conv_in": "conv1", "norm_out": "head.0", "conv_out": "head.2", "quant_
          "post_quant_conv": "conv2"}  # fmt: skip
 
 
-def from_diffusers(key: str, state: Mapping[str, Tensor]) -> str:
+def from_diffusers(key: str) -> str:
     """The name in Wan's layout of a tensor of diffusers' AutoencoderKLWan; an unknown name is unchanged."""
     match key.split("."):
         case [("quant_conv" | "post_quant_conv") as name, last]:
@@ -282,9 +278,7 @@ def from_diffusers(key: str, state: Mapping[str, Tensor]) -> str:
         case ["encoder", "down_blocks", number, name, *rest]:
             return ".".join(["encoder.downsamples", number, RESIDUAL.get(name, name), *rest])
         case ["decoder", "up_blocks", level, kind, number, name, *rest]:
-            resnets = [other for other in state if other.startswith("decoder.up_blocks.0.resnets.")]
-            in_level = 1 + max(int(other.split(".")[4]) for other in resnets)
-            place = int(level) * (in_level + 1) + (int(number) if kind == "resnets" else in_level)
+            place = int(level) * (NUM_BLOCKS + 2) + (int(number) if kind == "resnets" else NUM_BLOCKS + 1)
             return ".".join(["decoder.upsamples", str(place), RESIDUAL.get(name, name), *rest])
     return key
 
@@ -293,23 +287,12 @@ def decode_wan_stream(vae: nn.Module, raw_chunks: Iterable[Tensor], num_caches: 
     """Decode consecutive chunks with ComfyUI's module tree of Wan's VAE; its feature cache is carried between chunks.
 
     That decoder caches two frames of its last input and no older ones. So after the first latent frame its input must
-    be two frames at a time or more; an odd frame waits for the next chunk, or for the end.
+    be two frames at a time; an odd frame waits for the next chunk, or is the last.
     """
     cache = [None] * num_caches
-    waiting, is_first = None, True
-
-    def decode(raw: Tensor) -> Tensor:
-        pixels = vae.decoder(vae.conv2(raw), feat_cache=cache, feat_idx=[0])
-        return torch.cat(pixels, dim=2) if isinstance(pixels, (list, tuple)) else pixels
-
-    for raw in raw_chunks:
-        if is_first:
-            is_first = False
-            yield decode(raw[:, :, :1])
-            raw = raw[:, :, 1:]
-        waiting = raw if waiting is None else torch.cat([waiting, raw], dim=2)
-        while waiting.shape[2] > 1:
-            yield decode(waiting[:, :, :2])
-            waiting = waiting[:, :, 2:]
-    if waiting is not None and waiting.shape[2]:
-        yield decode(waiting)
+    frames = (frame for raw in raw_chunks for frame in raw.split(1, dim=2))
+    group = list(islice(frames, 1))
+    while group:
+        pixels = vae.decoder(vae.conv2(torch.cat(group, dim=2)), feat_cache=cache, feat_idx=[0])
+        yield torch.cat(pixels, dim=2) if isinstance(pixels, (list, tuple)) else pixels
+        group = list(islice(frames, 2))
