@@ -34,8 +34,8 @@ class MemoryConfig:
     """Number of positions the student was trained with, at least sink + slow + fast."""
     policy: str = "novel"
     """Which frames are promoted from fast to slow. `clean`: those unlike the frame before them (the paper's rule);
-    `novel`: those unlike all remembered ones; `fifo`: all; `uniform`: every `uniform_stride`-th; `released`: the rule of
-    the released Context Forcing weights (layer_store.py)."""
+    `novel`: those unlike all remembered ones; `fifo`: all; `uniform`: every `uniform_stride`-th; `released`: the rule
+    of the released Context Forcing weights (layer_store.py)."""
     slow_similarity_threshold: float = 0.95
     """tau: a frame with a lower key similarity is new (policies clean, novel and released)."""
     eviction: str = "oldest"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .config import MemoryConfig
 from .policy import Decision, Slots
-from .stores import FrameKV, KVStore, WorkingBytes, by_pass
+from .stores import FrameKV, KVStore, by_pass
 from .view import Rotate
 
 FROM_NOISE = "policy released keeps keys of passes over noise, which cannot be computed from the latents"
@@ -154,12 +154,12 @@ class LayerStore(KVStore):
 
     def working_bytes(
         self, config: MemoryConfig, kv_placement: str, num_layers: int, elements: int, itemsize: int
-    ) -> WorkingBytes:
+    ) -> tuple[int, int, int]:
         # The chunk and a promoted frame are new; the memory before the chunk stays until its end.
         frames = config.chunk + 1 + (config.num_slots if kv_placement != "from RAM" else 0)
         # Keys of all slots before, during (float32) and after their rotation; values.
         in_pass = elements * config.num_slots * (2 * 4 + 3 * itemsize)
-        return WorkingBytes(2 * num_layers * elements * itemsize * frames, in_pass, 0)
+        return 2 * num_layers * elements * itemsize * frames, in_pass, 0
 
     @property
     def key_shapes(self) -> set[tuple[int, ...]]:

@@ -21,8 +21,8 @@ from .view import Rotate
 CHANGES = ("keep", "recache", "flush", "cut", "cut_new_sink")
 """What happens to the remembered frames when a new prompt begins (docs/method.md, Prompt changes).
 
-`keep`: nothing; the prompt acts through cross-attention alone. `recache`: their keys and values are computed again under
-the new prompt. `flush`: sink and the last chunk stay. `cut`: a new scene; the sink stays, and the first chunk has the
+`keep`: nothing; the prompt acts through cross-attention alone. `recache`: keys and values are computed again under the
+new prompt. `flush`: sink and the last chunk stay. `cut`: a new scene; the sink stays, and the first chunk has the
 last positions of the window. `cut_new_sink`: a new scene; no frame stays, and the scene's first frames become the sink.
 `recache` and `flush` act only if the prompt differs from the one before.
 """
@@ -181,7 +181,7 @@ class Memory:
             scene_begins=False,
         )
 
-    def write(self, frames: Sequence[int], new_kv: Sequence[tuple[Tensor, Tensor]]) -> "Memory":
+    def write(self, frames: Sequence[int], new_kv: Sequence[Any]) -> "Memory":
         """The memory with new keys and values of remembered frames, per layer [B, T, P, N, E]."""
         return dataclasses.replace(self, store=self.store.write(frames, new_kv))
 

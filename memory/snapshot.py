@@ -21,9 +21,8 @@ from .policy import Decision, Slots
 HEADER_KEY = "context_forcing_memory"
 DIGEST_KEY = "sha256"
 VERSION = 2
-FILE_NAMES = {"similarity_to_previous": "likeness"}
-"""Names of fields in the file, where they differ."""
-FIELD_NAMES = {name: field for field, name in FILE_NAMES.items()}
+SLOT_NAMES = ("sink", "slow", "fast", "likeness")
+"""The fields of Slots in a file."""
 
 
 def save_memory(path: str | Path, memory: Memory) -> None:
@@ -36,7 +35,7 @@ def save_memory(path: str | Path, memory: Memory) -> None:
         "scene_begins": memory.scene_begins,
         "config": dataclasses.asdict(memory.config),
         "latent_size": memory.latent_size,
-        "slots": _slots_fields(memory.slots),
+        "slots": dict(zip(SLOT_NAMES, dataclasses.astuple(memory.slots))),
         "chunks": [chunk.shape[2] for chunk in memory.latent_chunks],
         "decisions": [dataclasses.astuple(decision) for decision in memory.decisions],
         "segments": [dataclasses.astuple(segment) for segment in memory.segments],
@@ -99,8 +98,7 @@ def load_memory(path: str | Path, student: str = "") -> Memory:
 
 
 def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
-    parts: dict[str, tuple] = {FIELD_NAMES.get(name, name): tuple(part) for name, part in header["slots"].items()}
-    slots = Slots(**parts)
+    slots = Slots(*(tuple(header["slots"].pop(name)) for name in SLOT_NAMES))
     config = MemoryConfig.from_dict(header["config"])
     channels, height, width = header["latent_size"]
     chunks = header["chunks"]
@@ -109,7 +107,8 @@ def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
     for name, is_valid in {
         "form": header["form"] in ("exact", "compact"),
         "chunks": all(type(length) is int and length > 0 for length in chunks),
-        "slots": len(set(slots.all)) == len(slots.all) and len(slots.similarity_to_previous) == len(slots.fast),
+        "slots": not header["slots"] and len(set(slots.all)) == len(slots.all),
+        "likeness": len(slots.similarity_to_previous) == len(slots.fast),
         "text": text is None or (text.ndim == 3 and text.shape[0] == 1),
         "given": start is None or start_size == (1, channels, height, width),
     }.items():
@@ -143,7 +142,7 @@ def fingerprint_memory(memory: Memory) -> str:
     """Short hash of a memory that a video begins from. Journals store it, so it must not change between releases."""
     config = _literal("MemoryConfig", dataclasses.asdict(memory.config))
     segments = tuple(_literal("Segment", dataclasses.asdict(segment)) for segment in memory.segments)
-    slots = _literal("Slots", _slots_fields(memory.slots))
+    slots = _literal("Slots", dict(zip(SLOT_NAMES, dataclasses.astuple(memory.slots))))
     sha = hashlib.sha256(repr((config, memory.latent_size, slots, segments)).encode())
     others = [tensor for tensor in (memory.text, memory.start_latents) if tensor is not None]
     stored = memory.store.tensors()
@@ -151,10 +150,6 @@ def fingerprint_memory(memory: Memory) -> str:
         sha.update(str(tuple(tensor.shape)).encode())
         sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return sha.hexdigest()[:16]
-
-
-def _slots_fields(slots: Slots) -> dict:
-    return {FILE_NAMES.get(name, name): value for name, value in dataclasses.asdict(slots).items()}
 
 
 class _Literal(str):

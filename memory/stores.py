@@ -7,7 +7,7 @@ import abc
 import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,17 +40,6 @@ class FrameKV:
         if existing and existing.keys.device == device and existing.keys.dtype == dtype:
             return existing
         return FrameKV(self.keys.to(device, dtype), self.values.to(device, dtype), self.written)
-
-
-class WorkingBytes(NamedTuple):
-    """Device memory while a chunk is generated."""
-
-    stored: int
-    """Keys and values of all layers."""
-    in_pass: int
-    """For the attention of one layer."""
-    after_pass: int
-    """For the commit, after the last pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +82,11 @@ class KVStore(abc.ABC):
     @abc.abstractmethod
     def working_bytes(
         self, config: MemoryConfig, kv_placement: str, num_layers: int, elements: int, itemsize: int
-    ) -> WorkingBytes:
-        """Device memory of a full store; `elements` are the key elements of one frame in one layer."""
+    ) -> tuple[int, int, int]:
+        """Device memory of a full store: all keys and values, attention of one layer in a pass, commit after the pass.
+
+        `elements` are the key elements of one frame in one layer.
+        """
 
     @property
     @abc.abstractmethod
@@ -174,7 +166,7 @@ class FrameStore(KVStore):
 
     def working_bytes(
         self, config: MemoryConfig, kv_placement: str, num_layers: int, elements: int, itemsize: int
-    ) -> WorkingBytes:
+    ) -> tuple[int, int, int]:
         copies = {"at once": 2, "by layer": 1, "from RAM": 0}[kv_placement]
         frame = 2 * num_layers * elements * itemsize
         # Remembered keys are rotated in float32, next to values; then the chunk's are appended to both.
@@ -183,7 +175,7 @@ class FrameStore(KVStore):
         # The chunk's keys and values are there by layer and by frame; keys are compared in float32.
         compared = 5 * 4 * min(SIMILARITY_ELEMENTS, num_layers * elements)
         stored = frame * (copies * config.capacity + config.chunk)
-        return WorkingBytes(stored, max(rotated, appended), frame * config.chunk + compared)
+        return stored, max(rotated, appended), frame * config.chunk + compared
 
     @property
     def key_shapes(self) -> set[tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""Where the next chunk looks: its self-attention, listened to while the one forward pass makes it.
+"""Where the next chunk attends: the share of softmax mass of every frame in its self-attention.
 
 Shapes: B batch, S query tokens, K key tokens, N heads, E head dim.
 """
@@ -16,17 +16,17 @@ from .causal import TextContext
 from .sampler import CausalSampler, seeded_noise
 
 SCORES_AT_ONCE = 2**24
-"""Attention scores held at once, so that a 1.3B student's need 64 MB and not 7 GB."""
+"""Largest number of attention scores held at once, so that a 1.3B student needs 64 MB."""
 
 
 @dataclass
 class AttentionRecorder:
-    """An attention function that also notes what share of softmax mass every key frame got, once per layer."""
+    """An attention function that records the softmax mass of every key frame in self-attention."""
 
     attention: Attention
     text: TextContext
     num_frames: int
-    """Key frames of a chunk's self-attention: the remembered ones and its own."""
+    """Key frames of self-attention: the remembered ones and the chunk's."""
     shares: list[Tensor] = field(default_factory=list)
     """[num_frames] of each call, float32."""
 
@@ -37,7 +37,7 @@ class AttentionRecorder:
 
 
 def mass_per_frame(q_BSNE: Tensor, k_BKNE: Tensor, num_frames: int) -> Tensor:
-    """softmax(q k^T / sqrt(E)), summed over the keys of a frame, mean over queries and heads, [num_frames]; sums to 1."""
+    """softmax(q k^T / sqrt(E)) summed over the keys of a frame, averaged over queries and heads, [num_frames]."""
     keys = k_BKNE.float()
     num_keys, num_heads, head_dim = keys.shape[1:]
     total = keys.new_zeros(num_frames)
@@ -51,24 +51,23 @@ def mass_per_frame(q_BSNE: Tensor, k_BKNE: Tensor, num_frames: int) -> Tensor:
 def attention_mass(
     sampler_of: Callable[[Tensor], CausalSampler], memory: Memory, sigmas: Sequence[float]
 ) -> dict[float, tuple[float, ...]]:
-    """Noise level -> share of the next chunk's attention on each frame it sees: `slots.all`, then its own.
+    """Noise level -> share of the next chunk's attention on each frame: those of `slots.all`, then the chunk's.
 
-    The chunk is the one that would come next under the prompt and seed of the last segment, step by step; it is not
-    kept. Mean over layers, heads and the chunk's tokens. Raises ValueError for a memory without a
-    segment, or of policy released.
+    The chunk is the next one under the prompt and seed of the last segment; it is not kept. Shares are averaged over
+    layers, heads and tokens. Raises ValueError for a memory without a segment, and if its store does not support it.
     """
     if memory.text is None or not memory.latent_chunks:
-        raise ValueError("memory: nothing was made on it yet; attention is that of the chunk after a segment")
+        raise ValueError("memory: it has no segment; generate one before an attention report")
     memory.check_supports("attention report")
     sampler = sampler_of(memory.text)
     memory = sampler.prepare(memory)
     if memory.is_compact:
         memory = sampler.recache(memory)
     network, num_frames = sampler.network, len(memory.slots.all) + memory.config.chunk
-    listener = AttentionRecorder(network.attention, sampler.text, num_frames)
-    listening = dataclasses.replace(sampler, network=dataclasses.replace(network, attention=listener))
-    noise, found = seeded_noise(memory.segments[-1].seed, memory.latent_size), {}
-    for sigma, _ in zip(sigmas, listening.denoise(memory, sampler.view(memory), sigmas, noise)):
-        found[sigma] = tuple(torch.stack(listener.shares).mean(dim=0).tolist())
-        listener.shares.clear()
-    return found
+    recorder = AttentionRecorder(network.attention, sampler.text, num_frames)
+    recording = dataclasses.replace(sampler, network=dataclasses.replace(network, attention=recorder))
+    noise, mass = seeded_noise(memory.segments[-1].seed, memory.latent_size), {}
+    for sigma, _ in zip(sigmas, recording.denoise(memory, sampler.view(memory), sigmas, noise)):
+        mass[sigma] = tuple(torch.stack(recorder.shares).mean(dim=0).tolist())
+        recorder.shares.clear()
+    return mass

@@ -1,7 +1,6 @@
-"""One forward pass over any module tree with Wan's names: ours, and the one inside a ComfyUI MODEL.
+"""The forward pass over any module tree with Wan's names: WanModel, and the network inside a ComfyUI MODEL.
 
-What is visible to which token is not decided here: `attend_self` does it, per layer, from raw (not yet rotated)
-queries, keys and values. `MemoryAttention` is the one for generating a chunk over a memory.
+Self-attention is an argument of the pass: `attend_self` gets raw (not yet rotated) queries, keys and values of a layer.
 
 Shapes: B batch, C latent channels, T latent frames, H W latent rows and columns, P tokens per latent frame,
 S tokens of one text group, G text groups, N heads, E head dim, D model width, L text tokens.
@@ -31,9 +30,9 @@ def run_directly(module: nn.Module, function: Callable, *args):
 
 
 class TextContext(NamedTuple):
-    """Cross-attention keys and values of a prompt per layer, [B * G, L, N, E], made once per prompt.
+    """Cross-attention keys and values of a prompt per layer, [B * G, L, N, E].
 
-    With G > 1 groups the frames of a pass are split into G equal runs, each with a text of its own.
+    With G > 1 groups the frames of a pass are split into G equal runs with one text each.
     """
 
     keys: tuple[Tensor, ...]
@@ -43,14 +42,13 @@ class TextContext(NamedTuple):
 
 
 def embed_text(net: nn.Module, text_BLC: Tensor, num_groups: int = 1, run: ModuleRunner = run_directly) -> TextContext:
-    """Text embeddings -> what cross-attention needs.
+    """Text embeddings [B * G, L, C] -> keys and values of cross-attention.
 
-    Wan pads the text with zero rows to `text_len` and attends to all of them (method.md 1.2.4). Zero rows have
-    equal keys and values, so they are computed once and weigh log(count) more: the same result, much cheaper.
-    Raises ValueError for a text longer than `text_len`.
+    Wan attends to zero rows up to `text_len`. Their keys and values are equal, so they are computed once and get
+    log(count) as bias (docs/method.md, Text). Raises ValueError for a text longer than `text_len`.
     """
     if text_BLC.shape[1] > net.text_len:
-        raise ValueError(f"text: {text_BLC.shape[1]} rows, the model takes {net.text_len} at most; shorten the prompt")
+        raise ValueError(f"text: {text_BLC.shape[1]} rows; it must be {net.text_len} at most, shorten the prompt")
     used = text_BLC.ne(0).any(dim=-1).any(dim=0).nonzero()
     num_used = int(used[-1]) + 1 if len(used) else 0
     num_padding = net.text_len - num_used
@@ -75,14 +73,14 @@ def _text_keys(block: nn.Module, embedded_BLD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def padding_biases(count: int, dtype: torch.dtype) -> Tensor:
-    """Score biases of a few equal rows that together weigh `count` rows: one in float32, up to four in bf16.
+    """Score biases of a few equal rows with the weight of `count` rows: one in float32, up to four in bf16.
 
-    log(count) alone would be rounded: in bf16, 500 rows would weigh 2 % too much or too little.
+    In bf16, log(count) alone has a rounding error of up to 2 % of the weight.
     """
     biases, rest = [], float(count)
     while rest > 1e-5 * count:
         log = math.log(rest)
-        # Rounded down, so that what is left to weigh stays positive.
+        # Rounded down, so that the rest stays positive.
         below = torch.tensor(log - abs(log) * torch.finfo(dtype).eps, dtype=dtype)
         biases.append(below)
         rest -= math.exp(below.item())
@@ -98,7 +96,7 @@ def causal_forward(
     attention: Attention = sdpa,
     run: ModuleRunner = run_directly,
 ) -> Tensor:
-    """Predicted flow [B, C, T, H, W] of latents at `timestep_BT` (0 .. 1000, one per frame); method.md 1.2."""
+    """Predicted flow [B, C, T, H, W] of latents at `timestep_BT`, 0 .. 1000 (docs/method.md, Network)."""
     dtype = x_BCTHW.dtype
     tokens = net.patch_embedding(x_BCTHW.to(_patch_dtype(net.patch_embedding.weight))).to(dtype)
     rows, columns = tokens.shape[-2:]
@@ -117,7 +115,7 @@ def causal_forward(
 
 
 def _patch_dtype(weight: Tensor) -> torch.dtype:
-    """What the patch embedding takes. Layers that store fewer than 16 bits cast their weights to their input."""
+    """The input dtype of the patch embedding. Layers with weights below 16 bits cast the weights to their input."""
     return weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else torch.float32
 
 
@@ -143,7 +141,7 @@ def _block(
     return inside(block, _after_text, x, y, modulation)
 
 
-# Layers get [B, S, D]: ComfyUI's fast ones for fp8 know no other.
+# Layers get [B, S, D]: ComfyUI's fast fp8 layers take no other shape.
 
 
 def _until_attention(block: nn.Module, x_BTPD: Tensor, tproj_BT6D: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

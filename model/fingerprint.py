@@ -1,4 +1,4 @@
-"""One name for a network's weights, whatever they are stored in, run in, or wrapped in."""
+"""A short name for the weights of a network, independent of storage, dtype and wrappers."""
 
 import hashlib
 from collections.abc import Mapping
@@ -7,20 +7,19 @@ from types import MappingProxyType
 from torch import Tensor, nn
 
 SIGNS = 4096
-"""Weights of a tensor, evenly spread, that its student is told from others by."""
+"""Weights of each tensor that count, evenly spread."""
 
 WEIGHTS = ("weight", "bias", "modulation")
-"""What Wan's own tensors end in; scales that a quantised layer keeps beside them do not count."""
+"""Last parts of the names of Wan's tensors. Scales of quantised layers do not count."""
 
 COMPILED = "_orig_mod."
-"""What torch.compile puts into the names of a module's parameters."""
+"""torch.compile adds this to the names of a module's parameters."""
 
 
 def fingerprint(net: nn.Module, instead: Mapping[str, Tensor] = MappingProxyType({})) -> str:
-    """Short name of a network's weights: equal keys mean equal fingerprints. Works on any tree with Wan's names.
+    """Fingerprint of a network with Wan's names; `instead` has weights that replace those of the network.
 
-    `instead` are weights that count in place of those in the tree. Bytes stand for packed weights of 4 to 6 bits: such
-    a file has a name of its own.
+    Packed weights of 4 to 6 bits count as bytes, so such a file has another fingerprint.
     """
     digest = hashlib.sha256()
     parameters = {name.replace(COMPILED, ""): parameter for name, parameter in net.named_parameters()}
@@ -28,7 +27,7 @@ def fingerprint(net: nn.Module, instead: Mapping[str, Tensor] = MappingProxyType
         shape = tuple(parameters[name].shape)
         flat = instead.get(name, parameters[name]).detach().as_subclass(Tensor).flatten()
         sample = flat[:: max(1, flat.numel() // SIGNS)].cpu()
-        # Signs: a student has one name in every precision it is stored or run in.
+        # Signs do not depend on the dtype in which a student is stored or runs.
         sample = sample.float().signbit() if sample.dtype.is_signed else sample
         digest.update(f"{name}{shape}".encode())
         digest.update(sample.numpy().tobytes())

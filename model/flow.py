@@ -1,9 +1,10 @@
-"""Flow matching as Wan and Self-Forcing compute it (method.md 3.1).
+"""Flow matching as in Wan and Self-Forcing (docs/method.md, Flow matching).
 
-sigma is in [0, 1]; the network is told timestep = 1000 * sigma.
+sigma is in [0, 1]; the timestep of the network is 1000 * sigma.
 x_sigma = (1 - sigma) * x0 + sigma * noise, flow = noise - x0, x0 = x_sigma - sigma * flow.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -18,24 +19,24 @@ def shift_sigma(sigma: float | Tensor, shift: float) -> float | Tensor:
 
 
 def warped_sigmas(steps: Sequence[float], shift: float) -> tuple[float, ...]:
-    """Noise levels of a few-step list as published, before the warp: 1000, 750, 500, 250 for most students.
+    """Noise levels of a list of steps before the shift, as published: 1000, 750, 500, 250 for most students.
 
-    Raises ValueError for an empty list, a step outside (0, 1000] or a list that does not fall.
+    Raises ValueError for an empty list, a step outside (0, 1000], or steps that do not decrease.
     """
     if not steps:
-        raise ValueError("steps: the list is empty; a student needs at least one step, for example 1000 750 500 250")
+        raise ValueError("steps: the list is empty; give at least one step, for example 1000 750 500 250")
     if any(not 0 < step <= TIMESTEPS for step in steps):
         raise ValueError(f"steps: {list(steps)} has a value outside (0, {TIMESTEPS}]")
-    if any(later >= earlier for earlier, later in zip(steps, steps[1:])):
-        raise ValueError(f"steps: {list(steps)} must fall from noise (1000) towards 0")
+    if any(later >= earlier for earlier, later in itertools.pairwise(steps)):
+        raise ValueError(f"steps: {list(steps)} must decrease from noise (1000) towards 0")
     if not (shift > 0 and math.isfinite(shift)):
         raise ValueError(f"shift: {shift} must be a positive number (5 for Wan 1.3B students)")
     return tuple(float(shift_sigma(step / TIMESTEPS, shift)) for step in steps)
 
 
 SOLVERS = ("renoise", "euler")
-"""From one noise level to the next: with fresh noise, as few-step students were distilled (method.md 3.2), or along
-the predicted flow, as a flow-matching model that was not distilled needs it."""
+"""How a step gets to the next noise level: `renoise` adds fresh noise (distilled students), `euler` follows the
+predicted flow (models that were not distilled)."""
 
 
 def add_noise(x0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
@@ -44,5 +45,5 @@ def add_noise(x0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
 
 
 def x0_from_flow(x_sigma: Tensor, flow: Tensor, sigma: float | Tensor) -> Tensor:
-    """The clean latents that a predicted flow points to."""
+    """The clean latents of a predicted flow."""
     return x_sigma - sigma * flow

@@ -4,8 +4,7 @@ Shapes: B batch, T latent frames of the chunk, P tokens per latent frame, N head
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,34 +15,11 @@ from .attention import Attention, plain
 from .rope import rotate
 
 
-class ChunkAttention(Protocol):
-    """Self-attention of the passes over one chunk."""
-
-    def __call__(self, layer: int, q_BTPNE: Tensor, k_BTPNE: Tensor, v_BTPNE: Tensor) -> Tensor:
-        """Raw (not rotated) queries, keys and values of a layer -> out_BTPNE."""
-        ...
-
-    @property
-    def new_kv(self) -> Sequence[Any]:
-        """What the last pass left to be remembered, per layer (KVStore.append)."""
-        ...
-
-    def new_tensors(self) -> list[Tensor]:
-        """Keys and values that the passes over the chunk computed."""
-        ...
-
-
-@functools.singledispatch
-def attention_over(view: Any, table: Tensor, attention: Attention, attends: str, keep: bool) -> ChunkAttention:
-    """The attention over one kind of view. `table` rotates to `view.positions`; `attends` is one of view.ATTENDS.
-
-    With `keep` the keys and values of a pass stay in `new_kv`.
-    """
-    raise TypeError(f"view: {type(view).__name__} is not supported")
-
-
 class MemoryAttention:
-    """Over the frames of a MemoryView and over the chunk itself, in both directions."""
+    """Over the frames of a MemoryView and over the chunk itself, in both directions.
+
+    It is called with raw (not rotated) queries, keys and values of a layer.
+    """
 
     def __init__(self, view: MemoryView, table: Tensor, attention: Attention, attends: str = "all", keep: bool = False):
         self.view, self.table, self.attention, self.keep = view.restrict_to(attends), table, attention, keep
@@ -62,6 +38,7 @@ class MemoryAttention:
         return self.attention(q, k, v).view_as(q_BTPNE)
 
     def new_tensors(self) -> list[Tensor]:
+        """Keys and values that the passes over the chunk computed."""
         return [tensor for kv in self.new_kv for tensor in kv]
 
 
@@ -88,14 +65,32 @@ class LayerAttention:
 
     @property
     def new_kv(self) -> list[LayerSlots]:
+        """The slots of all layers after the last pass."""
         return list(self.view.layers.values())
 
     def new_tensors(self) -> list[Tensor]:
+        """Keys and values that the passes over the chunk computed."""
         slots = [pair for layer in self.new_kv for pair in zip(layer.frames, layer.entries)]
         return [tensor for frame, kv in slots if frame >= self.view.first_frame for tensor in (kv.keys, kv.values)]
 
 
-attention_over.register(MemoryView, MemoryAttention)
-attention_over.register(
-    LayerView, lambda view, table, attention, attends, keep: LayerAttention(view, table, attention, attends)
-)
+ChunkAttention = MemoryAttention | LayerAttention
+
+
+@functools.singledispatch
+def attention_over(view: Any, table: Tensor, attention: Attention, attends: str, keep: bool) -> ChunkAttention:
+    """The attention over one kind of view. `table` rotates to `view.positions`; `attends` is one of view.ATTENDS.
+
+    With `keep` the keys and values of a pass stay in `new_kv`, for KVStore.append.
+    """
+    raise TypeError(f"view: {type(view).__name__} is not supported")
+
+
+@attention_over.register
+def _(view: MemoryView, table: Tensor, attention: Attention, attends: str, keep: bool) -> MemoryAttention:
+    return MemoryAttention(view, table, attention, attends, keep)
+
+
+@attention_over.register
+def _(view: LayerView, table: Tensor, attention: Attention, attends: str, keep: bool) -> LayerAttention:
+    return LayerAttention(view, table, attention, attends)

@@ -51,7 +51,7 @@ class Network:
         return latent_size[1] // patch_rows, latent_size[2] // patch_columns
 
     def embed_text(self, text_BLC: Tensor, num_groups: int = 1) -> TextContext:
-        """Text embeddings [B * G, L, C] -> keys and values of cross-attention. Raises ValueError for a text too long."""
+        """Text embeddings [B * G, L, C] -> keys and values of cross-attention (causal.embed_text)."""
         embed = functools.partial(embed_text, num_groups=num_groups, run=self.run)
         return self.run(self.net, embed, text_BLC.to(self.device, self.dtype))
 

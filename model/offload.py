@@ -1,7 +1,7 @@
-"""Students larger than the device: blocks wait in CPU memory, and each comes to the device for its own pass only.
+"""Students larger than the device: blocks stay in CPU memory and are copied to the device for their own pass.
 
-There is room for two blocks on the device: the one that runs, and the next, which is copied meanwhile on a stream of
-its own from pinned memory. Weights are copied, never changed: results are those of a student that fits, to the bit.
+The device has room for two blocks: the one that runs, and the next, which is copied from pinned memory on a second
+stream. Results are bit for bit those of a student that fits.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ Slot = dict[str, Tensor]
 
 
 class Offload:
-    """A ModuleRunner (causal.py) for a network whose blocks stay in CPU memory; the rest of it moves to the device."""
+    """A ModuleRunner for a network whose blocks stay in CPU memory. Its other modules move to the device."""
 
     def __init__(self, net: nn.Module, device: torch.device):
         self.after = dict(zip(net.blocks, [*net.blocks[1:], net.blocks[0]]))
@@ -28,12 +28,12 @@ class Offload:
                 weight.data = weight.data.pin_memory()
         like = dict(net.blocks[0].named_parameters())
         self.slots: list[Slot] = [{name: torch.empty_like(w, device=device) for name, w in like.items()} for _ in "ab"]
-        """The one that the next block goes to stands first."""
+        """The first one gets the next block."""
         self.ahead: nn.Module | None = None
-        """The block that the other one holds or is getting."""
+        """The block in the second slot, or on its way there."""
 
     def __call__(self, module: nn.Module, function: Callable, *args):
-        """`function(module, *args)` with the module's weights on the device."""
+        """`function(module, *args)` with the weights of the module on the device."""
         if module not in self.after:
             return function(module, *args)
         if module is not self.ahead:
@@ -45,10 +45,10 @@ class Offload:
         return functional_call(module, weights, (function, *args))
 
     def _fetch(self, block: nn.Module) -> None:
-        """Begin to copy a block's weights over those that were used last but one."""
+        """Begin to copy the weights of a block to the first slot, then exchange the slots."""
         slot = self.slots[0]
         if self.stream is not None:
-            # What was started so far, the last pass over this slot's weights among it, comes first.
+            # The last pass that used this slot must end first.
             self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream) if self.stream is not None else contextlib.nullcontext():
             for name, weight in block.named_parameters():

@@ -1,4 +1,4 @@
-"""Wan's 3-D rotary embedding, computed from positions: no table, no last position.
+"""Wan's 3-D rotary embedding, computed from positions of any size (docs/method.md, Rotary positions).
 
 Shapes: T latent frames, P tokens per latent frame (row-major), N heads, E head dim.
 """
@@ -12,8 +12,8 @@ THETA = 10000.0
 def rotary_table(positions: Tensor, rows: int, columns: int, head_dim: int) -> Tensor:
     """Unit complex numbers [..., T, P, 1, E/2] for latent frames at `positions` [..., T], rows x columns tokens each.
 
-    Each head has E/2 complex pairs, shared out as time, row, column (method.md 1.3): at head dim 128 22 + 21 + 21.
-    Angles are taken in float64 where the device has it, because the temporal position is unbounded by itself.
+    The E/2 complex pairs of a head are split into time, row, column: 22 + 21 + 21 at head dim 128. Angles are float64
+    where the device supports it.
     """
     pairs = head_dim // 2
     spatial_pairs = pairs // 3
@@ -40,6 +40,6 @@ def rotary_table(positions: Tensor, rows: int, columns: int, head_dim: int) -> T
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate queries or keys [..., T, P, N, E]; pairs are interleaved (2j, 2j + 1); float32 inside."""
+    """Rotate queries or keys [..., T, P, N, E] in float32. Pairs are interleaved: values 2j and 2j + 1."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)

@@ -153,7 +153,7 @@ class CausalSampler:
             yield x0
 
     def _start_frames(self, memory: Memory) -> Callable[[Tensor], Tensor]:
-        """A function that sets the start frames of the next chunk to their clean latents (docs/method.md, Start frames)."""
+        """A function that sets the start frames of a chunk to their clean latents (docs/method.md, Start frames)."""
         if memory.start_latents is None:
             return lambda x: x
         clean = memory.start_latents.to(self.network.device)
@@ -179,7 +179,8 @@ class CausalSampler:
             current, past = frames[first : first + memory.config.chunk], done.restrict_to(frames[:first])
             x0 = memory.latents_of(current).to(self.network.device)
             new = self._keys(past, x0, self.view(past))
-            self._check_finite(past, current, x0, new, lambda again: again._keys(past, x0, again.view(past)))
+            repeat = lambda again, past=past, x0=x0: again._keys(past, x0, again.view(past))
+            self._check_finite(past, current, x0, new, repeat)
             done = done.write(current, new.new_kv).to(self._home)
         return done
 
@@ -210,16 +211,15 @@ class CausalSampler:
     def _check_fits(self, memory: Memory) -> None:
         if memory.student and self.student and memory.student != self.student:
             raise ValueError(
-                f"memory: it belongs to another student ({memory.student}, this one is {self.student}); continue it with"
-                " the student that generated it"
+                f"memory: it belongs to another student ({memory.student}, this one is {self.student}); use the student"
+                " that generated it"
             )
         network = self.network
         rows, columns = network.grid(memory.latent_size)
         expected = (network.num_layers, 1, rows * columns, network.num_heads, network.head_dim)
         for shape in memory.store.key_shapes - {expected}:
             raise ValueError(
-                f"memory: its keys have shape {shape}, this student's have {expected}; continue it with the student that"
-                " generated it"
+                f"memory: its keys have shape {shape}, this student's have {expected}; use the student that made it"
             )
 
     @property
@@ -235,5 +235,7 @@ def working_bytes(network: Network, memory: Memory, kv_placement: str = "at once
     tokens, dim = rows * columns, network.num_heads * network.head_dim
     text = 2 * network.num_layers * dim * net.text_len * size
     activations = tokens * config.chunk * (6 * dim + 2 * net.blocks[0].ffn[0].out_features) * size
-    store = memory.store.working_bytes(config, kv_placement, network.num_layers, dim * tokens, size)
-    return text + store.stored + max(store.in_pass + activations, store.after_pass)
+    stored, in_pass, after_pass = memory.store.working_bytes(
+        config, kv_placement, network.num_layers, dim * tokens, size
+    )
+    return text + stored + max(in_pass + activations, after_pass)

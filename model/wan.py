@@ -1,6 +1,6 @@
-"""Wan 2.1's text-to-video module tree, parameter names exactly those of Wan's checkpoints (method.md 1.5).
+"""The modules of Wan 2.1's text-to-video network, with the parameter names of Wan's checkpoints.
 
-Modules only: what is computed with them stands in `causal.py`, which runs on any tree with these names.
+The forward pass is in causal.py.
 """
 
 import math
@@ -12,7 +12,7 @@ from .config import WanConfig
 
 
 class SelfAttention(nn.Module):
-    """q, k, v, o with RMS norms over the full width before the split in heads."""
+    """q, k, v, o, and RMS norms over the full width before the split into heads."""
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -27,7 +27,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(SelfAttention):
-    """The same parts; keys and values come from the text."""
+    """The same modules; keys and values come from the text."""
 
 
 class Block(nn.Module):
@@ -48,7 +48,7 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
 
     def forward(self, function, *args):
-        """`function(self, *args)`, through the module's hooks: how sharded training enters a block."""
+        """`function(self, *args)` with the module's hooks, for sharded training."""
         return function(self, *args)
 
 
@@ -63,7 +63,7 @@ class Head(nn.Module):
 
 
 class WanModel(nn.Module):
-    """The tree. `reset_parameters` draws fresh weights; loading overwrites them."""
+    """The network. Weights are uninitialised until they are loaded or `reset_parameters` draws them."""
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -81,11 +81,11 @@ class WanModel(nn.Module):
         self.head = Head(config)
 
     def forward(self, function, *args):
-        """`function(self, *args)`, through the module's hooks: how sharded training enters the network."""
+        """`function(self, *args)` with the module's hooks, for sharded training."""
         return function(self, *args)
 
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """Draw fresh weights for training from scratch."""
+        """Draw random weights for training from scratch."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv3d)):
                 fan_in = module.weight[0].numel()

@@ -105,7 +105,7 @@ class Pipeline:
             for memory in generate_segment(
                 lambda text: self.sampler(text, options), memory, self.text_encoder.encode(segment.prompt),
                 prompt=segment.prompt, seed=segment.seed, num_chunks=segment.num_chunks, sigmas=self.card.sigmas,
-                change=segment.change, blend=segment.blend, made=finished,
+                change=segment.change, blend=segment.blend, finished=finished,
             ):  # fmt: skip
                 yield memory
 

@@ -2,7 +2,7 @@ import pytest
 
 
 def _expected(config, num_frames, similarity):
-    """Sink, slow, fast and decisions of a film of `num_frames`, from the rule alone (method.md 5.1, 8.3).
+    """Sink, slow, fast and decisions of a film of `num_frames`, from the rule alone (docs/method.md, Policies).
 
     No state is carried: the whole past is gone through again, frame by frame. `similarity(a, b)` of two frames.
     """

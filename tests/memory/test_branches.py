@@ -28,7 +28,7 @@ trunk = go_on(empty_memory(MemoryConfig(), (16, 4, 4)), 8, 0)
 before = resident()
 futures = [go_on(trunk, 3, seed) for seed in (1, 2, 3)]
 grown = resident() - before
-unique = lambda memories: {t.data_ptr(): t.nbytes for m in memories for r in m.store.frames.values() for t in (r.keys, r.values)}
+unique = lambda memories: {t.data_ptr(): t.nbytes for memory in memories for t in memory.store.tensors()}
 new = sum(unique([trunk, *futures]).values()) - sum(unique([trunk]).values())
 print(trunk.num_bytes, new, grown)
 """

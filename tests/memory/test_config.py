@@ -82,7 +82,7 @@ def test_from_dict_round_trip_and_unknown_fields():
     [("slow-fast", (3, 12, 3)), ("context-forcing", (3, 12, 3)), ("longlive", (3, 0, 6)), ("infinity-rope", (1, 0, 2))],
 )
 def test_named_memories_show_a_chunk_what_their_students_saw(name, sees):
-    """method.md 3.5: LongLive 12 frames with its sink of 3, Infinity-RoPE 6 with its sink of 1, the chunk included."""
+    """LongLive: 12 frames with a sink of 3; Infinity-RoPE: 6 with a sink of 1; the chunk included."""
     config = named_memory(name, MemoryConfig())
     assert (config.sink, config.slow, config.fast - config.chunk) == sees
     assert config.capacity + config.chunk == config.window

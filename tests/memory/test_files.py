@@ -36,9 +36,9 @@ def holder(tmp_path):
 def test_another_process_is_refused_and_told_who_holds_it(holder):
     process, path = holder
     said = path.read_bytes()
-    with pytest.raises(HeldError, match=rf"^pid {process.pid} on \S+, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d$"):
-        with lock(path):
-            pass
+    holder = rf"^pid {process.pid} on \S+, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d$"
+    with pytest.raises(HeldError, match=holder), lock(path):
+        pass
     assert path.read_bytes() == said
     process.communicate("\n")
     assert not path.exists()
@@ -58,9 +58,8 @@ def test_a_killed_process_holds_nothing(holder):
 
 
 def test_an_error_lets_go(tmp_path):
-    with pytest.raises(KeyError):
-        with lock(tmp_path / "a.lock"):
-            raise KeyError
+    with pytest.raises(KeyError), lock(tmp_path / "a.lock"):
+        raise KeyError
     with lock(tmp_path / "a.lock"), pytest.raises(HeldError), lock(tmp_path / "a.lock"):
         pass
 

@@ -184,7 +184,7 @@ SUBTLE_EDITS = {
     "frame twice": lambda h: h["slots"]["slow"].append(h["slots"]["sink"][0]),
     "out of order": lambda h: h["slots"]["fast"].reverse(),
     "sink and slow exchanged": lambda h: h["slots"].update(sink=h["slots"]["slow"], slow=h["slots"]["sink"]),
-    "no likeness": lambda h: h["slots"].update(similarity_to_previous=[]),
+    "no likeness": lambda h: h["slots"].update(likeness=[]),
     "decisions missing": lambda h: h["decisions"].pop(),
     "decision as text": lambda h: h["decisions"][0].__setitem__(1, "yes"),
     "other prompt": lambda h: h["segments"][0].__setitem__(1, "another prompt"),
@@ -204,7 +204,8 @@ FORGERIES = {
     "unknown form": (lambda h: h.update(form="loose"), "form"),
     "negative chunk": (lambda h: h.update(chunks=[12, -2]), "chunks"),
     "frame twice": (lambda h: h["slots"]["slow"].__setitem__(0, h["slots"]["sink"][0]), "slots"),
-    "no likeness": (lambda h: h["slots"].update(similarity_to_previous=[]), "slots"),
+    "no likeness": (lambda h: h["slots"].update(likeness=[]), "likeness"),
+    "unknown slots": (lambda h: h["slots"].update(medium=[]), "slots"),
 }
 
 

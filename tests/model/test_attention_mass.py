@@ -112,7 +112,7 @@ def test_a_compact_memory_is_made_whole_first(sampler_of, begun):
 
 
 def test_a_memory_with_nothing_on_it_is_refused(sampler_of, empty_memory):
-    with pytest.raises(ValueError, match="memory: nothing was made on it yet"):
+    with pytest.raises(ValueError, match="memory: it has no segment"):
         attention_mass(sampler_of, empty_memory(**SIZES), SIGMAS)
 
 

@@ -168,7 +168,7 @@ def test_restrict_to_hides_frames_and_moves_none(net, make_sampler, empty_memory
 
 
 def padded_text(net, text):
-    """What Wan does: zero rows up to text_len, all attended to, no mask (method.md 1.2.4)."""
+    """What Wan does: zero rows up to text_len, all attended to, no mask (docs/method.md, Text)."""
     embedded = net.text_embedding(F.pad(text, (0, 0, 0, net.text_len - text.shape[1])))
     heads = lambda x: x.unflatten(-1, (net.config.num_heads, -1))
     attn = [block.cross_attn for block in net.blocks]

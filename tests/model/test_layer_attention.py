@@ -47,7 +47,7 @@ def test_chunks_of_an_earlier_run_are_made_again(net, make_sampler, empty_memory
     go_on = lambda made: list(
         generate_segment(
             lambda text: make_sampler(net), empty_memory(**SMALL), text, prompt="", seed=5, num_chunks=6, sigmas=SIGMAS,
-            made=made,
+            finished=made,
         )
     )  # fmt: skip
     whole = go_on(())

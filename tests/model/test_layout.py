@@ -73,7 +73,7 @@ def test_working_bytes_are_what_a_chunk_takes(make_net, make_sampler, name, layo
 
 
 def test_working_bytes_of_real_students():
-    """GB in bf16 at 832x480: keys and values of 21 frames are 6.04 and 26.8 (method.md 1.1)."""
+    """GB in bf16 at 832x480: keys and values of 21 frames are 6.04 and 26.8."""
     expected = {"wan2.1-1.3b": (12.5, 7.3, 2.2), "wan2.1-14b": (54.4, 31.4, 8.4)}
     for name, sizes in expected.items():
         with torch.device("meta"):

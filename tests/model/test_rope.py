@@ -10,7 +10,7 @@ ROWS, COLUMNS = 3, 5
 
 
 def reference(x, positions):
-    """method.md 1.3 in complex128, token by token; x [T, P, N, E]."""
+    """docs/method.md, Rotary positions, in complex128, token by token; x [T, P, N, E]."""
     head_dim = x.shape[-1]
     spatial = 2 * (head_dim // 6)
     temporal = head_dim - 4 * (head_dim // 6)

@@ -51,7 +51,7 @@ def test_saving_between_changes_nothing(net, make_sampler, empty_memory, same_me
 
 
 def test_a_first_chunk_has_steps_of_its_own(net, make_sampler, empty_memory):
-    """method.md 2.1, Causal-Forcing++: as the usual steps would make it if all chunks had them; later ones have fewer."""
+    """The first chunk is the one of a sampler that uses these steps for all chunks; later chunks have fewer."""
     passes = []
     sampler = make_sampler(net, first_sigmas=SIGMAS, on_pass=lambda: passes.append(1))
     counts, memory = [], empty_memory(**SMALL)

@@ -8,7 +8,7 @@ import torch
 from context_forcing.memory import MemoryView
 from context_forcing.memory.memory import CHANGES
 from context_forcing.model.sampler import CausalSampler
-from context_forcing.model.segment import between, generate_segment, used_rows
+from context_forcing.model.segment import blend_text, generate_segment, used_rows
 
 SIGMAS = (1.0, 0.6)
 SIZES = dict(sink=2, slow=4, fast=4, chunk=2, window=10, slow_similarity_threshold=0.9999)
@@ -20,7 +20,7 @@ def text(seed, rows=5):
 
 @pytest.fixture(scope="module")
 def tell(net, make_sampler):
-    """(memory, prompt, chunks, ...) -> the memory after a segment; `tell.texts` are the prompts samplers were made for."""
+    """(memory, prompt, chunks, ...) -> the memory after a segment; `tell.texts` are the prompts of the samplers."""
 
     def sampler_of(prompt):
         go.texts.append(prompt)
@@ -171,7 +171,7 @@ def test_a_blend_goes_from_the_old_prompt_to_the_new(tell, begun):
     expected = [text(1, rows=3), *(torch.lerp(text(0), whole, share) for share in (0.25, 0.5, 0.75))]
     assert len(tell.texts) == len(expected)
     assert all(torch.equal(a, b) for a, b in zip(tell.texts, expected))
-    assert torch.equal(between(text(0), text(1), 1.0), text(1))
+    assert torch.equal(blend_text(text(0), text(1), 1.0), text(1))
 
 
 def test_a_blend_longer_than_the_segment_ends_under_the_new_prompt(tell, begun, same_memory):
@@ -211,7 +211,7 @@ def test_finished_chunks_are_committed_not_made_again(tell, begun, same_memory, 
     monkeypatch.setattr(
         CausalSampler, "denoise", lambda self, memory, *rest: denoised.append(1) or real(self, memory, *rest)
     )
-    assert same_memory(tell(begun, text(1), 5, change="recache", blend=2, made=made), whole)
+    assert same_memory(tell(begun, text(1), 5, change="recache", blend=2, finished=made), whole)
     assert len(denoised) == 2
 
 

@@ -1,4 +1,4 @@
-"""The module trees are Wan's: names, shapes and counts (method.md 1.1, 1.5)."""
+"""The module trees are Wan's: names, shapes and counts (docs/method.md, Network)."""
 
 import pytest
 import torch
