@@ -204,18 +204,20 @@ def _open_folder(folder: Path) -> Container:
                 inside, path=folder, kind=f"folder, {inside.kind}", config=read_json(place / "config.json", {}),
                 scheduler=str(scheduler.get("_class_name", "")),
             )  # fmt: skip
-    raise ValueError(f"{folder}: no .safetensors, .pt or *.index.json in it or in its transformer folder")
+    raise ValueError(
+        f"{folder}: no .safetensors, .pt or *.index.json in it or in its transformer folder; give the file"
+    )
 
 
 def _open_parts(path: Path, index: Path) -> Container:
     """The tensors of all parts, exactly those that the index lists."""
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not listed or not all(isinstance(part, str) for part in listed.values()):
-        raise ValueError(f"{index}: not an index of parts, it has no weight_map")
+        raise ValueError(f"{index}: not an index of parts, it has no weight_map; download it again")
     parts, tree, metadata = sorted(set(listed.values())), {}, {}
     for part in parts:
         if Path(part).name != part:
-            raise ValueError(f"{index}: lists {part}, which is not a file beside it")
+            raise ValueError(f"{index}: lists {part}, which is not a file beside it; download the index again")
         if not (index.parent / part).is_file():
             raise ValueError(f"{index}: lists {part}, which is not there; download all {len(parts)} parts")
         _, tensors, metadata = _read_file(index.parent / part)

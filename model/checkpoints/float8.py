@@ -42,7 +42,7 @@ def split_scales(
     for stem, name in formats.items():
         if name not in FORMATS:
             raise ValueError(
-                f"{where}: {stem} is quantised as {name}, which only ComfyUI reads; load it with ComfyUI's own node"
+                f"{where}: {stem} is quantised as {name}, which only ComfyUI reads; give fp16, bf16 or fp8"
             )
     if len(weights) == len(state) and not formats:
         return weights, {}

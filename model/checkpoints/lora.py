@@ -73,11 +73,11 @@ def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, ...]], strength:
     """
     container = open_container(path)
     if "critic_lora" in container.sets and "generator_lora" not in container.sets:
-        raise ValueError(f"{path}: holds critic_lora alone; a student's LoRA is generator_lora")
+        raise ValueError(f"{path}: holds critic_lora alone; give a file with generator_lora")
     weights: dict[str, dict[str, Tensor]] = {}
     for name, kind, tensor in _named(container.take(NESTED)[1], shapes, path):
         if kind in weights.setdefault(name, {}):
-            raise ValueError(f"{path}: holds {kind} of {name} twice, under two names")
+            raise ValueError(f"{path}: holds {kind} of {name} twice, under two names; keep one of them")
         weights[name][kind] = tensor
     alpha = _common_alpha(container)
     pairs, wholes = {}, {}
@@ -85,7 +85,9 @@ def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, ...]], strength:
         for kind in sorted(parts.keys() & {"weight", "bias", "modulation"}):
             target = f"{name.removesuffix('.weight')}.{kind}"
             if tuple(parts[kind].shape) != (shape := _shape_of(path, target, shapes)):
-                raise ValueError(f"{path}: {target} has shape {shape}, its difference {tuple(parts[kind].shape)}")
+                raise ValueError(
+                    f"{path}: {target} has shape {shape}, its difference {tuple(parts[kind].shape)}; give another LoRA"
+                )
             wholes[target] = parts[kind]
         if parts.keys() & {"up", "down", "alpha"}:
             pairs[name] = _pair(f"{path}: {name}", parts, _shape_of(path, name, shapes), alpha)
@@ -109,7 +111,9 @@ def _pair(
             raise ValueError(f"{where} has no {title} matrix; download the file again")
     up, down = parts["up"], parts["down"]
     if up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0] or up[0].numel() != up.shape[1]:
-        raise ValueError(f"{where}: {tuple(up.shape)} and {tuple(down.shape)} are not the matrices of a LoRA")
+        raise ValueError(
+            f"{where}: {tuple(up.shape)} and {tuple(down.shape)} are not the matrices of a LoRA; download it again"
+        )
     if (up.shape[0], down[0].numel()) != (shape[0], math.prod(shape[1:])):
         raise ValueError(
             f"{where} has shape {shape}, its LoRA {tuple(up.shape)} x {tuple(down.shape)}; it belongs to a network of"

@@ -202,7 +202,7 @@ def infer_config(state: Mapping[str, Tensor], num_heads: int | None, path: str |
         if key not in state:
             raise ValueError(f"{path}: not a Wan 2.1 model, {key} is missing; give a student's weights")
         if state[key].ndim != ndim:
-            raise ValueError(f"{path}: not a Wan 2.1 model, {key} has shape {tuple(state[key].shape)}")
+            raise ValueError(f"{path}: not a Wan 2.1 model, {key} has shape {tuple(state[key].shape)}; give a student")
     dim, channels = state["patch_embedding.weight"].shape[:2]
     last = max(int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key))
     if last >= len(state):
@@ -246,5 +246,5 @@ def check_tensors(net: nn.Module, state: Mapping[str, Tensor], path: str | Path)
         wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
         raise ValueError(
             f"{path}: {len(wrong)} of {len(expected)} tensors missing, extra or of another shape, first {wrong[0]}"
-            f" (expected {expected.get(wrong[0])}, found {found.get(wrong[0])})"
+            f" (expected {expected.get(wrong[0])}, found {found.get(wrong[0])}); give a complete file of this model"
         )

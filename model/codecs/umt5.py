@@ -242,7 +242,7 @@ def _json_tokenizer(path: Path) -> Tokenize:
     *_, library = _libraries()
     text = path.read_text(encoding="utf-8")
     if not text.startswith("{"):
-        raise ValueError(f"{path}: not the JSON of a tokenizer")
+        raise ValueError(f"{path}: not the JSON of a tokenizer; download it again")
     tokenizer = library.Tokenizer.from_str(text)
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -1,4 +1,4 @@
-"""Files as they are published, made at small width: every row of method.md 2.1, and ways in which files differ."""
+"""Published files at small width: the rows of docs/students.md, Published files, and other layouts."""
 
 import json
 import re

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
+
 from context_forcing.model.codecs.base import WAN_MEAN, WAN_STD, denormalise, normalise
 from context_forcing.model.codecs.demo_vae import DemoCodec, dct_transform, load_demo_codec
 from context_forcing.model.codecs.wan_vae import decode_wan_stream
 from context_forcing.model.units import pixel_frames
-from torch import nn
 
 
 def random(*shape, seed=0):
