@@ -12,24 +12,22 @@ from .storyboard import ContextForcingStoryboard
 from .student_settings import ContextForcingStudentSettings
 from .video import ContextForcingSaveVideo
 
-NODES: list[type[io.ComfyNode]] = [
-    ContextForcingLoadDemo,
-    ContextForcingLoadStudent,
-    ContextForcingMemory,
-    ContextForcingRemember,
-    ContextForcingSampler,
-    ContextForcingStoryboard,
-    ContextForcingSaveVideo,
-    ContextForcingMemoryReport,
-    ContextForcingConsistency,
-    ContextForcingSaveMemory,
-    ContextForcingLoadMemory,
-    ContextForcingStudentSettings,
-]
-
 
 class ContextForcingExtension(ComfyExtension):
     """The node pack."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return NODES
+        return [
+            ContextForcingLoadDemo,
+            ContextForcingLoadStudent,
+            ContextForcingMemory,
+            ContextForcingRemember,
+            ContextForcingSampler,
+            ContextForcingStoryboard,
+            ContextForcingSaveVideo,
+            ContextForcingMemoryReport,
+            ContextForcingConsistency,
+            ContextForcingSaveMemory,
+            ContextForcingLoadMemory,
+            ContextForcingStudentSettings,
+        ]

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from comfy_api.latest import io
 
@@ -19,7 +20,7 @@ def with_settings(
 ) -> StudentCard:
     """The card with the settings that are not left as is. Raises ValueError if steps are not numbers with commas."""
     memory = dataclasses.replace(card.memory, **{name: size for name, size in sizes.items() if size != UNCHANGED})
-    settings = {"shift": shift, "fps": fps, "solver": solver}
+    settings: dict[str, Any] = {"shift": shift, "fps": fps, "solver": solver}
     settings = {name: value for name, value in settings.items() if value not in (0, AS_IS)}
     if steps.strip():
         try:
@@ -63,12 +64,11 @@ class ContextForcingStudentSettings(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: io.Model.Type, steps: str, shift: float, solver: str, fps: int, chunk: int, window: int, sink: int,
-        slow: int, fast: int, card: str = AS_IS,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls, model: io.Model.Type, steps: str, shift: float, solver: str, fps: int, card: str = AS_IS, **sizes: int
+    ) -> io.NodeOutput:
+        """`sizes` are chunk, window, sink, slow and fast."""
         wan_network(model)
         base = published_student(card).card if card != AS_IS else model.get_attachment(CARD) or StudentCard()
-        sizes = {"chunk": chunk, "window": window, "sink": sink, "slow": slow, "fast": fast}
         model = model.clone()
         model.set_attachments(CARD, with_settings(base, steps, shift, solver, fps, sizes))
         return io.NodeOutput(model)

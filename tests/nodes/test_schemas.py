@@ -1,5 +1,6 @@
 """Schemas of the nodes without ComfyUI: permanent ids and inputs, tooltips, help pages, workflows that fit."""
 
+import asyncio
 import json
 
 import pytest
@@ -29,7 +30,8 @@ INPUTS = {
 
 @pytest.fixture(scope="module")
 def schemas(node_module):
-    schemas = [node.define_schema() for node in node_module("").NODES]
+    nodes = asyncio.run(node_module("").ContextForcingExtension().get_node_list())
+    schemas = [node.define_schema() for node in nodes]
     return {schema.node_id: schema for schema in schemas}
 
 
