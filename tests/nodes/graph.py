@@ -1,9 +1,15 @@
 """Prompts in API format, built and read back by host tests."""
 
+import io
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
-from .host import Run
+from .host import Host, Run
 
 PROMPTS = (
     "A meadow under a clear sky by day. The camera pans right.",
@@ -12,10 +18,11 @@ PROMPTS = (
 )
 CHUNK_SECONDS = 0.75
 CHUNK_FRAMES = 3
+FOLDER = "context_forcing"
 
 
 class Graph:
-    """A prompt in API format, built node by node."""
+    """A prompt in API format, built node by node. Methods return the id of the node."""
 
     def __init__(self):
         self.prompt = {}
@@ -40,13 +47,48 @@ class Graph:
         return self.add("CLIPTextEncode", clip=[loader, 1], text=prompt)
 
     def save(self, sampler: str) -> str:
+        """Save a sampler's latents, for `latents`."""
         return self.add("SaveLatent", samples=[sampler, 1], filename_prefix="latents/test")
 
+    def save_memory(self, source: str, form: str = "exact", prefix: str = "test") -> str:
+        """Save a memory, for `memory_file` and `film`."""
+        return self.add("ContextForcingSaveMemory", memory=[source, 0], filename_prefix=f"{FOLDER}/{prefix}", form=form)
 
-def latents(host, run: Run, *saved: str) -> torch.Tensor:
+    def show_text(self, node: str) -> str:
+        """Show a node's second output, for `text_shown`."""
+        return self.add("PreviewAny", source=[node, 1])
+
+
+def latents(host: Host, run: Run, *saved: str) -> torch.Tensor:
     """What SaveLatent nodes wrote, one after the other in time."""
     files = [host.output_path(run.outputs[node]["latents"][0]) for node in saved]
     return torch.cat([load_file(file)["latent_tensor"] for file in files], dim=2)
+
+
+def memory_file(host: Host, run: Run, node: str) -> Path:
+    """The file that Save Memory wrote."""
+    file = host.base / "output" / text_shown(run, node).split(",")[0]
+    assert file.is_file()
+    return file
+
+
+def load_memory_input(host: Host, file: Path) -> str:
+    """A file of the output folder as Load Memory lists it."""
+    return f"{file.relative_to(host.base / 'output')} [output]"
+
+
+def film(host: Host, run: Run, node: str) -> torch.Tensor:
+    """The normalised latents of a video that Save Memory wrote."""
+    return load_file(memory_file(host, run, node))["film"]
+
+
+def text_shown(run: Run, node: str) -> str:
+    return run.outputs[node]["text"][0]
+
+
+def picture_shown(host: Host, run: Run, node: str) -> Image.Image:
+    (shown,) = run.outputs[node]["images"]
+    return Image.open(io.BytesIO(host.view(shown)))
 
 
 def only(prompt: dict, class_type: str) -> str:
@@ -64,7 +106,23 @@ def succeeded(run: Run) -> Run:
     return run
 
 
-def failure(host, graph: Graph) -> dict:
+def failure(host: Host, graph: Graph) -> dict:
     run = host.run(graph.prompt)
     assert run.end == "execution_error"
     return run.all("execution_error")[0]
+
+
+def interrupt_at(host: Host, event: str, node: str, value: int | None = None):
+    """For Host.run: interrupts at an event of a node, `progress` at a value of it if one is given."""
+
+    def on_event(kind: str, data: dict) -> None:
+        if kind == event and data["node"] == node and value in (None, data.get("value")):
+            host.post("/interrupt", {})
+
+    return on_event
+
+
+def command_line(folder: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """The command `context-forcing`, in another process."""
+    command = [sys.executable, "-c", "from context_forcing.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=300)

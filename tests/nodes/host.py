@@ -1,5 +1,6 @@
-"""A ComfyUI server of our own for tests: where it is, how it starts, how to talk to it."""
+"""A ComfyUI server for tests: where it is, how it starts, how tests use it."""
 
+import io
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import websocket
+from PIL import Image
 
 CHECKOUT = Path(__file__).parents[2]
 PACK = "My-Pack_v1.0"
@@ -62,14 +64,14 @@ def find_comfyui() -> ComfyUI | str:
 
 @dataclass
 class Run:
-    """One prompt's life, as a browser would see it."""
+    """The events and results of one prompt, as a browser receives them."""
 
     prompt_id: str
     events: list[tuple[str, dict]] = field(default_factory=list)
     previews: list[tuple[str, bytes]] = field(default_factory=list)
     """(node id, encoded picture)."""
     outputs: dict[str, dict] = field(default_factory=dict)
-    """What output nodes show, by node id."""
+    """Results that output nodes show, by node id."""
 
     def all(self, kind: str) -> list[dict]:
         return [data for name, data in self.events if name == kind]
@@ -78,6 +80,15 @@ class Run:
     def end(self) -> str:
         """execution_success, execution_error or execution_interrupted."""
         return next(name for name, _ in reversed(self.events) if name in ENDS)
+
+    def progress(self, node: str) -> set[tuple[int, int]]:
+        """(value, max) of a node's progress bar."""
+        states = [data["nodes"][node] for data in self.all("progress_state") if node in data["nodes"]]
+        return {(state["value"], state["max"]) for state in states}
+
+    def preview_pictures(self) -> list[tuple[str, Image.Image]]:
+        """(node id, picture)."""
+        return [(node, Image.open(io.BytesIO(data))) for node, data in self.previews]
 
     @property
     def cached(self) -> set[str]:
@@ -93,7 +104,7 @@ ENDS = ("execution_success", "execution_error", "execution_interrupted")
 
 
 class Host:
-    """A server with our checkout as its only custom node, in a folder of its own."""
+    """A server with this checkout as its only custom node, in a folder of its own."""
 
     def __init__(self, comfyui: ComfyUI, base: Path):
         self.base, self.comfyui = base, comfyui
@@ -141,7 +152,7 @@ class Host:
         return json.loads(self.get_bytes(path))
 
     def post(self, path: str, data: dict) -> dict:
-        """The answer, also when it is a refusal."""
+        """The reply, also if the server refused the request."""
         body = json.dumps(data).encode()
         request = urllib.request.Request(f"http://{self.address}{path}", body, {"Content-Type": "application/json"})
         try:
@@ -196,7 +207,7 @@ class Host:
         return self.base / shown["type"] / shown["subfolder"] / shown["filename"]
 
     def add_model(self, folder: str, path: Path, name: str | None = None) -> None:
-        """Give the server a model file, as a user would; it need not be restarted."""
+        """Copy a model file into a models folder. The server need not be restarted."""
         shutil.copyfile(path, self.base / "models" / folder / (name or path.name))
 
 

@@ -1,4 +1,4 @@
-"""A storyboard in a real ComfyUI: the chain that it stands for, line by line in the cache."""
+"""A storyboard in a real ComfyUI: it equals a chain of samplers, and every line is cached."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .graph import PROMPTS, Graph, failure, only, succeeded
+from .graph import PROMPTS, Graph, failure, film, interrupt_at, memory_file, only, succeeded, text_shown
 from .host import CHECKOUT, to_api
 
 pytestmark = [pytest.mark.host, pytest.mark.slow]
@@ -29,15 +29,9 @@ def add_storyboard(graph, demo, text, seed=7, **settings) -> str:
     return graph.add("ContextForcingStoryboard", **inputs, **settings)
 
 
-def keep(graph, source) -> str:
-    return graph.add(
-        "ContextForcingSaveMemory", memory=[source, 0], filename_prefix="context_forcing/board", form="exact"
-    )
-
-
-def kept(host, run, node) -> dict:
-    """The tensors of what `keep` wrote."""
-    return load_file(host.base / "output" / run.outputs[node]["text"][0].split(",")[0])
+def tensors(host, run, node) -> dict:
+    """All tensors of the memory that Save Memory wrote."""
+    return load_file(memory_file(host, run, node))
 
 
 def lines_run(run, board) -> list[int]:
@@ -46,16 +40,16 @@ def lines_run(run, board) -> list[int]:
     return sorted(number // 2 for number in numbers if number % 2 == 0)
 
 
-def test_it_is_the_chain_by_hand(host, graph, demo):
+def test_it_equals_a_chain(host, graph, demo):
     board = add_storyboard(
         graph,
         demo,
         f"0 {PROMPTS[0]}\n2.1 [recache blend=2] {PROMPTS[1]}\n0:05.3 [cut seed=9] {PROMPTS[2]}\n0:07",
     )
-    saved, text = keep(graph, board), graph.add("PreviewAny", source=[board, 1])
+    saved, text = graph.save_memory(board), graph.show_text(board)
     run = succeeded(host.run(graph.prompt))
-    found = kept(host, run, saved)
-    assert run.outputs[text]["text"][0].split("\n") == [
+    result = tensors(host, run, saved)
+    assert text_shown(run, text).split("\n") == [
         f"0:00 {PROMPTS[0]}",
         f"0:02.25 [recache blend=2] {PROMPTS[1]}",
         f"0:05.25 [cut seed=9] {PROMPTS[2]}",
@@ -63,29 +57,29 @@ def test_it_is_the_chain_by_hand(host, graph, demo):
     ]
 
     host.post("/free", {"unload_models": True, "free_memory": True})
-    hand = Graph()
-    demo = hand.add("ContextForcingLoadDemo")
-    memory = hand.memory(demo)
+    chain = Graph()
+    demo = chain.add("ContextForcingLoadDemo")
+    memory = chain.memory(demo)
     for prompt, seconds, seed, change, blend in (
         (PROMPTS[0], 2.25, 7, "keep", 0),
         (PROMPTS[1], 3.0, 7, "recache", 2),
         (PROMPTS[2], 1.5, 9, "cut", 0),
     ):
-        memory = hand.sampler(demo, hand.text(demo, prompt), memory, seconds, seed, change=change, blend=blend)
-    saved = keep(hand, memory)
-    expected = kept(host, succeeded(host.run(hand.prompt)), saved)
-    assert expected["film"].shape[2] == 27 and found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+        memory = chain.sampler(demo, chain.text(demo, prompt), memory, seconds, seed, change=change, blend=blend)
+    saved = chain.save_memory(memory)
+    expected = tensors(host, succeeded(host.run(chain.prompt)), saved)
+    assert expected["film"].shape[2] == 27 and result.keys() == expected.keys()
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
 
 
 def test_an_edited_line_runs_with_the_later_ones_alone(host, graph, demo):
     lines = [*EIGHT]
     # A seed of its own, so that no line is in the cache. (What /free empties, it may empty after the next run.)
     board = add_storyboard(graph, demo, "\n".join(lines), seed=23)
-    saved = keep(graph, board)
+    saved = graph.save_memory(board)
     first = succeeded(host.run(graph.prompt))
     assert lines_run(first, board) == [1, 2, 3, 4, 5, 6, 7, 8]
-    films = [kept(host, first, saved)["film"]]
+    films = [film(host, first, saved)]
 
     for number, line, run_again in (
         (5, "0:03 A meadow under a foggy sky at dusk. The camera stays.", [5, 6, 7, 8]),
@@ -101,7 +95,7 @@ def test_an_edited_line_runs_with_the_later_ones_alone(host, graph, demo):
         # A line that is only longer, or has another seed, has its prompt's embedding already.
         assert {board, saved} < run.executed <= {board, saved} | made
         assert run.cached == set(graph.prompt) - {board, saved}
-        films.append(kept(host, run, saved)["film"])
+        films.append(film(host, run, saved))
         frames = 3 * (run_again[0] - 1)
         assert torch.equal(films[-1][:, :, :frames], films[-2][:, :, :frames])
         assert not torch.equal(films[-1][:, :, frames:], films[-2][:, :, frames:])
@@ -112,14 +106,8 @@ def test_an_edited_line_runs_with_the_later_ones_alone(host, graph, demo):
 
 def test_an_interrupt_keeps_the_finished_lines(host, graph, demo):
     board = add_storyboard(graph, demo, "\n".join(EIGHT), seed=21)
-    keep(graph, board)
-    third = f"{board}.0.0.6"
-
-    def interrupt(kind, data):
-        if kind == "executing" and data["node"] == third:
-            host.post("/interrupt", {})
-
-    run = host.run(graph.prompt, interrupt)
+    graph.save_memory(board)
+    run = host.run(graph.prompt, interrupt_at(host, "executing", f"{board}.0.0.6"))
     assert run.end == "execution_interrupted" and run.all(run.end)[0]["node_id"] == board
     assert lines_run(run, board) == [1, 2, 3]
     assert lines_run(succeeded(host.run(graph.prompt)), board) == [3, 4, 5, 6, 7, 8]
@@ -131,9 +119,9 @@ def test_storyboards_chain(host, graph, demo):
     inputs = {"model": [demo, 0], "clip": [demo, 1], "memory": [first, 0], "seed": 22}
     second = graph.add("ContextForcingStoryboard", **inputs, text=f"0 {PROMPTS[1]}\n1.5")
     whole = add_storyboard(graph, demo, f"0 {PROMPTS[0]}\n1.5 {PROMPTS[1]}\n3", seed=22)
-    parts, whole = keep(graph, second), keep(graph, whole)
+    parts, whole = graph.save_memory(second), graph.save_memory(whole)
     run = succeeded(host.run(graph.prompt))
-    parts, whole = kept(host, run, parts), kept(host, run, whole)
+    parts, whole = tensors(host, run, parts), tensors(host, run, whole)
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
     graph.prompt[second]["inputs"]["text"] = f"0 {PROMPTS[2]}\n1.5"
@@ -144,19 +132,19 @@ def test_storyboards_chain(host, graph, demo):
 def test_progress_and_previews_show_on_the_storyboard(host, graph, demo):
     text = f"0 {PROMPTS[0]}\n1.5 {PROMPTS[1]}\n2.25"
     board = add_storyboard(graph, demo, text, seed=23)
-    keep(graph, board)
+    graph.save_memory(board)
     run = succeeded(host.run(graph.prompt))
     for line, chunks in ((1, 2), (2, 1)):
         sampler = f"{board}.0.0.{2 * line}"
+        assert run.progress(sampler) >= {(i, chunks) for i in range(1, chunks + 1)}
         states = [data["nodes"][sampler] for data in run.all("progress_state") if sampler in data["nodes"]]
-        assert {(state["value"], state["max"]) for state in states} >= {(i, chunks) for i in range(1, chunks + 1)}
         assert {state["display_node_id"] for state in states} == {board}
         assert sum(node == sampler for node, _ in run.previews) == chunks
 
 
 def test_a_bad_line_is_named_before_anything_runs(host, graph, demo):
     board = add_storyboard(graph, demo, "0:00 A meadow.\n0:06 [wipe] A desert.\nsnow\n0:12")
-    keep(graph, board)
+    graph.save_memory(board)
     reply = host.post("/prompt", {"prompt": graph.prompt, "client_id": host.client_id})
     assert "prompt_id" not in reply
     (error,) = reply["node_errors"][board]["errors"]
@@ -168,7 +156,7 @@ def test_a_bad_line_is_named_before_anything_runs(host, graph, demo):
 def test_a_bad_line_over_a_wire_is_named(host, graph, demo):
     text = graph.add("PrimitiveStringMultiline", value="0:00 A meadow.\n0:06 [wipe] A desert.\n0:12")
     board = add_storyboard(graph, demo, [text, 0])
-    keep(graph, board)
+    graph.save_memory(board)
     error = failure(host, graph)
     assert error["node_id"] == board and error["exception_type"] == "ValueError"
     assert 'line 2 ("0:06 [wipe] A desert."): [wipe] is not known' in error["exception_message"]
@@ -176,7 +164,7 @@ def test_a_bad_line_over_a_wire_is_named(host, graph, demo):
 
 def test_a_line_without_a_chunk_is_named(host, graph, demo):
     board = add_storyboard(graph, demo, "0:00 A meadow.\n0:03 A desert.\n0:03.2 Snow.\n0:06")
-    keep(graph, board)
+    graph.save_memory(board)
     error = failure(host, graph)
     assert error["node_id"] == board
     assert 'line 2 ("0:03 A desert."): 0.2 s is too short' in error["exception_message"]
@@ -187,5 +175,5 @@ def test_demo_storyboard_makes_the_video(host, object_info):
     run = succeeded(host.run(prompt))
     (shown,) = run.outputs[only(prompt, "ContextForcingSaveVideo")]["images"]
     assert host.output_path(shown).stat().st_size > 10_000
-    made = run.outputs[only(prompt, "PreviewAny")]["text"][0].split("\n")
+    made = text_shown(run, only(prompt, "PreviewAny")).split("\n")
     assert len(made) == 8 and made[-1] == "0:21"

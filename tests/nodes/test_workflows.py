@@ -1,4 +1,4 @@
-"""Every workflow we ship, as the page would send it, in a real ComfyUI: it runs, and shows what it is there to show."""
+"""Every example workflow, as ComfyUI's page sends it, in a real ComfyUI."""
 
 import json
 from itertools import pairwise
@@ -7,12 +7,10 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file
 
 from context_forcing.model.checkpoints.student import DEMO_STUDENT, StudentSource
 
-from .graph import nodes, only, succeeded
+from .graph import FOLDER, film, nodes, only, picture_shown, succeeded
 from .host import CHECKOUT, PACK, to_api
 
 pytestmark = [pytest.mark.host, pytest.mark.slow]
@@ -24,7 +22,7 @@ SHORT_FRAMES = 6
 
 @pytest.fixture
 def load(object_info):
-    """A workflow as a prompt; its segments are shortened, what they are wired to is not."""
+    """A workflow as a prompt, with short segments."""
 
     def load(name: str) -> dict:
         prompt = to_api(json.loads(FILES[name].read_text()), object_info)
@@ -36,14 +34,10 @@ def load(object_info):
 
 
 def keep(prompt: dict, sampler: str) -> str:
-    """Have the memory at a sampler's end saved, too."""
-    inputs = {"memory": [sampler, 0], "filename_prefix": "context_forcing/workflows", "form": "compact"}
+    """Save the memory after a sampler, too."""
+    inputs = {"memory": [sampler, 0], "filename_prefix": f"{FOLDER}/workflows", "form": "compact"}
     prompt[f"keep {sampler}"] = {"class_type": "ContextForcingSaveMemory", "inputs": inputs}
     return f"keep {sampler}"
-
-
-def film(host, run, saved: str) -> torch.Tensor:
-    return load_file(host.base / "output" / run.outputs[saved]["text"][0].split(",")[0])["film"]
 
 
 def video(host, run, save: str) -> np.ndarray:
@@ -93,8 +87,7 @@ def test_the_futures_of_demo_branch_share_their_past(host, load):
 def test_demo_start_image_begins_with_the_picture(host, load):
     prompt = load("demo_start_image")
     run = succeeded(host.run(prompt))
-    (shown,) = run.outputs[only(prompt, "PreviewImage")]["images"]
-    picture = np.asarray(Image.open(host.output_path(shown)).convert("RGB"))
+    picture = np.asarray(picture_shown(host, run, only(prompt, "PreviewImage")).convert("RGB"))
     frames = video(host, run, only(prompt, "ContextForcingSaveVideo"))
     assert len(frames) == 8 * SHORT_FRAMES - 3
     assert psnr(frames[0], picture) > 30
