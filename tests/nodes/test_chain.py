@@ -120,7 +120,7 @@ def test_progress_and_previews_come_chunk_by_chunk(host, graph, demo, size):
     "settings, message",
     [
         ({"sink": 1024}, ["window", "sink 1024", "do not fit", "make one of them smaller"]),
-        ({"fast": 1}, ["fast", "1 latent frames", "at least 4"]),
+        ({"fast": 1}, ["fast", "1 latent frames", "4 or more"]),
         ({"width": 100}, ["width 100", "multiple of 16", "96 is the nearest"]),
     ],
 )

@@ -217,6 +217,6 @@ def test_wrong_start_inputs_are_named(host, graph, demo, image, inputs, message)
 def test_the_latent_of_an_image_is_refused(host, graph, demo):
     """It has an axis less, and would be broadcast."""
     image = graph.add("EmptyLatentImage", width=128, height=64, batch_size=1)
-    begun = graph.add("ContextForcingRemember", memory=graph.memory(demo), latent=[image, 0])
+    begun = graph.add("ContextForcingRemember", memory=[graph.memory(demo), 0], latent=[image, 0])
     graph.save(graph.sampler(demo, graph.text(demo), begun, seconds=0.75))
     assert "a video's is" in failure(host, graph)["exception_message"]
