@@ -24,7 +24,7 @@ HELD = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 """Errors of a lock that another process has."""
 
 LOCKED_BYTE = 2**30
-"""Offset of the locked byte. Windows lets nobody read a locked byte, so it is far behind the text."""
+"""Offset of the locked byte. Windows forbids to read a locked byte, so it is far after the text."""
 
 
 class HeldError(Exception):

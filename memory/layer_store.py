@@ -88,7 +88,7 @@ class LayerView:
 
     def take(self, layer: int, k_BTPNE: Tensor, v_BTPNE: Tensor) -> LayerSlots:
         """Update the slots of one layer with raw keys and values of a pass."""
-        slots = self.layers.get(layer, LayerSlots()).take(self.config, self.first_frame, k_BTPNE, v_BTPNE)
+        slots = (self.layers.get(layer) or LayerSlots()).take(self.config, self.first_frame, k_BTPNE, v_BTPNE)
         self.layers[layer] = slots
         return slots
 

@@ -1,6 +1,6 @@
 """Which latent frames stay: sink, slow, fast (docs/method.md, Memory and Policies). Integers and floats, no tensors.
 
-Between chunks fast holds `fast - chunk` frames: room for the next chunk is made when a chunk is committed.
+Between chunks fast holds `fast - chunk` frames: the oldest fast frames leave when a chunk is committed.
 """
 
 from collections.abc import Callable, Sequence

@@ -59,12 +59,8 @@ def embed_text(net: nn.Module, text_BLC: Tensor, num_groups: int = 1, run: Modul
         text_BLC = F.pad(text_BLC, (0, 0, 0, len(weights)))
         bias = F.pad(weights, (num_used, 0)).to(text_BLC.device)[None, None, None]
     embedded_BLD = net.text_embedding(text_BLC)
-    keys, values = [], []
-    for block in net.blocks:
-        k, v = run(block, _text_keys, embedded_BLD)
-        keys.append(k)
-        values.append(v)
-    return TextContext(tuple(keys), tuple(values), bias, num_groups)
+    keys, values = zip(*(run(block, _text_keys, embedded_BLD) for block in net.blocks))
+    return TextContext(keys, values, bias, num_groups)
 
 
 def _text_keys(block: nn.Module, embedded_BLD: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..memory.memory import Memory, all_finite
 from .attention import sdpa
-from .causal import AttendSelf, TextContext
+from .causal import TextContext
 from .flow import TIMESTEPS
 from .network import Network
 
@@ -53,9 +53,7 @@ class FiniteCheck:
 
     def error(self, what: str, remedy: str) -> NotFiniteError:
         """The error for one origin."""
-        return NotFiniteError(
-            f"{self.place}{self.current_pass}: NaN or infinity in {what}; {remedy}. The chunk was not kept"
-        )
+        return NotFiniteError(f"{self.place}{self.current_pass}: NaN or infinity in {what}; {remedy}; nothing was kept")
 
     def not_reproduced(self) -> NotFiniteError:
         """The error for a repeat in which all values were finite."""
@@ -65,15 +63,7 @@ class FiniteCheck:
     def __call__(self, module: nn.Module, function: Callable, *args):
         return (self._pass if module is self.network.net else self._block)(module, function, *args)
 
-    def _pass(
-        self,
-        net: nn.Module,
-        function: Callable,
-        x: Tensor,
-        timestep: Tensor,
-        text: TextContext,
-        attend_self: AttendSelf,
-    ) -> Tensor:
+    def _pass(self, net: nn.Module, function: Callable, x: Tensor, timestep: Tensor, text, attend_self) -> Tensor:
         self.num_passes += 1
         sigma = float(timestep[0, -1]) / TIMESTEPS  # the last frame is never a start frame
         self.current_pass = f", step {self.num_passes} (noise level {sigma:.4g})" if sigma else ", the commit pass"
@@ -111,8 +101,6 @@ class FiniteCheck:
         net = self.network.net
         for name, weight in itertools.chain(net.named_parameters(), net.named_buffers()):
             if name.startswith(prefixes) and weight.is_floating_point() and not all_finite([weight.float()]):
-                raise self.error(
-                    f"{what} and in the weight {name}",
-                    "the student file or a LoRA is damaged, check them or use another copy",
-                )
+                remedy = "the student file or a LoRA is damaged, check them or use another copy"
+                raise self.error(f"{what} and in the weight {name}", remedy)
         raise self.error(f"{what}, not in its weights", self.remedy)

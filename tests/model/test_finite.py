@@ -118,7 +118,7 @@ def test_what_begins_at_a_later_step(bad_net, make_sampler, begun, settings, sol
     assert said.startswith(
         "chunk 3 (latent frames 4-5), step 3 (noise level 0.625): NaN or infinity in the output of layer blocks.1, "
     )
-    assert "not in its weights; check the student file and the strength of its LoRAs." in said
+    assert "not in its weights; check the student file and the strength of its LoRAs;" in said
 
 
 @pytest.mark.parametrize("settings", [CLEAN, RELEASED], ids=["clean", "released"])
