@@ -1,6 +1,7 @@
 """Low-rank adapters through peft: they allow to train Wan 1.3B on one GPU (docs/method.md, Checkpoints)."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -28,9 +29,8 @@ def add_lora(net: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
     names = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
     if missing := [target for target in config.targets if not any(name.endswith("." + target) for name in names)]:
         raise ValueError(f"targets: {missing[0]!r} names no linear layer; layers are for example {names[-1]}")
-    settings = PeftConfig(
-        r=config.rank, lora_alpha=config.alpha or config.rank, target_modules=list(config.targets), lora_dropout=0.0
-    )
+    alpha: Any = config.alpha or config.rank
+    settings = PeftConfig(r=config.rank, lora_alpha=alpha, target_modules=list(config.targets), lora_dropout=0.0)
     net.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

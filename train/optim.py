@@ -65,5 +65,5 @@ def build_optimizers(
         if parameter.requires_grad:
             muon = kind == "muon" and name.startswith("blocks.") and parameter.ndim == 2
             (hidden if muon else rest).append(parameter)
-    adamw = torch.optim.AdamW(rest, lr=lr, betas=tuple(betas), weight_decay=weight_decay)
+    adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay)
     return [Muon(hidden, lr=lr, weight_decay=weight_decay), adamw] if hidden else [adamw]

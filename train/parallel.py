@@ -89,9 +89,9 @@ def shard_network(net: nn.Module, parallel: ParallelState, dtype: torch.dtype) -
     # Blocks return views, which nothing changes in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for module in (*net.blocks, net):
-        fully_shard(module, mesh=parallel.mesh, mp_policy=policy, reshard_after_forward=False)
-    net.set_reshard_after_backward(False)
+    for module in (*net.get_submodule("blocks").children(), net):
+        sharded = fully_shard(module, mesh=parallel.mesh, mp_policy=policy, reshard_after_forward=False)
+        sharded.set_reshard_after_backward(False)
     return net
 
 

@@ -93,7 +93,8 @@ class TrainedNetwork:
         reshard(self.net)
         weights = {}
         for name, value in self.net.state_dict().items():
-            tensor = full_tensor(self.average.get(name, value)).detach()
+            averaged: Tensor = self.average.get(name, value)
+            tensor = full_tensor(averaged).detach()
             if self.parallel.is_main:
                 weights[name] = tensor.cpu().clone()
         return weights

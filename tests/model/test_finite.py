@@ -270,7 +270,7 @@ def test_training_has_a_rule_of_its_own(bad_net, empty_memory):
     memory = empty_memory(**CLEAN)
     noise = seeded_noise(5, memory.latent_size)
     context = student.rollout(memory, 1, SIGMAS, noise)
-    rolled = student.target(context, 1, 1, SIGMAS, noise, with_gradient=True)
+    rolled = student.target(context, 1, 1, SIGMAS, noise, has_grad=True)
     rolled.target_BCTHW.sum().backward()
     assert rolled.memory.num_frames == 4 and bad_net.head.head.weight.grad.isnan().any()
 

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from context_forcing.memory import MemoryConfig, empty_memory
-from context_forcing.model.config import PRESETS, WanConfig
+from context_forcing.model.config import PRESETS
 from context_forcing.model.network import Network
 from context_forcing.model.sampler import seeded_noise
 from context_forcing.model.wan import WanModel
@@ -73,45 +73,6 @@ def test_every_configuration_can_be_looked_at_first(stage, monkeypatch):
         title, settings, *costs = plan_stage(stage, name, [])
         assert name in title and "out:" in settings
         assert bool(costs) == isinstance(load_config(stage, name), NetworkConfig)
-
-
-def test_a_file_of_settings(tmp_path):
-    path = tmp_path / "mine.yaml"
-    path.write_text("config: demo\nsteps: 7\nmemory:\n  slow: 6\nstudent_optim: {lr: 0.001, betas: [0.1, 0.9]}\n")
-    config = load_config("contextual", str(path), ["batch=2"])
-    assert (config.steps, config.memory.slow, config.batch, config.preset) == (7, 6, 2, "demo")
-    assert (config.student_optim.lr, config.student_optim.betas) == (0.001, (0.1, 0.9))
-    assert config.critic_optim == load_config("contextual", "demo").critic_optim
-    path.write_text("config: demo\nmemory: longlive\n")
-    assert load_config("contextual", str(path)).memory.window == 12
-
-
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("steps: 7", ["mapping", "config"]),
-        ("[1, 2]", ["mapping"]),
-        ("config: huge", ["config", "huge"]),
-        ("config: demo\nstep: 7", ["mine.yaml", "step", "unknown"]),
-        ("config: demo\nmemory: {slots: 7}", ["mine.yaml", "slots", "unknown"]),
-        ("config: demo\nsteps: many", ["mine.yaml", "steps", "many", "int"]),
-        ("config: {", ["cannot be read"]),
-    ],
-)
-def test_a_bad_file_of_settings_is_refused_in_a_line(tmp_path, text, words):
-    path = tmp_path / "mine.yaml"
-    path.write_text(text)
-    with pytest.raises(ValueError) as raised:
-        load_config("contextual", str(path))
-    assert all(word in str(raised.value) for word in words) and "\n" not in str(raised.value)
-
-
-def test_named_memories_are_settings_too():
-    config = load_config("contextual", "demo", ["memory=infinity-rope", "memory.fast=4"])
-    assert (config.memory.sink, config.memory.slow, config.memory.fast, config.memory.window) == (1, 0, 4, 6)
-    with pytest.raises(ValueError, match="memory: 'longcat' is not"):
-        load_config("contextual", "demo", ["memory=longcat"])
-    assert isinstance(PRESETS["demo"], WanConfig)
 
 
 def test_scoring_chunk_by_chunk_reads_the_memory_each_time():

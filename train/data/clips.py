@@ -1,8 +1,9 @@
-"""Clips of the demo world as latents: drawn on the fly, a function of (data seed, step).
+"""Clips of the demo world as latents, rendered on the fly: a function of (data seed, step) or of a sample number.
 
-Shapes: B batch, T latent frames, C latent channels, H W latent rows and columns, L text tokens.
+Shapes: B batch, T latent frames, C latent channels, H W latent rows and columns, L text tokens, M remembered frames.
 """
 
+import enum
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from ...model.codecs.demo_text import TEXT_DIM, canonical_words, concept_embeddi
 from ...model.codecs.demo_vae import DemoCodec, load_demo_codec
 from ..config import NetworkConfig, TeacherConfig
 from ..world.camera import headings, render_latent_frames
-from ..world.geometry import ART_SCALE, CHUNK, RING_COLUMNS, VIEW_COLUMNS, VIEW_HEIGHT, VIEW_WIDTH
+from ..world.geometry import CHUNK, RING_COLUMNS, VIEW_COLUMNS
 from ..world.prompts import Style, caption
 from ..world.scene import Scene
 from ..world.scripts import pacing_script, random_script, random_styles
@@ -25,7 +26,7 @@ from .shards import EncodedSet
 
 @dataclass(frozen=True)
 class Clip:
-    """Ground truth of one clip: what stands where, what is asked for, where the camera looks."""
+    """Ground truth of one clip: scene, styles and camera moves."""
 
     scene: Scene
     styles: tuple[Style, ...]
@@ -50,10 +51,10 @@ class Clip:
 
 
 def random_clip(rng: np.random.Generator, num_chunks: int, chunk: int, pacing: float) -> Clip:
-    """A clip whose camera leaves places and comes back to them; a share `pacing` of them goes back and forth.
+    """A clip whose camera leaves places and returns; in a share `pacing` of the clips it moves back and forth.
 
-    It begins anywhere on the ring: a student knows where a token is only relative to others (rotary positions), so
-    from noise it could not tell which column of a fixed first view a token is.
+    The first view is at a random place of the ring. Rotary positions are relative, so the columns of a fixed first view
+    could not be told apart.
     """
     script = pacing_script if rng.random() < pacing else random_script
     return Clip(
@@ -71,89 +72,83 @@ def to_latents(codec: DemoCodec, clips: list[Clip]) -> Tensor:
     return codec.encode_art(art)
 
 
-def to_text(captions: list[list[str]]) -> Tensor:
-    """Text rows [B * chunks, L, 4096], cut to the longest prompt of the batch: zero rows are the model's business."""
-    flat = [sorted(set(canonical_words(text))) for texts in captions for text in texts]
-    length = max(1, max(len(concepts) for concepts in flat))
-    table = {concept: concept_embedding(concept) for concepts in flat for concept in concepts}
-    rows = torch.zeros(len(flat), length, TEXT_DIM)
-    for i, concepts in enumerate(flat):
+def to_text(captions: list[str]) -> Tensor:
+    """Text embeddings of all captions, [len(captions), L, 4096], without the padding rows of the longest caption."""
+    words = [sorted(set(canonical_words(caption))) for caption in captions]
+    rows = torch.zeros(len(words), max(1, *map(len, words)), TEXT_DIM)
+    for i, concepts in enumerate(words):
         for j, concept in enumerate(concepts):
-            rows[i, j] = table[concept]
+            rows[i, j] = concept_embedding(concept)
     return rows
 
 
 def memory_layout(rng: np.random.Generator, clip: Clip, config: MemoryConfig) -> list[tuple[int, ...]]:
-    """Which frames each chunk of a clip remembers, in the order of their positions.
+    """The frames that each chunk of a clip remembers, in the order of their positions.
 
-    A mixture, so that a student can be used with any policy: 70 % the full memory, 15 % sink and fast, 15 % fast
-    alone; slow frames by the real rules (60 %), one a chunk (20 %) or by coin (20 %) (demo_world.md 3). The
-    similarity of two frames comes from the world: the same view counts as alike.
+    Layouts are mixed, so that a student works with any policy: 70 % the full memory, 15 % sink and fast, 15 % fast
+    only; slow frames by real policies (60 %), one per chunk (20 %) or at random (20 %) (docs/method.md, Training).
+    Two frames are similar if the world shows the same view.
     """
-    look = [(heading, clip.styles[t // clip.chunk]) for t, heading in enumerate(clip.headings)]
-    alike = lambda frame, others: [1.0 if look[frame] == look[other] else 0.8 for other in others]
-    coin = lambda frame, others: [float(rng.integers(2)) for _ in others]
+    views = [(heading, clip.styles[t // clip.chunk]) for t, heading in enumerate(clip.headings)]
+    same_view = lambda frame, others: [1.0 if views[frame] == views[other] else 0.8 for other in others]
+    at_random = lambda frame, others: [float(rng.integers(2)) for _ in others]
     layout = rng.choice(["full", "sink and fast", "fast"], p=[0.7, 0.15, 0.15])
-    rule = rng.choice(["novel", "clean", "uniform", "coin"], p=[0.3, 0.3, 0.2, 0.2])
+    rule = str(rng.choice(["novel", "clean", "uniform", "random"], p=[0.3, 0.3, 0.2, 0.2]))
     config = MemoryConfig(
         sink=0 if layout == "fast" else config.sink,
         slow=config.slow if layout == "full" else 0,
         fast=config.fast,
         chunk=config.chunk,
         window=config.window,
-        policy="clean" if rule == "coin" else str(rule),
+        policy="clean" if rule == "random" else rule,
         uniform_stride=config.chunk,
     )
-    slots, seen = Slots(), []
-    for first in range(0, len(look), clip.chunk):
-        seen.append(slots.all)
-        slots, _ = advance(slots, config, range(first, first + clip.chunk), coin if rule == "coin" else alike)
-    return seen
+    slots, remembered = Slots(), []
+    for first in range(0, len(views), clip.chunk):
+        remembered.append(slots.all)
+        frames = range(first, first + clip.chunk)
+        slots, _ = advance(slots, config, frames, at_random if rule == "random" else same_view)
+    return remembered
 
 
-FAST, MEMORY, UNSEEN = range(3)
+class ShownBy(enum.IntEnum):
+    """The remembered frames that show a column of the world."""
+
+    FAST = 0
+    """A fast frame."""
+    MEMORY = 1
+    """Sink or slow frames only."""
+    NOTHING = 2
 
 
-def last_seen(clip: Clip, slots: np.ndarray, num_fast: int) -> np.ndarray:
-    """Where each column of each frame can be known from, int [T, VIEW_COLUMNS].
+def columns_shown_by(clip: Clip, slots: np.ndarray, num_fast: int) -> np.ndarray:
+    """`ShownBy` of each column of each frame, int [T, VIEW_COLUMNS].
 
-    FAST: a recent frame shows it; MEMORY: only a sink or slow frame does; UNSEEN: nothing remembered does.
-    `slots` [chunks, M] are the remembered frames, -1 for none; the `num_fast` frames before a chunk are recent.
+    `slots` [chunks, M] are the remembered frames, -1 for none; the `num_fast` frames before a chunk are fast.
     """
-    looking = clip.headings[:, None] + np.arange(VIEW_COLUMNS)
-    where = np.full(looking.shape, UNSEEN)
+    columns = clip.headings[:, None] + np.arange(VIEW_COLUMNS)
+    shown_by = np.full(columns.shape, ShownBy.NOTHING)
     for c, remembered in enumerate(slots):
         frames = slice(c * clip.chunk, (c + 1) * clip.chunk)
         remembered = remembered[remembered >= 0]
-        recent = remembered[remembered >= c * clip.chunk - num_fast]
-        where[frames][np.isin(looking[frames], looking[remembered])] = MEMORY
-        where[frames][np.isin(looking[frames], looking[recent])] = FAST
-    return where
+        fast = remembered[remembered >= c * clip.chunk - num_fast]
+        shown_by[frames][np.isin(columns[frames], columns[remembered])] = ShownBy.MEMORY
+        shown_by[frames][np.isin(columns[frames], columns[fast])] = ShownBy.FAST
+    return shown_by
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One training step's worth of clips."""
+    """The clips of one training step."""
 
-    clips: list[Clip]
     latents: Tensor
     """[B, C, T, H, W]"""
     text: Tensor
-    """[B * chunks, L, 4096]"""
+    """[B, chunks, L, 4096]"""
     slots: Tensor
-    """[B, chunks, M]: remembered frames by position, -1 where there is none."""
-    where: Tensor
-    """[B, T, VIEW_COLUMNS]: FAST, MEMORY or UNSEEN."""
-
-    def select(self, clips: range) -> "Batch":
-        """Some clips of it."""
-        text = self.text.unflatten(0, (len(self.clips), -1))[clips].flatten(0, 1)
-        return Batch([self.clips[i] for i in clips], self.latents[clips], text, self.slots[clips], self.where[clips])
-
-    def to(self, device: torch.device) -> "Batch":
-        """On a device."""
-        tensors = (tensor.to(device) for tensor in (self.latents, self.text, self.slots, self.where))
-        return Batch(self.clips, *tensors)
+    """[B, chunks, M]: remembered frames by position, -1 for none."""
+    shown_by: Tensor
+    """[B, T, VIEW_COLUMNS]: `ShownBy` of each column."""
 
 
 def make_batch(
@@ -166,17 +161,19 @@ def make_batch(
     text_dropout: float = 0.0,
     pacing: float = 0.0,
 ) -> Batch:
-    """The batch of a seed; no state, so that a resumed run sees the same data."""
+    """The batch of a seed; a resumed run gets the same data."""
     rng = np.random.default_rng(seed)
     clips = [random_clip(rng, num_chunks, config.chunk, pacing) for _ in range(size)]
     slots = torch.full((size, num_chunks, config.capacity), -1)
     for b, clip in enumerate(clips):
         for c, frames in enumerate(memory_layout(rng, clip, config)):
             slots[b, c, : len(frames)] = torch.tensor(frames, dtype=slots.dtype)
-    captions = [clip.captions if rng.random() >= text_dropout else [""] * num_chunks for clip in clips]
+    dropped = [rng.random() < text_dropout for _ in clips]
+    captions = ["" if drop else text for clip, drop in zip(clips, dropped) for text in clip.captions]
     slots = slots[:, :, : max(1, int((slots >= 0).sum(-1).max()))]
-    where = [last_seen(clip, slots[b].numpy(), config.fast - config.chunk) for b, clip in enumerate(clips)]
-    return Batch(clips, to_latents(codec, clips), to_text(captions), slots, torch.from_numpy(np.stack(where)))
+    shown_by = [columns_shown_by(clip, slots[b].numpy(), config.fast - config.chunk) for b, clip in enumerate(clips)]
+    text = to_text(captions).unflatten(0, (size, num_chunks))
+    return Batch(to_latents(codec, clips), text, slots, torch.from_numpy(np.stack(shown_by)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +189,7 @@ class DemoPrompts:
 
     def text(self, number: int, num_chunks: int) -> Tensor:
         """Text embeddings [chunks, L, 4096]."""
-        return to_text([self.captions(number, num_chunks)])
+        return to_text(self.captions(number, num_chunks))
 
     @property
     def empty(self) -> Tensor:
@@ -212,16 +209,11 @@ class DemoClips(DemoPrompts):
     num_chunks: int
     chunk: int
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height in pixels."""
-        return VIEW_WIDTH * ART_SCALE, VIEW_HEIGHT * ART_SCALE
-
     def sample(self, number: int) -> tuple[Tensor, Tensor]:
         """Latents [1, C, T, H, W], and one text per chunk [chunks, L, 4096]."""
         rng = np.random.default_rng((self.seed, 4, number))
         clip = random_clip(rng, self.num_chunks, self.chunk, self.pacing)
-        return to_latents(self.codec, [clip]), to_text([clip.captions])
+        return to_latents(self.codec, [clip]), to_text(clip.captions)
 
     def describe(self) -> str:
         return f"demo world, drawn on the fly; clips of {self.num_chunks * self.chunk} latent frames"

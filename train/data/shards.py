@@ -328,11 +328,6 @@ class EncodedSet:
         """The text of the empty prompt, [1, L, D] float32; at least one row."""
         return _at_least_one_row(open_shard(self.folder / EMPTY_TEXT).get_tensor("text"))
 
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """Width and height of the videos in pixels; None in a set of prompts."""
-        return self.header.size
-
     def describe(self) -> str:
         """The `data` field of a student card."""
         return f"{len(self.entries)} clips or prompts of {self.header.source}"

@@ -1,4 +1,4 @@
-"""Stage `vae`: the demo codec's statistics, then its decoder (demo_world.md 2)."""
+"""Stage `vae`: the demo codec's statistics, then its decoder (docs/method.md, Codecs)."""
 
 import dataclasses
 import json
@@ -26,11 +26,11 @@ STATISTICS_CLIPS = 400
 STYLE_CHANGES = 0.1
 """Share of samples in which weather, ground or time changes with the latent frame."""
 AC_SCALE = 2.0
-"""Alternating coefficients at half the scale of the means: they matter less to the eye."""
+"""Divisor of the alternating coefficients, which are less visible than the means."""
 
 
-def draw_steps(rng: np.random.Generator, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Art pixels in [-1, 1]: the frame before a latent frame [B, H, W, 3], and its four frames [B, 4, H, W, 3]."""
+def random_steps(rng: np.random.Generator, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Art pixels in [-1, 1]: the four frames of a latent frame [B, 4, H, W, 3], and the one before [B, H, W, 3]."""
     clips = []
     for _ in range(size):
         scene, style = Scene.sample(rng), random_style(rng)
@@ -44,13 +44,13 @@ def draw_steps(rng: np.random.Generator, size: int) -> tuple[torch.Tensor, torch
 
 
 def fit_statistics(codec: DemoCodec, seed: int) -> None:
-    """Mean and scale of every coefficient over the world."""
-    _, frames = draw_steps(np.random.default_rng((seed, 0)), STATISTICS_CLIPS)
+    """Set mean and scale of every coefficient from random scenes."""
+    _, frames = random_steps(np.random.default_rng((seed, 0)), STATISTICS_CLIPS)
     coefficients = codec.encode_art(frames[:, -1:]).flatten(2).transpose(1, 2).flatten(0, 1)
-    codec.mean.copy_(coefficients.mean(0))
+    codec.get_buffer("mean").copy_(coefficients.mean(0))
     scale = coefficients.std(0) * AC_SCALE
     scale[[0, NUM_LUMA, NUM_LUMA + NUM_CHROMA]] /= AC_SCALE
-    codec.scale.copy_(scale)
+    codec.get_buffer("scale").copy_(scale)
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -59,12 +59,12 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 class VaeStage(Stage):
-    """The decoder; the encoder is fixed. It is small: one process."""
+    """Trains the decoder in one process; the encoder is fixed."""
 
     def __init__(self, config: VaeConfig, parallel: ParallelState):
         super().__init__(config, parallel)
         if parallel.world_size > 1:
-            raise ValueError(f"vae: it learns in one process, not in {parallel.world_size}; start it without torchrun")
+            raise ValueError(f"vae: {parallel.world_size} processes are not supported; start it without torchrun")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.codec = DemoCodec(config.width, config.num_blocks)
@@ -75,24 +75,24 @@ class VaeStage(Stage):
     def step(self, step: int) -> dict[str, float]:
         """One update on random pairs of frames."""
         config, device = self.config, self.parallel.device
-        before, frames = draw_steps(np.random.default_rng((config.data_seed, 1, step)), config.batch)
+        before, frames = random_steps(np.random.default_rng((config.data_seed, 1, step)), config.batch)
         latents = self.codec.encode_art(torch.stack([before, frames[:, -1]], dim=1).to(device))
         noise = torch.randn(latents.shape, generator=seeded_generator(config.seed, step)).to(device)
-        drawn = self._draw(latents + config.latent_noise * noise)
-        loss = F.l1_loss(drawn, frames.to(device))
+        decoded = self._decode(latents + config.latent_noise * noise)
+        loss = F.l1_loss(decoded, frames.to(device))
         loss.backward()
-        figures = {"loss": loss.item(), "psnr": psnr(drawn.detach(), frames.to(device))}
-        return {**figures, **self.trained["codec"].update(loss.item(), self.lr_factor(step))}
+        metrics = {"loss": loss.item(), "psnr": psnr(decoded.detach(), frames.to(device))}
+        return {**metrics, **self.trained["codec"].update(loss.item(), self.lr_factor(step))}
 
-    def _draw(self, latents_BCthw: torch.Tensor) -> torch.Tensor:
+    def _decode(self, latents_BCthw: torch.Tensor) -> torch.Tensor:
         return self.codec.draw_frames(latents_BCthw[:, :, 0], latents_BCthw[:, :, 1])
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """PSNR in decibels of drawn frames that were not trained on."""
-        before, frames = draw_steps(np.random.default_rng((self.config.data_seed, 2)), 64)
+        """PSNR in decibels on frames that are not trained on."""
+        before, frames = random_steps(np.random.default_rng((self.config.data_seed, 2)), 64)
         latents = self.codec.encode_art(torch.stack([before, frames[:, -1]], dim=1).to(self.parallel.device))
-        return {"psnr": round(psnr(self._draw(latents).cpu(), frames), 2)}
+        return {"psnr": round(psnr(self._decode(latents).cpu(), frames), 2)}
 
     def export(self, folder: Path, step: int, seconds: float, revision: str) -> Path:
         """The codec with its card."""

@@ -1,10 +1,10 @@
-"""Teacher forcing over the Slow-Fast layout: all chunks of a clip in one pass (method.md 4.1, demo_world.md 3).
+"""Teacher forcing over the Slow-Fast layout: all chunks of a clip in one pass (docs/method.md, Training).
 
-A clip goes through the network twice at once: clean frames (what is remembered) and noisy frames (what is learnt).
-Every chunk, clean or noisy, sees the clean keys of the frames its memory would hold at that time, at the positions
-they would have, and itself; never another noisy chunk, never the future.
+A pass contains every frame twice: clean (what is remembered) and noisy (what is learnt). Every chunk, clean or noisy,
+attends to the clean keys of its remembered frames, at the positions they have in the memory, and to itself. It attends
+to no other noisy chunk and to no later one.
 
-Shapes: B batch, K chunks, n frames a chunk, M remembered frames, P tokens per latent frame, N heads, E head dim.
+Shapes: B batch, K chunks, n frames per chunk, M remembered frames, P tokens per latent frame, N heads, E head dim.
 The frame axis of a pass is (K, 2, n): per chunk the clean frames, then the noisy ones.
 """
 
@@ -25,18 +25,18 @@ def interleave(clean_BCTHW: Tensor, noisy_BCTHW: Tensor, chunk: int) -> Tensor:
 
 
 def noisy_part(flow_BCTHW: Tensor, chunk: int) -> Tensor:
-    """The flow of the noisy frames, as a clip."""
+    """The flow of the noisy frames, [B, C, T, H, W]."""
     return rearrange(flow_BCTHW, "B C (K s n) H W -> B C s (K n) H W", s=2, n=chunk)[:, :, NOISY]
 
 
 class TeacherForcing:
-    """Self-attention of a teacher-forced pass; `slots` [B, K, M] names each chunk's remembered frames, -1 for none."""
+    """Self-attention of a teacher-forced pass. `slots` [B, K, M] are each chunk's remembered frames, -1 for none."""
 
     def __init__(self, slots: Tensor, chunk: int, grid: tuple[int, int], head_dim: int, attention: Attention = sdpa):
         batch, num_chunks, capacity = slots.shape
         tokens = grid[0] * grid[1]
         self.num_chunks, self.chunk, self.attention = num_chunks, chunk, attention
-        # Frame f of clip b stands at row b * K * n + f of the flattened clean keys.
+        # Frame f of clip b is row b * K * n + f of the flattened clean keys.
         rows = slots.clamp(min=0) + torch.arange(batch, device=slots.device)[:, None, None] * num_chunks * chunk
         self.rows = rows.flatten()
         present = slots >= 0

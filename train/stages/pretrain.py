@@ -1,9 +1,10 @@
-"""Stage `pretrain`: a causal student by teacher-forced flow matching over the Slow-Fast layout (demo_world.md 3)."""
+"""Stage `pretrain`: a causal student by teacher forcing over the Slow-Fast layout (docs/method.md, Training)."""
 
 import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from ...model.flow import TIMESTEPS, add_noise, shift_sigma, x0_from_flow
 from ...model.network import Network
 from ...model.units import FRAMES_PER_LATENT
 from ..config import PretrainConfig
-from ..data.clips import FAST, MEMORY, UNSEEN, Batch, make_batch
+from ..data.clips import Batch, ShownBy, make_batch
 from ..parallel import ParallelState
 from ..stage import Stage, load_network
 from ..trained_network import TrainedNetwork
@@ -22,33 +23,21 @@ from ..world.geometry import VIEW_COLUMNS
 from .forcing import TeacherForcing, interleave, noisy_part
 
 VALIDATION_SIGMA = 0.95
-"""Noise level at which hardly anything but the memory can tell what stood there."""
-
-
-def teacher_forced_flow(
-    network: Network, batch: Batch, context: Tensor, noisy: Tensor, sigma_BT: Tensor, chunk: int
-) -> Tensor:
-    """Predicted flow of the noisy clip [B, C, T, H, W], every chunk seeing its own memory of the clean one."""
-    num_chunks, latent_size = batch.slots.shape[1], (context.shape[1], *context.shape[3:])
-    attend = TeacherForcing(batch.slots, chunk, network.grid(latent_size), network.head_dim)
-    sigma_KSn = torch.stack([torch.zeros_like(sigma_BT), sigma_BT], dim=1).unflatten(-1, (num_chunks, chunk))
-    text = network.embed_text(batch.text, num_chunks)
-    flow = network.flow(interleave(context, noisy, chunk), sigma_KSn.transpose(1, 2).flatten(1), text, attend)
-    return noisy_part(flow, chunk)
+"""The target is almost pure noise, so that a low error requires the memory."""
 
 
 @dataclass(frozen=True)
-class Draws:
-    """The random part of a loss, for a whole batch: the same whoever computes which of its clips."""
+class LossNoise:
+    """The random part of a loss, drawn for the whole batch, so that it does not depend on the number of ranks."""
 
     sigma_BT: Tensor
     noise: Tensor
     context: Tensor
-    """Clean frames with a little noise, labelled clean: a student's own memory is never perfect."""
+    """Clean frames with a little noise but timestep 0: a student's own memory is imperfect."""
 
     @classmethod
-    def of(cls, config: PretrainConfig, batch: Batch, generator: torch.Generator) -> "Draws":
-        """One noise level a chunk, warped; noise; a context."""
+    def draw(cls, config: PretrainConfig, batch: Batch, generator: torch.Generator) -> "LossNoise":
+        """One noise level per chunk, noise for every frame, and a context."""
         latents = batch.latents
         size, _, num_frames = latents.shape[:3]
         u = torch.rand(size, batch.slots.shape[1], generator=generator)
@@ -58,30 +47,43 @@ class Draws:
         level = level * (torch.rand(size, 1, 1, 1, 1, generator=generator) < config.context_noise_share)
         return cls(sigma_BT, noise, add_noise(latents, torch.randn(latents.shape, generator=generator), level))
 
-    def select(self, clips: range) -> "Draws":
-        """Those of some clips."""
-        return Draws(self.sigma_BT[clips], self.noise[clips], self.context[clips])
 
-    def to(self, device: torch.device) -> "Draws":
-        """On a device."""
-        return Draws(self.sigma_BT.to(device), self.noise.to(device), self.context.to(device))
+Tensors = TypeVar("Tensors", Batch, LossNoise)
+
+
+def take(tensors: Tensors, clips: range, device: torch.device) -> Tensors:
+    """Some clips of a dataclass of tensors [B, ...], on a device."""
+    fields = dataclasses.fields(tensors)
+    return type(tensors)(*(getattr(tensors, field.name)[clips].to(device) for field in fields))
+
+
+def teacher_forced_flow(
+    network: Network, batch: Batch, context: Tensor, noisy: Tensor, sigma_BT: Tensor, chunk: int
+) -> Tensor:
+    """Predicted flow of noisy clips [B, C, T, H, W]; every chunk sees its memory of the clean context."""
+    _, channels, _, height, width = context.shape
+    num_chunks = batch.slots.shape[1]
+    attend = TeacherForcing(batch.slots, chunk, network.grid((channels, height, width)), network.head_dim)
+    sigma_KSn = torch.stack([torch.zeros_like(sigma_BT), sigma_BT], dim=1).unflatten(-1, (num_chunks, chunk))
+    text = network.embed_text(batch.text.flatten(0, 1), num_chunks)
+    flow = network.flow(interleave(context, noisy, chunk), sigma_KSn.transpose(1, 2).flatten(1), text, attend)
+    return noisy_part(flow, chunk)
 
 
 def column_weights(config: PretrainConfig, batch: Batch) -> Tensor:
-    """How much each token column counts, [B, T, VIEW_COLUMNS].
+    """Loss weight of each token column, [B, T, VIEW_COLUMNS].
 
-    What the last frames show is three columns in four and soon learnt. The columns that have to be looked up in sink
-    or slow frames weigh `recall_weight`, those that have to be made up `unseen_weight`.
+    Most columns are in fast frames and are learnt soon. The others get larger weights.
     """
-    return torch.tensor([1.0, config.recall_weight, config.unseen_weight], device=batch.where.device)[batch.where]
+    weights = {ShownBy.FAST: 1.0, ShownBy.MEMORY: config.recall_weight, ShownBy.NOTHING: config.unseen_weight}
+    return torch.tensor([weights[place] for place in ShownBy], device=batch.shown_by.device)[batch.shown_by]
 
 
-def training_loss(network: Network, config: PretrainConfig, batch: Batch, draws: Draws) -> Tensor:
-    """Squared error of the flow, weighted by column and summed; divide by the sum of `column_weights`."""
-    chunk, latents = config.memory.chunk, batch.latents
-    noisy = add_noise(latents, draws.noise, draws.sigma_BT[:, None, :, None, None])
-    flow = teacher_forced_flow(network, batch, draws.context, noisy, draws.sigma_BT, chunk)
-    error_BTC = by_column((flow - (draws.noise - latents)).square().mean((1, 3)))
+def training_loss(network: Network, config: PretrainConfig, batch: Batch, noise: LossNoise) -> Tensor:
+    """Weighted sum of squared flow errors; to be divided by the sum of `column_weights`."""
+    noisy = add_noise(batch.latents, noise.noise, noise.sigma_BT[:, None, :, None, None])
+    flow = teacher_forced_flow(network, batch, noise.context, noisy, noise.sigma_BT, config.memory.chunk)
+    error_BTC = by_column((flow - (noise.noise - batch.latents)).square().mean((1, 3)))
     return (error_BTC * column_weights(config, batch)).sum()
 
 
@@ -90,36 +92,34 @@ def by_column(error_BTW: Tensor) -> Tensor:
     return error_BTW.unflatten(-1, (VIEW_COLUMNS, -1)).mean(-1)
 
 
-def recent_only(batch: Batch, num_fast: int, chunk: int) -> Batch:
-    """The same clips remembered without sink and slow frames."""
+def fast_only(batch: Batch, num_fast: int, chunk: int) -> Batch:
+    """The same clips without sink and slow frames."""
     first = torch.arange(batch.slots.shape[1], device=batch.slots.device)[:, None] * chunk
-    recent = batch.slots >= (first - num_fast).clamp(min=0)
-    # Packed to the front: a frame's place in the memory is its position.
-    order = recent.int().sort(dim=-1, descending=True, stable=True).indices
-    slots = torch.where(recent, batch.slots, -1).gather(-1, order)
-    return dataclasses.replace(batch, slots=slots)
+    fast = batch.slots >= (first - num_fast).clamp(min=0)
+    # Packed to the front: the position of a frame is its place in `slots`.
+    order = fast.int().sort(dim=-1, descending=True, stable=True).indices
+    return dataclasses.replace(batch, slots=torch.where(fast, batch.slots, -1).gather(-1, order))
 
 
 @torch.no_grad()
 def recall_error(network: Network, config: PretrainConfig, batch: Batch) -> dict[str, float]:
-    """x0 error from almost pure noise, by where a column can be known from; `blind` is `memory` without the memory.
+    """Error of x0 from almost pure noise, by `ShownBy`. `blind` is `memory` without sink and slow frames.
 
-    When `memory` falls under `blind` the student has learnt to look things up (demo_world.md 3): the earliest sign
-    that it works.
+    `memory` below `blind` is the earliest sign that the student recalls from memory.
     """
     chunk, latents = config.memory.chunk, batch.latents
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents.device)
-    sigma = torch.full((latents.shape[0], latents.shape[2]), VALIDATION_SIGMA, device=latents.device)
+    sigma_BT = torch.full((latents.shape[0], latents.shape[2]), VALIDATION_SIGMA, device=latents.device)
     noisy = add_noise(latents, noise, VALIDATION_SIGMA)
 
-    def errors(seen: Batch) -> Tensor:
-        flow = teacher_forced_flow(network, seen, latents, noisy, sigma, chunk)
+    def errors(batch: Batch) -> Tensor:
+        flow = teacher_forced_flow(network, batch, latents, noisy, sigma_BT, chunk)
         return by_column((x0_from_flow(noisy, flow, VALIDATION_SIGMA) - latents).square().mean((1, 3)))
 
-    columns, blind = errors(batch), errors(recent_only(batch, config.memory.fast - chunk, chunk))
-    places = {"fast": FAST, "memory": MEMORY, "unseen": UNSEEN}
-    found = {name: columns[batch.where == place].mean().item() for name, place in places.items()}
-    return {**found, "blind": blind[batch.where == MEMORY].mean().item()}
+    columns, blind = errors(batch), errors(fast_only(batch, config.memory.fast - chunk, chunk))
+    names = {"fast": ShownBy.FAST, "memory": ShownBy.MEMORY, "unseen": ShownBy.NOTHING}
+    means = {name: columns[batch.shown_by == place].mean().item() for name, place in names.items()}
+    return {**means, "blind": blind[batch.shown_by == ShownBy.MEMORY].mean().item()}
 
 
 class PretrainStage(Stage):
@@ -131,32 +131,33 @@ class PretrainStage(Stage):
         self.trained = {"student": TrainedNetwork(self.network.net, config.optim, parallel)}
         codec = load_demo_codec(config.codec_path)
         self.make = functools.partial(make_batch, codec, config.memory, num_chunks=config.num_chunks)
-        self.validation = self.make(seed=(config.data_seed, 0), size=4 * config.batch).to(parallel.device)
+        validation = self.make(seed=(config.data_seed, 0), size=4 * config.batch)
+        self.validation = take(validation, range(4 * config.batch), parallel.device)
 
     def step(self, step: int) -> dict[str, float]:
-        """One update on long clips, and on openings beside them."""
-        config, draw = self.config, dict(text_dropout=self.config.text_dropout)
-        batch = self.make(seed=(config.data_seed, 1, step), size=config.batch, pacing=config.pacing, **draw)
+        """One update on long clips and on openings."""
+        config = self.config
+        make = functools.partial(self.make, text_dropout=config.text_dropout)
+        batch = make(seed=(config.data_seed, 1, step), size=config.batch, pacing=config.pacing)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        total = self._learn(batch, generator)
+        loss = self._backward(batch, generator)
         if config.openings:
-            opening = self.make(seed=(config.data_seed, 2, step), size=config.openings, num_chunks=1, **draw)
-            self._learn(opening, generator)
+            openings = make(seed=(config.data_seed, 2, step), size=config.openings, num_chunks=1)
+            self._backward(openings, generator)
         frames = (config.batch * config.num_chunks + config.openings) * config.memory.chunk
-        figures = {"loss": total, **self.trained["student"].update(total, self.lr_factor(step))}
-        return {**figures, "tokens": frames * config.frame_tokens}
+        metrics = {"loss": loss, **self.trained["student"].update(loss, self.lr_factor(step))}
+        return {**metrics, "tokens": frames * config.frame_tokens}
 
-    def _learn(self, batch: Batch, generator: torch.Generator) -> float:
-        """Gradients of this rank's clips of a batch; returns the loss over all of it."""
-        mine = self.parallel.samples(len(batch.clips))
-        draws = Draws.of(self.config, batch, generator)
-        weights = column_weights(self.config, batch).sum()
-        part, drawn = batch.select(mine), draws.select(mine)
-        device = self.parallel.device
-        loss = training_loss(self.network, self.config, part.to(device), drawn.to(device))
-        # Gradients are averaged over ranks; what each adds is its share of the whole batch's mean.
-        (loss * self.parallel.world_size / weights).backward()
-        return self.parallel.mean(loss.item() * self.parallel.world_size / weights.item())
+    def _backward(self, batch: Batch, generator: torch.Generator) -> float:
+        """Add the gradients of this rank's clips; returns the loss of the whole batch."""
+        config, parallel = self.config, self.parallel
+        clips, weights = parallel.samples(len(batch.latents)), column_weights(config, batch).sum()
+        noise = LossNoise.draw(config, batch, generator)
+        part = take(batch, clips, parallel.device)
+        loss = training_loss(self.network, config, part, take(noise, clips, parallel.device))
+        # Gradients are averaged over ranks, and each rank has a part of the batch's mean.
+        (loss * parallel.world_size / weights).backward()
+        return parallel.mean(loss.item() * parallel.world_size / weights.item())
 
     def validate(self) -> dict[str, float]:
         return recall_error(self.network, self.config, self.validation)

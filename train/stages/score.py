@@ -1,47 +1,38 @@
-"""A network that continues a video from remembered frames, all frames of the target at once (method.md 5.2, 5.4).
+"""The flow of a target given remembered frames: what the teacher and the critic predict (docs/method.md, Distillation).
 
-Teacher and critic read the same remembered latents, each through its own keys. The remembered frames see each other,
-clean; the target sees them and itself, in both directions; nothing remembered sees the target.
+Remembered frames attend to each other. The target attends to them and to itself, in both directions.
 
 Shapes: B batch (one video), C latent channels, M remembered frames, T target frames, G text groups, L text tokens.
 """
 
-from dataclasses import dataclass
-
+import torch
 from torch import Tensor
 
 from ...memory.view import MemoryView
 from ...model.network import Network
 
-NOTHING = MemoryView()
 
+def flow_given_context(
+    network: Network, context_BCMHW: Tensor, context_text_GLC: Tensor, x_BCTHW: Tensor, sigma: float, text_GLC: Tensor
+) -> Tensor:
+    """Predicted flow of a target at one noise level, [B, C, T, H, W], float32.
 
-@dataclass(frozen=True)
-class Score:
-    """A network that scores targets."""
-
-    network: Network
-
-    def remember(self, context_BCMHW: Tensor, text_GLC: Tensor) -> MemoryView:
-        """One pass at sigma 0 over remembered frames, in the order of their positions; a text each or one for all."""
-        if not context_BCMHW.shape[2]:
-            return NOTHING
-        num_frames, latent_size = context_BCMHW.shape[2], _latent_size(context_BCMHW)
-        attend = self.network.attend(NOTHING, num_frames, latent_size, keep=True)
-        self.network.flow(context_BCMHW, 0.0, self.network.embed_text(text_GLC, len(text_GLC)), attend)
-        rotate = self.network.rotate_to_ranks(latent_size)
-        return MemoryView(
+    The context is clean latents in the order of their positions. There is one text, or one per remembered frame and one
+    per chunk of the target.
+    """
+    _, channels, num_frames, height, width = context_BCMHW.shape
+    latent_size, view, text = (channels, height, width), MemoryView(), None
+    if num_frames:
+        context_text = network.embed_text(context_text_GLC, len(context_text_GLC))
+        if context_text_GLC is text_GLC and not torch.is_grad_enabled():
+            text = context_text  # with gradients, one embedding would sum them in another order
+        attend = network.attend(view, num_frames, latent_size, keep=True)
+        network.flow(context_BCMHW, 0.0, context_text, attend)
+        rotate = network.rotate_to_ranks(latent_size)
+        view = MemoryView(
             keys=tuple(rotate(k).flatten(1, 2) for k, _ in attend.new_kv),
             values=tuple(v.flatten(1, 2) for _, v in attend.new_kv),
             num_frames=num_frames,
         )
-
-    def flow(self, view: MemoryView, x_BCTHW: Tensor, sigma: float, text_GLC: Tensor) -> Tensor:
-        """Predicted flow of the target [B, C, T, H, W], float32; one noise level for all its frames."""
-        attend = self.network.attend(view, x_BCTHW.shape[2], _latent_size(x_BCTHW))
-        return self.network.flow(x_BCTHW, sigma, self.network.embed_text(text_GLC, len(text_GLC)), attend)
-
-
-def _latent_size(latents_BCTHW: Tensor) -> tuple[int, int, int]:
-    _, channels, _, height, width = latents_BCTHW.shape
-    return channels, height, width
+    attend = network.attend(view, x_BCTHW.shape[2], latent_size)
+    return network.flow(x_BCTHW, sigma, text or network.embed_text(text_GLC, len(text_GLC)), attend)

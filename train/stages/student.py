@@ -1,8 +1,7 @@
-"""The student's own rollout, with gradients in its target (method.md 4.2, 5.4).
+"""Rollouts of the student, with gradients in their target (docs/method.md, Distillation).
 
-Everything goes through the sampler that generates videos. The context is made without gradients; of every target
-chunk one denoising step, the exit step, has them, against memories that are never changed afterwards. What is kept
-for the backward pass depends on the target's length, not on the rollout's.
+They use the sampler that generates videos. One denoising step of every target chunk, the exit step, has gradients.
+Memories never change, so the memory for the backward pass grows with the target but not with the context.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,78 +18,76 @@ from ...model.sampler import CausalSampler, Noise, SamplerOptions, make_sampler
 
 @dataclass(frozen=True)
 class Rollout:
-    """A context the student made, and what it went on with."""
+    """A context and a target."""
 
     contexts: tuple[Memory, ...]
-    """As it stood when each chunk of the target began."""
+    """The memory before each chunk of the target."""
     target_BCTHW: Tensor
     """x0 of the target at the exit step."""
     memory: Memory
-    """At the end."""
+    """The memory after the target."""
 
-    def windows(self, num_chunks: int) -> Iterator[tuple[Memory, Tensor]]:
-        """The target in pieces of `num_chunks`, each with the memory it began with."""
+    def pieces(self, num_chunks: int) -> Iterator[tuple[Memory, Tensor]]:
+        """The target in pieces of `num_chunks` chunks, each with the memory before it."""
         frames = num_chunks * self.memory.config.chunk
         yield from zip(self.contexts[::num_chunks], self.target_BCTHW.split(frames, dim=2))
 
 
 @dataclass(frozen=True)
 class Student:
-    """A causal network under the texts of a rollout, [G, L, 4096]: one for all chunks, or one a chunk."""
+    """A causal network under text embeddings [G, L, C]: one for all chunks, or one per chunk."""
 
     network: Network
     text_GLC: Tensor
-    recompute: bool = False
-    """Whether the network recomputes blocks for the backward pass; then what a chunk saw is laid out anew, too."""
+    lazy: bool = False
+    """Compute views of memories layer by layer in every pass. Required if the network recomputes blocks: a kept view
+    would take the memory that recomputing saves."""
 
-    def sampler(self, chunk: int) -> CausalSampler:
-        """The network under a chunk's text.
-
-        It does not check for values that are not finite: the update they lead to is dropped (trainee.py), and the
-        search for them would be one rank's alone.
-        """
-        text_BLC = self.text_GLC[min(chunk, len(self.text_GLC) - 1)][None]
-        return make_sampler(self.network, StudentCard(), text_BLC, SamplerOptions(check_finite=False))
+    def samplers(self, first_chunk: int, num_chunks: int) -> Iterator[CausalSampler]:
+        """One sampler per chunk. Values that are not finite are not checked here: TrainedNetwork skips the update."""
+        sampler = None
+        for chunk in range(first_chunk, first_chunk + num_chunks):
+            # With gradients, a shared text embedding would sum those of the chunks in another order.
+            if sampler is None or len(self.text_GLC) > 1 or torch.is_grad_enabled():
+                text_BLC = self.text_GLC[min(chunk, len(self.text_GLC) - 1)][None]
+                sampler = make_sampler(self.network, StudentCard(), text_BLC, SamplerOptions(check_finite=False))
+            yield sampler
 
     @torch.no_grad()
     def encode_clip(self, memory: Memory, latents_BCTHW: Tensor) -> Memory:
-        """Remember given clean latents, chunk by chunk."""
-        chunk = memory.config.chunk
-        for first in range(0, latents_BCTHW.shape[2], chunk):
-            memory = self.sampler(len(memory.latent_chunks)).commit(memory, latents_BCTHW[:, :, first : first + chunk])
+        """Commit clean latents to a memory, chunk by chunk."""
+        chunks = latents_BCTHW.split(memory.config.chunk, dim=2) if latents_BCTHW.shape[2] else ()
+        for sampler, x0 in zip(self.samplers(len(memory.latent_chunks), len(chunks)), chunks):
+            memory = sampler.commit(memory, x0)
         return memory
 
     @torch.no_grad()
     def rollout(self, memory: Memory, num_chunks: int, sigmas: Sequence[float], noise: Noise) -> Memory:
-        """Continue a memory by whole chunks, without gradients."""
-        for _ in range(num_chunks):
-            memory = self.sampler(len(memory.latent_chunks)).generate_chunk(memory, sigmas, noise)
+        """Continue a memory by `num_chunks` chunks."""
+        for sampler in self.samplers(len(memory.latent_chunks), num_chunks):
+            memory = sampler.generate_chunk(memory, sigmas, noise)
         return memory
 
     def target(
-        self,
-        context: Memory,
-        num_chunks: int,
-        exit_step: int,
-        sigmas: Sequence[float],
-        noise: Noise,
-        with_gradient: bool,
+        self, context: Memory, num_chunks: int, exit_step: int, sigmas: Sequence[float], noise: Noise, has_grad: bool
     ) -> Rollout:
-        """Continue a context by the target. Chunks are denoised to the end and committed clean, without gradients
-        (open choice 5); what is scored, and has gradients, is x0 at `exit_step`."""
+        """Continue a context by the target. x0 at `exit_step` is the result, with gradients if `has_grad`.
+
+        The chunks are then denoised to the end and committed clean, without gradients.
+        """
         memory, contexts, exits = context, [], []
+        samplers = self.samplers(len(memory.latent_chunks), num_chunks)
         for _ in range(num_chunks):
-            with torch.set_grad_enabled(with_gradient):
-                sampler = self.sampler(len(memory.latent_chunks))
+            with torch.set_grad_enabled(has_grad):
+                sampler = next(samplers)
             with torch.no_grad():
-                view = sampler.view(memory, lazy=self.recompute)
+                view = sampler.view(memory, lazy=self.lazy)
             contexts.append(memory)
-            denoising = sampler.denoise(memory, view, sigmas, noise)
+            x0s, denoising = [], sampler.denoise(memory, view, sigmas, noise)
             for step in range(len(sigmas)):
-                with torch.set_grad_enabled(with_gradient and step == exit_step):
-                    x0 = next(denoising)
-                if step == exit_step:
-                    exits.append(x0)
+                with torch.set_grad_enabled(has_grad and step == exit_step):
+                    x0s.append(next(denoising))
+            exits.append(x0s[exit_step])
             with torch.no_grad():
-                memory = sampler.commit(memory, x0.detach(), view)
+                memory = sampler.commit(memory, x0s[-1].detach(), view)
         return Rollout(tuple(contexts), torch.cat(exits, dim=2), memory)

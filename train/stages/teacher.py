@@ -1,8 +1,4 @@
-"""Stage `teacher`: a network learns to continue a video from remembered frames (method.md 5.2).
-
-It is shown what a memory holds after the first part of a clip, a little spoilt, and learns the flow of what follows,
-all frames at once.
-"""
+"""Stage `teacher`: a network learns to continue a video from remembered frames (docs/method.md, Teacher)."""
 
 import dataclasses
 from pathlib import Path
@@ -19,47 +15,46 @@ from ..parallel import ParallelState
 from ..stage import Stage, load_network, seeded_generator
 from ..trained_network import TrainedNetwork
 from .recycling import ErrorBuffer
-from .score import Score
+from .score import flow_given_context
 from .student import Student
 
 POLICIES = ("novel", "clean", "uniform", "fifo")
-"""Memories of every kind are shown, so that the teacher serves students of every kind."""
+"""Contexts come from all policies, so that one teacher serves students of each."""
 
 
 class TeacherStage(Stage):
-    """One network, its clips and its error bank."""
+    """One network, its clips and its prediction errors."""
 
     def __init__(self, config: TeacherConfig, parallel: ParallelState):
         super().__init__(config, parallel)
-        network, self.init_card = load_network(config.init, config, parallel, config.lora)
-        self.trained = {"teacher": TrainedNetwork(network.net, config.optim, parallel)}
-        self.score = Score(network)
+        self.network, self.init_card = load_network(config.init, config, parallel, config.lora)
+        self.trained = {"teacher": TrainedNetwork(self.network.net, config.optim, parallel)}
         self.clips = open_clips(config)
         self.errors = ErrorBuffer(config.recycling)
 
     def step(self, step: int) -> dict[str, float]:
-        """One update on a global batch."""
-        config, samples = self.config, self.parallel.samples(self.config.batch)
-        # As many context chunks for every sample and rank: all must make the same passes.
+        """One update."""
+        config, samples, device = self.config, self.parallel.samples(self.config.batch), self.parallel.device
+        # The same number for all samples and ranks: all ranks must run the same passes.
         context_chunks = self._context_chunks(step)
-        total, held = 0.0, 0
+        total, remembered = 0.0, 0
         for number in samples:
             generator = seeded_generator(config.seed, 0, step, number)
-            latents, text = self.clips.sample(step * config.batch + number)
-            latents, text = latents.to(self.parallel.device), text.to(self.parallel.device)
+            latents, text = (tensor.to(device) for tensor in self.clips.sample(step * config.batch + number))
             if torch.rand((), generator=generator) < config.text_dropout:
                 text = self.clips.empty.to(text)
-            memory = self.remember(latents, text, context_chunks, generator)
+            memory = self.commit_context(latents, text, context_chunks, generator)
             loss, error, sigma, clean = self.loss(memory, latents, text, generator)
             (loss / len(samples)).backward()
-            kept = not clean or torch.rand((), generator=generator) < config.recycling.learn_clean_share
-            if kept and error.isfinite().all():
+            keep = not clean or torch.rand((), generator=generator) < config.recycling.learn_clean_share
+            if keep and error.isfinite().all():
                 self.errors.add(sigma, error[0], config.memory.chunk, generator)
-            total, held = total + loss.item() / len(samples), held + len(memory.slots.all) / len(samples)
+            total += loss.item() / len(samples)
+            remembered += len(memory.slots.all) / len(samples)
         total = self.parallel.mean(total)
+        metrics = {"loss": total, **self.trained["teacher"].update(total, self.lr_factor(step))}
         frames = config.batch * (context_chunks + config.target_chunks) * config.memory.chunk
-        figures = {"loss": total, **self.trained["teacher"].update(total, self.lr_factor(step)), "remembered": held}
-        return {**figures, "tokens": frames * config.frame_tokens}
+        return {**metrics, "remembered": remembered, "tokens": frames * config.frame_tokens}
 
     def _context_chunks(self, step: int) -> int:
         generator = seeded_generator(self.config.seed, 1, step)
@@ -68,34 +63,35 @@ class TeacherStage(Stage):
         most = self.config.num_chunks - self.config.target_chunks
         return int(torch.randint(1, most + 1, (), generator=generator))
 
-    @torch.no_grad()
-    def remember(self, latents: Tensor, text: Tensor, num_chunks: int, generator: torch.Generator) -> Memory:
-        """What a memory of a random kind holds of a clip's first chunks, decided on this network's own keys."""
+    def commit_context(self, latents: Tensor, text: Tensor, num_chunks: int, generator: torch.Generator) -> Memory:
+        """A memory of the first chunks of a clip, with a random policy and this network's keys."""
         policy = POLICIES[int(torch.randint(len(POLICIES), (), generator=generator))]
-        memory = empty_memory(dataclasses.replace(self.config.memory, policy=policy), _latent_size(latents))
-        return Student(self.score.network, text).encode_clip(
-            memory, latents[:, :, : num_chunks * self.config.memory.chunk]
-        )
+        _, channels, _, height, width = latents.shape
+        memory = empty_memory(dataclasses.replace(self.config.memory, policy=policy), (channels, height, width))
+        return Student(self.network, text).encode_clip(memory, latents[:, :, : num_chunks * memory.config.chunk])
 
     def loss(
         self, memory: Memory, latents: Tensor, text: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, float, bool]:
-        """Flow error of the target; the error of x0, its noise level, and whether the context was clean."""
+        """Flow error of the target; error of x0, its noise level, and whether the context was clean."""
         config, device = self.config, latents.device
         first, chunk = memory.num_frames, config.memory.chunk
         target = latents[:, :, first : first + config.target_chunks * chunk]
         context, clean = self.add_errors(memory.latents_of(memory.slots.all).to(device), generator)
         sigma = float(shift_sigma(torch.rand((), generator=generator), config.shift))
         noise = torch.randn(target.shape, generator=generator).to(device)
-        texts = lambda frames: text if len(text) == 1 else text[[frame // chunk for frame in frames]]
-        view = self.score.remember(context, texts(memory.slots.all))
-        target_text = texts(range(first, first + target.shape[2], chunk))
-        flow = self.score.flow(view, add_noise(target, noise, sigma), sigma, target_text)
+        texts_of = lambda frames: text if len(text) == 1 else text[[frame // chunk for frame in frames]]
+        target_text = texts_of(range(first, first + target.shape[2], chunk))
+        x = add_noise(target, noise, sigma)
+        flow = flow_given_context(self.network, context, texts_of(memory.slots.all), x, sigma, target_text)
         difference = flow - (noise - target)
         return difference.square().mean(), -sigma * difference.detach(), sigma, clean
 
     def add_errors(self, context: Tensor, generator: torch.Generator) -> tuple[Tensor, bool]:
-        """Add recycled errors to remembered frames [1, C, M, H, W]; the very first frame is spared half of the time."""
+        """Remembered frames [1, C, M, H, W] with recycled errors, and whether none were added.
+
+        The first frame stays clean in half of the cases.
+        """
         settings = self.config.recycling
         clean = bool(torch.rand((), generator=generator) < settings.clean_share)
         error = self.errors.draw(context.shape[2], generator) if context.shape[2] else None
@@ -107,21 +103,16 @@ class TeacherStage(Stage):
         return context + error, False
 
     def extra_state(self) -> dict[str, Tensor]:
-        """This rank's errors."""
         return self.errors.state()
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         self.errors.load_state(state)
 
     def export(self, folder: Path, step: int, seconds: float, revision: str) -> Path:
-        """The teacher with its card; its steps are those of an undistilled model."""
+        """The teacher with its card, which has the steps of an undistilled model."""
         card = StudentCard(
             name=f"{self.config.preset} context teacher", base=self.config.preset, stage="teacher",
             steps=tuple(1000 * (1 - k / 20) for k in range(20)), shift=self.config.shift, solver="euler",
-            memory=self.config.memory, size=self.clips.size, data=self.clips.describe(),
+            memory=self.config.memory, size=tuple(self.config.size), data=self.clips.describe(),
         )  # fmt: skip
         return self.save(folder / "teacher.safetensors", "teacher", card, step, seconds, revision)
-
-
-def _latent_size(latents_BCTHW: Tensor) -> tuple[int, int, int]:
-    return latents_BCTHW.shape[1], latents_BCTHW.shape[3], latents_BCTHW.shape[4]
