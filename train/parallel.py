@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -70,7 +71,9 @@ def start_parallel(device: str = "auto") -> ParallelState:
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(chosen)
     if not dist.is_initialized():
-        store = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        store: dict[str, Any] = {}
+        if "RANK" not in os.environ:
+            store = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", **store)
     return ParallelState(rank, world_size, chosen, init_device_mesh(chosen.type, (world_size,)))
 

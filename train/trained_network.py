@@ -92,9 +92,8 @@ class TrainedNetwork:
         """All weights on the CPU, averaged if an average is kept; empty on other ranks, but every rank must call it."""
         reshard(self.net)
         weights = {}
-        for name, value in self.net.state_dict().items():
-            averaged: Tensor = self.average.get(name, value)
-            tensor = full_tensor(averaged).detach()
+        for name, value in (self.net.state_dict() | self.average).items():
+            tensor = full_tensor(value).detach()
             if self.parallel.is_main:
                 weights[name] = tensor.cpu().clone()
         return weights

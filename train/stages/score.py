@@ -5,6 +5,8 @@ Remembered frames attend to each other. The target attends to them and to itself
 Shapes: B batch (one video), C latent channels, M remembered frames, T target frames, G text groups, L text tokens.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -28,10 +30,10 @@ def flow_given_context(
             text = context_text  # with gradients, one embedding would sum them in another order
         attend = network.attend(view, num_frames, latent_size, keep=True)
         network.flow(context_BCMHW, 0.0, context_text, attend)
-        rotate = network.rotate_to_ranks(latent_size)
+        rotate, new_kv = network.rotate_to_ranks(latent_size), cast(list[tuple[Tensor, Tensor]], attend.new_kv)
         view = MemoryView(
-            keys=tuple(rotate(k).flatten(1, 2) for k, _ in attend.new_kv),
-            values=tuple(v.flatten(1, 2) for _, v in attend.new_kv),
+            keys=tuple(rotate(k).flatten(1, 2) for k, _ in new_kv),
+            values=tuple(v.flatten(1, 2) for _, v in new_kv),
             num_frames=num_frames,
         )
     attend = network.attend(view, x_BCTHW.shape[2], latent_size)
