@@ -10,6 +10,7 @@ import torch
 
 from ..model.codecs.demo_text import encode_demo_text, unknown_words
 from ..model.codecs.demo_vae import DemoCodec
+from ..model.units import FRAMES_PER_LATENT, LATENT_CHANNELS, PIXELS_PER_LATENT, pixel_frames
 from .shared import log
 
 WORDS = "context_forcing_words"
@@ -40,10 +41,11 @@ class DemoVAE(comfy.sd.VAE):
         self.first_stage_model = codec
         self.memory_used_encode = lambda shape, dtype: 64 * math.prod(shape) * mm.dtype_size(dtype)
         self.memory_used_decode = lambda shape, dtype: 4096 * math.prod(shape[2:]) * mm.dtype_size(dtype)
-        self.upscale_ratio = (lambda frames: max(0, frames * 4 - 3), 8, 8)
-        self.downscale_ratio = (lambda frames: max(0, math.floor((frames + 3) / 4)), 8, 8)
-        self.upscale_index_formula = self.downscale_index_formula = (4, 8, 8)
-        self.latent_dim, self.latent_channels, self.output_channels = 3, 16, 3
+        stride, side = FRAMES_PER_LATENT, PIXELS_PER_LATENT
+        self.upscale_ratio = (pixel_frames, side, side)
+        self.downscale_ratio = (lambda frames: max(0, math.ceil(frames / stride)), side, side)
+        self.upscale_index_formula = self.downscale_index_formula = (stride, side, side)
+        self.latent_dim, self.latent_channels, self.output_channels = 3, LATENT_CHANNELS, 3
         self.pad_channel_value = 1.0
         self.process_input = lambda image: image * 2.0 - 1.0
         # In place: comfy.sd.VAE.decode ignores the returned tensor.

@@ -1,4 +1,4 @@
-// Makes workflows through ComfyUI's own page, so that they are what "Save" would write.
+// Makes the example workflows in ComfyUI's page, as its "Save" writes them.
 //   cd FOLDER_WITH_PLAYWRIGHT_CORE && node .../scripts/make_workflow.mjs http://127.0.0.1:8188 FOLDER/NAME.json ...
 // NAME is one of WORKFLOWS below. CHROMIUM names the browser (default /usr/bin/chromium).
 import fs from 'node:fs'
@@ -37,11 +37,11 @@ function demoChain() {
   ])
   const words = [11, 'PreviewAny', { source: ['10', 1] }, column(3), 1080, 560, 170, 'Report in words']
   const note = `## One video, three prompts
-Each sampler continues the **memory** of the one before it; the end of the chain is saved.
-- **Prompts**: edit one, and only its segment and the later ones run again. The demo knows meadow, desert, snow; clear, cloudy, foggy; day, dusk, night; the camera stays, pans left, pans right.
-- **Length**: set *seconds*, or copy a prompt with its sampler and wire the memory through it. Keep one *seed* through the chain.
-- **Memory**: with *slow* at 0 only the first and the latest frames are remembered; compare the reports.
-- **Your own student**: replace Load Demo Student by Load Student, CLIPLoader (wan) and VAELoader.`
+Each sampler continues the **memory** of the sampler before. Save Long Video writes the video of the last memory.
+- **Prompts**: change one, and only its segment and later segments run again. Words of the demo: meadow, desert, snow; clear, cloudy, foggy; day, dusk, night; the camera stays, pans left, pans right.
+- **Length**: set *seconds*, or copy a prompt with its sampler and connect the memory through it. Use one *seed* for the whole chain.
+- **Memory**: with *slow* at 0 only the first and the latest frames are remembered. Compare the reports.
+- **Other student**: replace Load Demo Student with Load Student, CLIPLoader (wan) and VAELoader.`
   return {
     nodes: [loadDemo, memory, ...nodes, saveVideo(9, ['8', 0], column(3), 60), report(10, ['8', 0], column(3), 580),
       words],
@@ -62,11 +62,11 @@ function demoStoryboard() {
 0:21
 `
   const note = `## One video, one text
-Each line is a segment: **when** it begins, its **prompt**, and in brackets, if wanted, how the prompt takes over from the one before: *keep* (if nothing is said), *recache*, *flush*, *cut*, *cut_new_sink*; *blend=2* fades it in over two chunks; *seed=7* is for this line alone. The last line is only a time: the end.
-- **Edit a line** and run: its segment and the later ones are made again, the earlier ones come from the cache.
-- **Times** go to the nearest whole chunk (0.75 s); *What was made* says where they are.
-- The demo knows meadow, desert, snow; clear, cloudy, foggy; day, dusk, night; the camera stays, pans left, pans right.
-- **Your own student**: replace Load Demo Student by Load Student, CLIPLoader (wan) and VAELoader.`
+Each line is a segment: its **time**, options in brackets, and its **prompt**. The options are the change of the remembered frames (*keep*, *recache*, *flush*, *cut*, *cut_new_sink*; default *keep*), *blend=2* (the prompt fades in over two chunks) and *seed=7* (for this line only). The last line is only a time: the end.
+- **Change a line** and run: its segment and later segments run again, earlier segments come from the cache.
+- **Times** are rounded to whole chunks (0.75 s); *What was made* shows them.
+- Words of the demo: meadow, desert, snow; clear, cloudy, foggy; day, dusk, night; the camera stays, pans left, pans right.
+- **Other student**: replace Load Demo Student with Load Student, CLIPLoader (wan) and VAELoader.`
   return {
     nodes: [loadDemo, memory,
       [3, 'ContextForcingStoryboard', { model: ['1', 0], clip: ['1', 1], memory: ['2', 0], text, seed: 7,
@@ -90,11 +90,11 @@ function demoBranch() {
     saveVideo(3 * i + 8, [`${3 * i + 7}`, 0], column(i), 840, `video/future_${'ABC'[i]}`, 340, 380),
   ])
   const note = `## One past, three futures
-The **memory** of one sampler goes into three. Each future begins with the same three seconds, to the last bit, and goes on under its own prompt; none knows of the others.
-- **A** turns back: what stood there stands there still.
-- **B** lets night fall: *recache* reads what is remembered under the new prompt, *blend* fades it in over two chunks.
-- **C** begins a new scene: *cut_new_sink* remembers nothing.
-- **Try another future**: edit its prompt and run. The past and the other futures come from the cache. Or change its *seed*: the same prompt, another course.`
+The **memory** of one sampler is connected to three samplers. Each future begins with the same three seconds, bit for bit, and continues under its own prompt. The futures are independent.
+- **A** turns back: the same things stand there.
+- **B** changes to night: *recache* computes the remembered frames again under the new prompt, *blend* fades the prompt in over two chunks.
+- **C** begins a new scene: with *cut_new_sink* no frame is remembered.
+- **Another future**: change its prompt or its *seed* and run. The past and the other futures come from the cache.`
   return {
     nodes: [loadDemo, memory,
       prompt(3, 'Prompt', 'A meadow under a clear sky by day. The camera pans right.', 410, 60),
@@ -104,11 +104,11 @@ The **memory** of one sampler goes into three. Each future begins with the same 
 }
 
 function demoStartImage() {
-  const note = `## A picture, and on from it
-**Start Image or Clip** gives an empty memory the picture that the video begins with. It is the first frame, and being first it stays in memory (*sink*): the camera turns away from it and comes back.
-- **Your picture**: put *Load Image* in the place of the yellow group; it is cropped to the size of the memory. The demo student has seen its own world only, so the group makes a picture of that: one frame of another video (*seed* 11), as pixels.
-- **The prompt** says what happens from the picture on. It should fit what the picture shows.
-- **Other student**: replace Load Demo Student by Load Student, CLIPLoader (wan) and VAELoader.`
+  const note = `## A video from a picture
+**Start Image or Clip** begins the video of an empty memory with a picture. The picture is the first frame, so it stays in memory (*sink*): the camera turns away from it and returns.
+- **Your picture**: replace the yellow group with *Load Image*. The picture is cropped to the size of the memory. The demo student was trained on its own world only, so the group generates a picture of it: one frame of another video (*seed* 11).
+- **The prompt** describes what happens after the picture, and should fit it.
+- **Other student**: replace Load Demo Student with Load Student, CLIPLoader (wan) and VAELoader.`
   return {
     nodes: [loadDemo, memory,
       prompt(3, 'What the picture shows', 'Snow under a clear sky by day. The camera pans right.', 410, 60),
@@ -129,12 +129,12 @@ function demoStartImage() {
 }
 
 function demoContinueVideo() {
-  const note = `## A clip, and on from it
-**Start Image or Clip** gives an empty memory the frames of a clip. They stay as they are in the video; their scene is remembered, and the first sampler goes on from their last frame.
-- **Your clip**: put *Load Video* in the place of the yellow group, with the frame rate of the student (16); it is cropped to the size of the memory. 1 + 4k frames are taken. The demo student has seen its own world only, so the group makes a clip of that, writes it to a file and reads its frames.
-- **The prompt** says what happens after the clip: here the camera turns back to where the clip began.
-- **Clips of this pack** need not be read from pixels: wire the *memory* on, or use Save Memory and Load Memory.
-- **Other student**: replace Load Demo Student by Load Student, CLIPLoader (wan) and VAELoader.`
+  const note = `## A video from a clip
+**Start Image or Clip** begins the video of an empty memory with the frames of a clip. They are part of the video and are remembered; the first sampler continues from the last frame.
+- **Your clip**: replace the yellow group with *Load Video*, at the frame rate of the student (16). The clip is cropped to the size of the memory; 1 + 4k frames are used. The demo student was trained on its own world only, so the group generates a clip of it, writes it to a file and reads its frames.
+- **The prompt** describes what happens after the clip: here the camera turns back to where the clip began.
+- **Clips of this pack** need no decoding: connect the *memory*, or use Save Memory and Load Memory.
+- **Other student**: replace Load Demo Student with Load Student, CLIPLoader (wan) and VAELoader.`
   return {
     nodes: [loadDemo, memory,
       prompt(3, 'What the clip shows', 'A desert under a clear sky by day. The camera pans right.', 410, 60),
@@ -152,13 +152,13 @@ function demoContinueVideo() {
 }
 
 function resumeTomorrow() {
-  const note = `## Begun today, continued tomorrow
-**Save Memory** writes the video so far and what it remembers to a file. **Load Memory** goes on from it: after ComfyUI was closed, or on another machine, with the same student. Continued from an *exact* file, the video is the same to the last bit as if it had never stopped.
-1. **Run**: *Today* is made and saved. *Tomorrow* waits, Load Memory is red: its file was not there yet.
-2. **Run again**, at once or after a restart of ComfyUI: *Tomorrow* goes on from the file. After a restart mute *Today* (right-click its group > *Set Group Nodes to Never*), or it is made again.
-- Other files: choose *file* in Load Memory; key R finds new ones.
-- *compact* files are small; keys and values are made anew, and the video goes on close to the same.
-- *autosave* in a sampler writes such a file after its segment, and what there is when it is interrupted.
+  const note = `## Begin today, continue tomorrow
+**Save Memory** writes the video so far and the remembered frames to a file. **Load Memory** continues from it: after a restart of ComfyUI, or on another machine, with the same student. From an *exact* file the video continues bit for bit.
+1. **Run**: *Today* is generated and saved. *Tomorrow* does not run and Load Memory is red, because its file did not exist yet.
+2. **Run again**, at once or after a restart of ComfyUI: *Tomorrow* continues from the file. After a restart, mute *Today* (right-click its group > *Set Group Nodes to Never*); otherwise it is generated again.
+- Other files: select *file* in Load Memory; key R refreshes the list.
+- *compact* files are small. Keys and values are computed again, so the video is close but not the same.
+- *autosave* in a sampler writes such a file after its segment, and after an interrupt.
 - *Memory Report* on the loaded memory shows what it holds.`
   return {
     nodes: [loadDemo, memory,
@@ -193,7 +193,7 @@ const browser = await chromium.launch({
 })
 const page = await browser.newPage({ viewport: { width: 1600, height: 900 } })
 await page.goto(url)
-// The page loads its default workflow late; wait for it, or it replaces ours.
+// The page loads its default workflow late; wait for it, or it replaces this one.
 await page.waitForFunction(() => window.app?.graph?._nodes?.length && app.extensionManager.workflow.activeWorkflow)
 for (const [output, name] of plans) {
   const { nodes, note, groups = [] } = WORKFLOWS[name]()

@@ -1,4 +1,4 @@
-// Runs a workflow in a ComfyUI that is already up and takes its picture.
+// Runs a workflow in a running ComfyUI and takes a picture of it.
 //   cd FOLDER_WITH_PLAYWRIGHT_CORE && node .../scripts/screenshot_workflow.mjs URL OUTPUT [WORKFLOW.json]
 // OUTPUT.png: the whole window. OUTPUT.jpg: the graph alone, 640 pixels wide, as a template's thumbnail.
 // WORKFLOW.json defaults to workflows/demo_chain.json. CHROMIUM names the browser (default /usr/bin/chromium).
@@ -25,7 +25,7 @@ const browser = await chromium.launch({
 })
 const page = await browser.newPage({ viewport: { width: 1920, height: thumbnail ? 1080 : 1200 } })
 await page.goto(url)
-// The page loads its default workflow late; wait for it, or it replaces ours.
+// The page loads its default workflow late; wait for it, or it replaces this one.
 await page.waitForFunction(() => window.app?.graph?._nodes?.length && app.extensionManager.workflow.activeWorkflow)
 const name = path.basename(String(file), '.json')
 await page.evaluate(([workflow, name]) => app.loadGraphData(workflow, true, true, name),

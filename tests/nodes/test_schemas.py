@@ -75,3 +75,10 @@ def test_workflows_fit_the_schemas(schemas, path):
             widgets = [entry["name"] for entry in node["inputs"] if "widget" in entry]
             assert [name for name in names if name in widgets] == widgets
             assert {entry["name"] for entry in node["inputs"]} <= set(names)
+
+
+def test_the_script_that_makes_the_workflows_has_their_notes():
+    script = (CHECKOUT / "scripts" / "make_workflow.mjs").read_text()
+    for path in (CHECKOUT / "workflows").glob("*.json"):
+        notes = [node for node in json.loads(path.read_text())["nodes"] if node["type"] == "MarkdownNote"]
+        assert notes and all(node["widgets_values"][0] in script for node in notes), path.name
