@@ -99,5 +99,5 @@ def test_rows_of_a_prompt(bench):
 
 
 def test_too_many_rows_are_refused(bench):
-    with pytest.raises(ValueError, match="^text: 513 rows, the model takes 512 at most"):
+    with pytest.raises(ValueError, match="^text: 513 rows; it must be 512 at most"):
         bench.run(bench.load(), chunks=1, positive=[[torch.ones(1, 513, 4096), {}]])
