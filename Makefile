@@ -25,7 +25,7 @@ lint: $(VENV)/ready
 test-fast: $(VENV)/ready
 	$(BIN)/python -m pytest -m "not slow and not host"
 
-# The whole pipeline on the demo world, from nothing to a distilled student; README says how the shipped one was made.
+# The whole pipeline on the demo world, from nothing to a distilled student; docs/demo_student.md says how the shipped one was made.
 train-demo: $(VENV)/ready
 	CONTEXT_FORCING=$(BIN)/context-forcing scripts/train_demo.sh
 

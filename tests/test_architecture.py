@@ -1,4 +1,4 @@
-"""The arrows between the rooms point one way, and the house rules hold (architecture.md, style.md 1)."""
+"""The arrows between the rooms point one way (docs/architecture.md, Arrows), and the rules of CONTRIBUTING.md hold."""
 
 import ast
 import re

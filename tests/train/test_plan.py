@@ -1,4 +1,4 @@
-"""A run's costs, told before it starts: against method.md's figures, torch's own count, and real settings."""
+"""The costs that a dry run prints: against documented figures, torch's own count, and real settings."""
 
 import dataclasses
 
@@ -24,9 +24,9 @@ def figure(made, what):
     return next(value for _, row, value in made.rows if row.startswith(what))
 
 
-def test_the_1_3b_run_costs_what_method_md_says():
-    """method.md 1.1 and 4.5: 22.7 GB a learning network, 2.84 GB the frozen teacher, 287.5 MB of keys and values a
-    frame: 18 remembered ones, and the 21 of the target until the backward pass."""
+def test_the_1_3b_run_costs_what_is_documented():
+    """docs/performance.md, Training: 22.7 GB per trained network, 2.84 GB for the frozen teacher. Keys and values take
+    287.5 MB per frame: 18 remembered frames, and the 21 of the target until the backward pass."""
     made = plan(load_config("contextual", "wan2.1-1.3b"), 1)
     assert figure(made, "of a wan2.1-1.3b network") == 1_418_996_800
     assert figure(made, "critic: weights") == pytest.approx(22.7e9, rel=0.002)

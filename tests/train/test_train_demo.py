@@ -1,4 +1,4 @@
-"""From nothing to a distilled student, by the script that README names."""
+"""From nothing to a distilled student, by the script that docs/demo_student.md names."""
 
 import os
 import subprocess

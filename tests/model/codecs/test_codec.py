@@ -121,7 +121,7 @@ class FakeWanVae(nn.Module):
     """Wan's decoder as far as streaming goes: a cache of the last two frames of what it was given, and its trap.
 
     Frame t of the output is drawn from latents t - 2 .. t. The cache holds what a single call brought, so one latent
-    frame after another would lose the frame before (comfyui.md 5).
+    frame after another would lose the frame before (docs/method.md, Codecs).
     """
 
     def __init__(self):
