@@ -14,10 +14,7 @@ from ..memory.fields import check_keys
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict:
-    """`key=value` and `part.key=value` as nested settings; later ones replace earlier ones.
-
-    Raises ValueError for text of another form.
-    """
+    """`key=value` and `part.key=value` as nested settings; later ones replace earlier ones. Raises ValueError."""
     settings: dict = {}
     for override in overrides:
         key, equals, text = override.partition("=")

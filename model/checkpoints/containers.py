@@ -141,10 +141,7 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
 
 
 def read_pickle(path: Path) -> dict:
-    """Dicts of tensors that torch.save wrote. No code in the file runs.
-
-    Raises ValueError for a damaged file and for one that holds objects or code.
-    """
+    """Dicts of tensors that torch.save wrote. Raises ValueError for a damaged file, and for objects or code in it."""
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_TORCH:
         raise ValueError(f"{path}: torch {torch.__version__} cannot read it safely; install torch 2.6 or newer")
     with open(path, "rb") as f:

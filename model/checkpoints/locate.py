@@ -55,10 +55,7 @@ def locate(kind: str, name: str, models_dir: Path | None) -> Path:
 
 
 def find(kind: str, models_dir: Path, why_not: Callable[[Mapping[str, Tensor]], str]) -> Path:
-    """The only file in the models folder for which `why_not` is empty.
-
-    Raises ValueError, one line with the candidates, if there is none or more than one.
-    """
+    """The only file in the models folder for which `why_not` is empty. Raises ValueError with the candidates."""
     folders = [models_dir / folder for folder in FOLDERS[kind]]
     files = [file for folder in folders for file in sorted(folder.rglob("*")) if _is_weights(file)]
     fitting = [file for file in files if _fits(file, why_not)]

@@ -67,10 +67,7 @@ def parse_lora(text: str) -> tuple[Path, float]:
 
 
 def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, ...]], strength: float = 1.0) -> Lora:
-    """A LoRA for a network with weights of these shapes.
-
-    Raises ValueError, one line, unless every tensor in the file changes one of the weights.
-    """
+    """A LoRA for weights of these shapes. Raises ValueError, one line, unless all of the file can be merged."""
     container = open_container(path)
     if "critic_lora" in container.sets and "generator_lora" not in container.sets:
         raise ValueError(f"{path}: holds critic_lora alone; give a file with generator_lora")
@@ -155,10 +152,7 @@ def _plain_stem(stem: str) -> str:
 
 
 def _common_alpha(container: Container) -> float | None:
-    """alpha of all pairs, where peft or diffusers wrote it beside the tensors; None: alpha is the rank.
-
-    Raises ValueError where layers differ.
-    """
+    """alpha of all pairs in peft's or diffusers' settings; None: the rank. Raises ValueError where layers differ."""
     path, config = container.path, {}
     if path.is_dir() or path.stem == "adapter_model":
         config = read_json((path if path.is_dir() else path.parent) / "adapter_config.json", {})

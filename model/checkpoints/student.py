@@ -68,10 +68,7 @@ class StudentSource:
     """LoRA files to merge, each with its strength."""
 
     def open(self) -> "StudentFile":
-        """The student, checked; its weights stay on disk.
-
-        Raises ValueError, one line, unless it is a complete Wan 2.1 text-to-video network.
-        """
+        """The student, checked; its weights stay on disk. Raises ValueError, one line."""
         student = StudentFile(self)
         student.check()
         return student

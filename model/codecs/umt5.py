@@ -215,10 +215,7 @@ def from_wan(key: str) -> str:
 
 
 def find_tokenizer(weights: Path, folder: Path | None) -> Tokenize:
-    """The tokenizer in a folder, else one beside the weights as in Wan's and diffusers' repositories.
-
-    Raises ValueError.
-    """
+    """The tokenizer in a folder, else one beside the weights as in Wan's repository. Raises ValueError."""
     parent = weights.parent
     folders = [folder] if folder else [weights, parent / "tokenizer", parent / "google" / "umt5-xxl", parent]
     for path in (place / name for place in folders for name in ("tokenizer.json", "spiece.model")):

@@ -7,6 +7,7 @@ bit, on how it is cut into chunks, and memory use does not depend on its length.
 Shapes: B batch, C channels, T frames, h w rows and columns at the resolution of the layer.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice, pairwise
 from pathlib import Path
@@ -223,10 +224,7 @@ class WanVAE(VAE):
 
 
 def load_wan_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> WanVAE:
-    """The VAE from Wan2.1_VAE.pth, ComfyUI's wan_2.1_vae.safetensors, or a folder in diffusers' layout.
-
-    Raises ValueError, one line, for anything else.
-    """
+    """The VAE from Wan2.1_VAE.pth, wan_2.1_vae.safetensors, or a folder in diffusers' layout. Raises ValueError."""
     path = subfolder(Path(path), "vae")
     state = {key.removeprefix(PREFIX): value for key, value in read_tensors(path).items()}
     if path.is_dir():
@@ -258,28 +256,23 @@ def _check_statistics(config: dict, path: Path) -> None:
             raise ValueError(f"{path}: {name} is not that of Wan 2.1's VAE; give Wan 2.1's")
 
 
-RESIDUAL = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6",
-            "conv_shortcut": "shortcut"}  # fmt: skip
-OUTER = {"conv_in": "conv1", "norm_out": "head.0", "conv_out": "head.2", "quant_conv": "conv1",
-         "post_quant_conv": "conv2"}  # fmt: skip
+FROM_DIFFUSERS = (
+    (r"(\d\.)norm1\.", r"\1residual.0."), (r"(\d\.)conv1\.", r"\1residual.2."),
+    (r"(\d\.)norm2\.", r"\1residual.3."), (r"(\d\.)conv2\.", r"\1residual.6."),
+    (r"(\d\.)conv_shortcut\.", r"\1shortcut."), (r"conv_in\.", "conv1."), (r"norm_out\.", "head.0."),
+    (r"conv_out\.", "head.2."), (r"^quant_conv\.", "conv1."), (r"^post_quant_conv\.", "conv2."),
+    (r"mid_block\.resnets\.0\.", "middle.0."), (r"mid_block\.attentions\.0\.", "middle.1."),
+    (r"mid_block\.resnets\.1\.", "middle.2."), (r"^encoder\.down_blocks\.", "encoder.downsamples."),
+)  # fmt: skip
 
 
 def from_diffusers(key: str) -> str:
     """The name in Wan's layout of a tensor of diffusers' AutoencoderKLWan; an unknown name is unchanged."""
-    match key.split("."):
-        case [("quant_conv" | "post_quant_conv") as name, last]:
-            return f"{OUTER[name]}.{last}"
-        case [side, ("conv_in" | "norm_out" | "conv_out") as name, last]:
-            return f"{side}.{OUTER[name]}.{last}"
-        case [side, "mid_block", "resnets", number, name, last] if name in RESIDUAL:
-            return f"{side}.middle.{2 * int(number)}.{RESIDUAL[name]}.{last}"
-        case [side, "mid_block", "attentions", "0", *rest]:
-            return ".".join([side, "middle.1", *rest])
-        case ["encoder", "down_blocks", number, name, *rest]:
-            return ".".join(["encoder.downsamples", number, RESIDUAL.get(name, name), *rest])
-        case ["decoder", "up_blocks", level, kind, number, name, *rest]:
-            place = int(level) * (NUM_BLOCKS + 2) + (int(number) if kind == "resnets" else NUM_BLOCKS + 1)
-            return ".".join(["decoder.upsamples", str(place), RESIDUAL.get(name, name), *rest])
+    for pattern, name in FROM_DIFFUSERS:
+        key = re.sub(pattern, name, key)
+    if up := re.match(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", key):
+        place = int(up[1]) * (NUM_BLOCKS + 2) + (int(up[3]) if up[2] == "resnets" else NUM_BLOCKS + 1)
+        key = f"decoder.upsamples.{place}.{key[up.end() :]}"
     return key
 
 

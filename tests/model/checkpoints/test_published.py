@@ -125,7 +125,7 @@ def test_every_field_of_a_card_can_be_replaced(row):
 @pytest.mark.parametrize(
     "text, words",
     [("stepps=3", "stepps: unknown key"), ("steps", "key=value"), ("memory.sinks=3", "sinks"), ("shift=a", "shift"),
-     ("steps=500,1000", "must fall"), ("memory.fast=99", "window"), ("chunk=two", "chunk")],
+     ("steps=500,1000", "must decrease"), ("memory.fast=99", "window"), ("chunk=two", "chunk")],
 )  # fmt: skip
 def test_what_cannot_be_replaced(text, words):
     with pytest.raises(ValueError, match=words) as caught:
