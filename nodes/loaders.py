@@ -35,7 +35,9 @@ class ContextForcingLoadDemo(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="ContextForcingLoadDemo", display_name="Load Demo Student", category=CATEGORY,
+            node_id="ContextForcingLoadDemo",
+            display_name="Load Demo Student",
+            category=CATEGORY,
             description="The built-in student of a small pixel-art world, with text encoder and codec. No download.",
             search_aliases=["context forcing", "demo", "long video"],
             inputs=[],
@@ -44,7 +46,7 @@ class ContextForcingLoadDemo(io.ComfyNode):
                 io.Clip.Output("clip", tooltip="The demo text encoder. The help page of this node lists its words."),
                 io.Vae.Output("vae", tooltip="The demo codec: 16 channels, 1/8 in space, 1/4 in time, like Wan's VAE."),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls) -> io.NodeOutput:

@@ -37,10 +37,11 @@ class StudentModel:
         net, card = wan_network(model), model.get_attachment(CARD)
         if card is None:
             card = StudentCard()
+            steps = ", ".join(f"{step:g}" for step in card.steps)
             log.warning(
-                "model: it has no student card; Self-Forcing's steps %s, shift %g and chunk %d are used, Student"
-                " Settings changes them", [int(step) for step in card.steps], card.shift, card.memory.chunk,
-            )  # fmt: skip
+                f"model: no student card; steps {steps}, shift {card.shift:g} and chunk {card.memory.chunk} of"
+                " Self-Forcing are used, Student Settings changes them"
+            )
         sampling = model.object_patches.get("model_sampling")
         if isinstance(sampling, comfy.model_sampling.ModelSamplingDiscreteFlow) and sampling.shift != card.shift:
             log.warning("model: shift %g of its ModelSampling node replaces the card's %g", sampling.shift, card.shift)

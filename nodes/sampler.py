@@ -63,11 +63,11 @@ def make_room(student: StudentModel, memory: Memory, layout: str) -> None:
     needed = {name: working_bytes(network, memory, name) for name in KV_PLACEMENTS}
     total = mm.get_total_memory(network.device)
     if needed[layout] > total:
+        sizes = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in needed.items())
         log.warning(
-            "memory: its keys and values and one pass need %.1f GB beside the weights, the device has %.1f GB; by the"
-            " sampler's layout: %s", needed[layout] / 1e9, total / 1e9,
-            ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in needed.items()),
-        )  # fmt: skip
+            f"memory: keys, values and one pass need {needed[layout] / 1e9:.1f} GB beside the weights, the device has"
+            f" {total / 1e9:.1f} GB; by the sampler's layout: {sizes}"
+        )
     present = 0 if layout == "from RAM" else memory.num_bytes_on(network.device)
     mm.load_models_gpu([student.model], memory_required=needed[layout] - present)
 
@@ -77,10 +77,7 @@ def prepare_sampler(
 ) -> Callable[[Tensor], CausalSampler]:
     """Load the student for a memory. The result makes a sampler of a prompt's embedding."""
     if ignored := sorted(set(ignored_patches(student.model))):
-        log.warning(
-            "model: these patches have no effect in this sampler, which has no guidance and calls the network's layers"
-            " itself: %s", ", ".join(ignored),
-        )  # fmt: skip
+        log.warning("model: these patches have no effect in this sampler: %s", ", ".join(ignored))
     make_room(student, memory, layout)
     function = attention_of(student.model, attention)
     options = SamplerOptions(attention=function, commit_attends=commit_attends, kv_placement=layout)
