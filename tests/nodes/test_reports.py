@@ -53,7 +53,7 @@ def test_the_report_of_a_compact_memory_has_attention(host, graph, demo):
 
 def test_an_empty_memory_has_no_attention(host, graph, demo):
     report(graph, demo, graph.memory(demo), model=[demo, 0])
-    assert "nothing was made on it yet" in failure(host, graph)["exception_message"]
+    assert "memory: it has no segment" in failure(host, graph)["exception_message"]
 
 
 def test_a_memory_and_its_decoded_frames_have_the_same_consistency(host, graph, demo):
