@@ -1,10 +1,15 @@
 """Names of devices and dtypes, for the command line, evaluation and training."""
 
+import os
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+SMALL_NETWORK = 50_000_000
+"""Parameters of a network below which several CPU threads spend more time waiting for each other than computing."""
 
 
 def pick_device(device: str, dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
@@ -29,3 +34,15 @@ def dtype_named(name: str, choices: Sequence[str] = tuple(DTYPES)) -> torch.dtyp
     if name not in choices:
         raise ValueError(f"dtype: {name!r} is not one of {', '.join(choices)}")
     return DTYPES[name]
+
+
+def use_cpu_threads(net: nn.Module) -> None:
+    """Limit torch's CPU threads for inference beside a video encoder, which needs a core of its own.
+
+    A small network gets one thread, a larger one all cores but one. The environment variable OMP_NUM_THREADS and a lower
+    `torch.set_num_threads` win.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        is_small = sum(parameter.numel() for parameter in net.parameters()) < SMALL_NETWORK
+        cores = 1 if is_small else max(1, (os.cpu_count() or 1) - 1)
+        torch.set_num_threads(min(cores, torch.get_num_threads()))

@@ -15,7 +15,7 @@ from ..memory.snapshot import fingerprint_memory, load_memory, save_memory
 from ..model.attention import load_attention
 from ..model.checkpoints.student import StudentSource
 from ..model.codecs.backbone import backbone_of
-from ..model.device import pick_device
+from ..model.device import pick_device, use_cpu_threads
 from ..model.sampler import SamplerOptions
 from ..model.units import FRAMES_PER_LATENT
 from .frames import thumbnails
@@ -146,6 +146,7 @@ def open_job(request: GenerateRequest) -> Iterator[GenerateJob]:
             *where, prompts, text_encoder=request.text_encoder, vae=request.vae, models_dir=request.models_dir
         )
         pipeline = Pipeline.load(student, *where, codecs, request.offload)
+        use_cpu_threads(pipeline.network.net)
         settings = dict(request.settings)
         if request.memory is not None:
             settings = dataclasses.asdict(named_memory(request.memory, card.memory)) | settings

@@ -103,7 +103,8 @@ def _frames(pixels: Iterable[Tensor], scale: int, on_frames: Callable[[np.ndarra
         frames = to_uint8(run)
         on_frames(frames)
         for frame in frames:
-            yield np.ascontiguousarray(frame.repeat(scale, axis=0).repeat(scale, axis=1))
+            # Columns first: the rows are then copied whole.
+            yield frame.repeat(scale, axis=1).repeat(scale, axis=0)
 
 
 class _Encoder:

@@ -26,7 +26,7 @@ from ...memory.memory import Memory
 from ...model.checkpoints.containers import read_json
 from ...model.checkpoints.locate import BUILT_IN
 from ...model.checkpoints.student import StudentSource
-from ...model.device import pick_device
+from ...model.device import pick_device, use_cpu_threads
 from ...model.units import FRAMES_PER_LATENT, latent_seconds
 from ...video.film_strip import film_strip
 from ...video.pipeline import Pipeline
@@ -178,6 +178,8 @@ def evaluate(plan: Plan, device: str, dtype: str, out: Path) -> list[Table]:
     """
     where = pick_device(device, dtype)
     pipelines = {student.name: Pipeline.load(StudentSource(student.path).open(), *where) for student in plan.students}
+    for pipeline in pipelines.values():
+        use_cpu_threads(pipeline.network.net)
     first = pipelines[plan.students[0].name]
     paths = long_paths(plan, first.card.fps)
     for kind, gap in itertools.product(KINDS, plan.gaps):
