@@ -214,7 +214,7 @@ REPORT_MISTAKES = {
     "no folder": ("kept.memory", ["-o", "nowhere/r.png"], "--output: nowhere/r.png"),
     "no fps": ("kept.memory", ["-o", "r.png", "--fps", "0"], "--fps: 0 is not a number above 0"),
     "another's attention": ("kept.memory", ["-o", "r.png", "--attention"], "made by another student"),
-    "nothing to look at": ("empty.memory", ["-o", "r.png", "--attention"], "nothing was made on it yet"),
+    "nothing to look at": ("empty.memory", ["-o", "r.png", "--attention"], "it has no segment"),
 }
 
 
@@ -407,7 +407,7 @@ def test_train_smoke_then_generate(run, generate, tmp_path):
 def test_a_dry_run_prints_settings_and_costs_as_they_are(run, tmp_path):
     code, err = run("train", "contextual", "--config", "wan2.1-1.3b", "--dry-run", f"out={tmp_path / 'none'}")
     assert code == 0, err
-    assert "self_attn.q" in run.out and "together" in run.out and "[bold]" not in run.out
+    assert "self_attn.q" in run.out and "total" in run.out and "[bold]" not in run.out
     assert not list(tmp_path.iterdir())
 
 
