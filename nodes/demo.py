@@ -8,10 +8,9 @@ import comfy.model_patcher
 import comfy.sd
 import torch
 
-from ..model.codecs.demo_text import encode_demo_text, unknown_words
+from ..model.codecs.demo_text import DemoTextEncoder
 from ..model.codecs.demo_vae import DemoCodec
 from ..model.units import FRAMES_PER_LATENT, LATENT_CHANNELS, PIXELS_PER_LATENT, pixel_frames
-from .shared import log
 
 WORDS = "context_forcing_words"
 """Key of a CONDITIONING's options under which DemoCLIP keeps the prompt, for reports. Other encoders do not."""
@@ -26,9 +25,8 @@ class DemoCLIP:
     def encode_from_tokens_scheduled(
         self, tokens: dict[str, str], unprojected: bool = False, add_dict: dict | None = None, show_pbar: bool = True
     ) -> list[list]:
-        if unknown := unknown_words(tokens["text"]):
-            log.warning("the demo student has no such words, they have no effect: %s", ", ".join(unknown))
-        return [[encode_demo_text(tokens["text"]), {"pooled_output": None, WORDS: tokens["text"], **(add_dict or {})}]]
+        rows = DemoTextEncoder().encode(tokens["text"])
+        return [[rows, {"pooled_output": None, WORDS: tokens["text"], **(add_dict or {})}]]
 
     def clone(self, disable_dynamic: bool = False) -> "DemoCLIP":
         return self
