@@ -60,8 +60,12 @@ def digest(header: dict, tensors: dict[str, torch.Tensor]) -> str:
     sha = hashlib.sha256(json.dumps(header).encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        sha.update(_bytes(tensor))
     return sha.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def load_memory(path: str | Path, student: str = "") -> Memory:
@@ -148,7 +152,7 @@ def fingerprint_memory(memory: Memory) -> str:
     stored = memory.store.tensors()
     for tensor in (*memory.latent_chunks, *(others + stored if memory.config.per_layer else stored + others)):
         sha.update(str(tuple(tensor.shape)).encode())
-        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        sha.update(_bytes(tensor))
     return sha.hexdigest()[:16]
 
 

@@ -13,9 +13,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from .attention import Attention, sdpa
+
+WanNet = Any
+"""A module tree with Wan's names, or one of its modules: WanModel, the network inside a ComfyUI MODEL, a wrapped one.
+
+The type of a submodule of nn.Module is `Tensor | Module`, so this is the only type that has the names.
+"""
 
 AttendSelf = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q_BTPNE, k_BTPNE, v_BTPNE) -> out_BTPNE"""
@@ -24,7 +30,7 @@ ModuleRunner = Callable[..., Any]
 """(module, function, *args) -> function(module, *args). The pass runs the network and its blocks through one."""
 
 
-def run_directly(module: nn.Module, function: Callable, *args):
+def run_directly(module: WanNet, function: Callable, *args):
     """The ModuleRunner that only calls the function."""
     return function(module, *args)
 
@@ -41,7 +47,7 @@ class TextContext(NamedTuple):
     num_groups: int = 1
 
 
-def embed_text(net: nn.Module, text_BLC: Tensor, num_groups: int = 1, run: ModuleRunner = run_directly) -> TextContext:
+def embed_text(net: WanNet, text_BLC: Tensor, num_groups: int = 1, run: ModuleRunner = run_directly) -> TextContext:
     """Text embeddings [B * G, L, C] -> keys and values of cross-attention.
 
     Wan attends to zero rows up to `text_len`. Their keys and values are equal, so they are computed once and get
@@ -63,7 +69,7 @@ def embed_text(net: nn.Module, text_BLC: Tensor, num_groups: int = 1, run: Modul
     return TextContext(keys, values, bias, num_groups)
 
 
-def _text_keys(block: nn.Module, embedded_BLD: Tensor) -> tuple[Tensor, Tensor]:
+def _text_keys(block: WanNet, embedded_BLD: Tensor) -> tuple[Tensor, Tensor]:
     attn = block.cross_attn
     return _heads(attn, attn.norm_k(attn.k(embedded_BLD))), _heads(attn, attn.v(embedded_BLD))
 
@@ -84,7 +90,7 @@ def padding_biases(count: int, dtype: torch.dtype) -> Tensor:
 
 
 def causal_forward(
-    net: nn.Module,
+    net: WanNet,
     x_BCTHW: Tensor,
     timestep_BT: Tensor,
     text: TextContext,
@@ -116,7 +122,7 @@ def _patch_dtype(weight: Tensor) -> torch.dtype:
 
 
 def _block(
-    block: nn.Module,
+    block: WanNet,
     layer: int,
     x_BTPD: Tensor,
     tproj_BT6D: Tensor,
@@ -140,7 +146,7 @@ def _block(
 # Layers get [B, S, D]: ComfyUI's fast fp8 layers take no other shape.
 
 
-def _until_attention(block: nn.Module, x_BTPD: Tensor, tproj_BT6D: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _until_attention(block: WanNet, x_BTPD: Tensor, tproj_BT6D: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     modulation_BT61D = (block.modulation.to(x_BTPD) + tproj_BT6D).unsqueeze(-2)
     attn, shift, scale = block.self_attn, modulation_BT61D[:, :, 0], modulation_BT61D[:, :, 1]
     y = (block.norm1(x_BTPD) * (1 + scale) + shift).flatten(1, 2)
@@ -149,14 +155,14 @@ def _until_attention(block: nn.Module, x_BTPD: Tensor, tproj_BT6D: Tensor) -> tu
     return q, k, v, modulation_BT61D
 
 
-def _until_text(block: nn.Module, x_BTPD: Tensor, y_BTPNE: Tensor, modulation_BT61D: Tensor) -> tuple[Tensor, Tensor]:
+def _until_text(block: WanNet, x_BTPD: Tensor, y_BTPNE: Tensor, modulation_BT61D: Tensor) -> tuple[Tensor, Tensor]:
     y = block.self_attn.o(y_BTPNE.flatten(-2).flatten(1, 2))
     x = x_BTPD + modulation_BT61D[:, :, 2] * y.view_as(x_BTPD)
     attn = block.cross_attn
     return x, _heads(attn, attn.norm_q(attn.q(block.norm3(x).flatten(1, 2))))
 
 
-def _after_text(block: nn.Module, x_BTPD: Tensor, y_BSNE: Tensor, modulation_BT61D: Tensor) -> Tensor:
+def _after_text(block: WanNet, x_BTPD: Tensor, y_BSNE: Tensor, modulation_BT61D: Tensor) -> Tensor:
     shift, scale, gate = modulation_BT61D[:, :, 3:].unbind(dim=2)
     x = x_BTPD + block.cross_attn.o(y_BSNE.reshape(x_BTPD.shape).flatten(1, 2)).view_as(x_BTPD)
     y = (block.norm2(x) * (1 + scale) + shift).flatten(1, 2)
@@ -172,13 +178,13 @@ def compiled(**options) -> ModuleRunner:
     parts = {part: torch.compile(part, **options) for part in (_until_attention, _until_text, _after_text)}
     inside = lambda block, part, *args: parts[part](block, *args)
 
-    def run(module: nn.Module, function: Callable, *args):
+    def run(module: WanNet, function: Callable, *args):
         return function(module, *args, inside) if function is _block else function(module, *args)
 
     return run
 
 
-def _heads(attn: nn.Module, x: Tensor) -> Tensor:
+def _heads(attn: WanNet, x: Tensor) -> Tensor:
     return x.unflatten(-1, (attn.num_heads, -1))
 
 

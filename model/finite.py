@@ -7,11 +7,11 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..memory.memory import Memory, all_finite
 from .attention import sdpa
-from .causal import TextContext
+from .causal import TextContext, WanNet
 from .flow import TIMESTEPS
 from .network import Network
 
@@ -60,10 +60,10 @@ class FiniteCheck:
         self.current_pass = ""
         return self.error("it, but not in a repeat", "generate again; if it happens again, check the device")
 
-    def __call__(self, module: nn.Module, function: Callable, *args):
+    def __call__(self, module: WanNet, function: Callable, *args):
         return (self._pass if module is self.network.net else self._block)(module, function, *args)
 
-    def _pass(self, net: nn.Module, function: Callable, x: Tensor, timestep: Tensor, text, attend_self) -> Tensor:
+    def _pass(self, net: WanNet, function: Callable, x: Tensor, timestep: Tensor, text, attend_self) -> Tensor:
         self.num_passes += 1
         sigma = float(timestep[0, -1]) / TIMESTEPS  # the last frame is never a start frame
         self.current_pass = f", step {self.num_passes} (noise level {sigma:.4g})" if sigma else ", the commit pass"
@@ -82,7 +82,7 @@ class FiniteCheck:
         return flow
 
     def _block(
-        self, block: nn.Module, function: Callable, layer: int, x: Tensor, tproj: Tensor, text: TextContext, *others
+        self, block: WanNet, function: Callable, layer: int, x: Tensor, tproj: Tensor, text: TextContext, *others
     ) -> Tensor:
         name = f"blocks.{layer}"
         if layer == 0:

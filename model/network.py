@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..memory.view import Rotate
 from .attention import Attention, plain, sdpa
-from .causal import AttendSelf, ModuleRunner, TextContext, causal_forward, embed_text, run_directly
+from .causal import AttendSelf, ModuleRunner, TextContext, WanNet, causal_forward, embed_text, run_directly
 from .flow import TIMESTEPS
 from .memory_attention import ChunkAttention, attention_over
 from .rope import rotary_table, rotate
@@ -24,7 +24,7 @@ from .rope import rotary_table, rotate
 class Network:
     """A module tree with Wan's names, the device and dtype it computes in, and how its modules run."""
 
-    net: nn.Module
+    net: WanNet
     device: torch.device
     dtype: torch.dtype
     attention: Attention = sdpa

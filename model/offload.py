@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .causal import WanNet
+
 Slot = dict[str, Tensor]
 
 
 class Offload:
     """A ModuleRunner for a network whose blocks stay in CPU memory. Its other modules move to the device."""
 
-    def __init__(self, net: nn.Module, device: torch.device):
+    def __init__(self, net: WanNet, device: torch.device):
         self.after = dict(zip(net.blocks, [*net.blocks[1:], net.blocks[0]]))
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         for name, module in net.named_children():

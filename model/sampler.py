@@ -140,17 +140,16 @@ class CausalSampler:
         if self.first_sigmas and not memory.slots.all:
             sigmas = self.first_sigmas
         attend_self = self.network.attend(view, memory.config.chunk, memory.latent_size)
-        x0 = flow = None
+        x0 = eps = None
         for step, sigma in enumerate(sigmas):
-            if x0 is not None and self.solver == "euler":
-                eps = x0 + flow
-            else:
+            if eps is None:
                 eps = torch.stack([noise(first + t, step) for t in range(memory.config.chunk)], dim=2)
                 eps = eps.to(self.network.device)
             x = with_start(eps if x0 is None else add_noise(x0, eps, sigma))
             flow = self.network.flow(x, sigma, self.text, attend_self, memory.num_start_frames)
             x0 = with_start(x0_from_flow(x, flow, sigma))
             yield x0
+            eps = x0 + flow if self.solver == "euler" else None
 
     def _start_frames(self, memory: Memory) -> Callable[[Tensor], Tensor]:
         """A function that sets the start frames of a chunk to their clean latents (docs/method.md, Start frames)."""

@@ -63,7 +63,7 @@ def generate_segment(
     blend = min(blend, num_chunks - 1)  # the segment ends under its own prompt
     for number in range(num_chunks):
         current = sampler
-        if differs and number < blend:
+        if before is not None and differs and number < blend:
             current = sampler_of(blend_text(before, text, (number + 1) / (blend + 1)))
         x0 = next(chunks, None)
         if x0 is None:

@@ -86,15 +86,13 @@ class WanModel(nn.Module):
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Draw random weights for training from scratch."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv3d)):
-                fan_in = module.weight[0].numel()
-                nn.init.normal_(module.weight, std=fan_in**-0.5, generator=generator)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, (Block, Head)):
-                nn.init.zeros_(module.modulation)
-        nn.init.zeros_(self.head.head.weight)
-        nn.init.zeros_(self.time_projection[1].weight)
+        for name, weight in self.named_parameters():
+            if name.endswith(("bias", "modulation")):
+                nn.init.zeros_(weight)
+            elif weight.ndim > 1:
+                nn.init.normal_(weight, std=weight[0].numel() ** -0.5, generator=generator)
+        for name in ("head.head.weight", "time_projection.1.weight"):
+            nn.init.zeros_(self.get_parameter(name))
         for block in self.blocks:
             # Gates start at one, shifts and scales at zero.
-            block.modulation.data[:, [2, 5]] = 1
+            block.get_parameter("modulation").data[:, [2, 5]] = 1
