@@ -11,7 +11,6 @@ CLEAN_POLICIES = ("novel", "clean", "fifo", "uniform")
 RELEASED = "released"
 POLICIES = (*CLEAN_POLICIES, RELEASED)
 EVICTIONS = ("oldest", "redundant")
-MINIMUM = {"sink": 0, "slow": 0, "chunk": 1, "uniform_stride": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +44,10 @@ class MemoryConfig:
     uniform_stride: int = 6
 
     def __post_init__(self):
-        for name in (*MINIMUM, "fast", "window"):
+        for name, least in dict(sink=0, slow=0, fast=0, chunk=1, window=0, uniform_stride=1).items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"{name}: {value!r} is not a whole number of latent frames")
-        for name, least in MINIMUM.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)} latent frames; it must be {least} or more")
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name}: {value!r} latent frames; it must be a whole number, {least} or more")
         least = self.chunk + 1 if self.slow else self.chunk
         if self.fast < least:
             raise ValueError(
@@ -67,7 +63,7 @@ class MemoryConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(choices)}")
         tau = self.slow_similarity_threshold
-        if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not -1 <= tau <= 1:
+        if type(tau) not in (int, float) or not -1 <= tau <= 1:
             raise ValueError(f"slow_similarity_threshold: {tau!r} is not a cosine; it must be a number in [-1, 1]")
 
     @property
@@ -92,7 +88,7 @@ class MemoryConfig:
 
     @classmethod
     def from_dict(cls, raw: object) -> "MemoryConfig":
-        """A config from a mapping. Raises ValueError for an unknown field or an impossible value."""
+        """A config from a mapping. Raises ValueError for an unknown field."""
         return cls(**checked_fields(cls, raw, "memory"))
 
 
@@ -108,7 +104,7 @@ Infinity-RoPE students (docs/method.md, Policies)."""
 
 
 def memory_preset(name: str) -> MemoryConfig:
-    """A memory by name. Raises ValueError for an unknown name."""
+    """An entry of MEMORY_PRESETS. Raises ValueError for an unknown name."""
     if name not in MEMORY_PRESETS:
         raise ValueError(f"memory: {name!r} is not one of {', '.join(MEMORY_PRESETS)}")
     return MEMORY_PRESETS[name]

@@ -17,14 +17,9 @@ else:
 
 log = logging.getLogger("context_forcing")
 
-UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""Errors of file systems without locks."""
-
-HELD = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
-"""Errors of a lock that another process has."""
-
-LOCKED_BYTE = 2**30
-"""Offset of the locked byte. Windows forbids to read a locked byte, so it is far after the text."""
+UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # the file system has no locks
+HELD = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # another process has the lock
+LOCKED_BYTE = 2**30  # far after the text, because Windows forbids to read a locked byte
 
 
 class HeldError(Exception):
@@ -41,8 +36,8 @@ def lock(path: Path) -> Iterator[None]:
     fd = _open_locked(path)
     try:
         os.ftruncate(fd, 0)
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        os.write(fd, f"pid {os.getpid()} on {socket.gethostname()}, since {since}".encode())
+        holder = f"pid {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        os.write(fd, holder.encode())
         yield
     finally:
         # Windows cannot delete an open file. Elsewhere it is deleted while locked, which _open_locked detects.

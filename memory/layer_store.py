@@ -7,7 +7,7 @@ Shapes: B batch (one video), T latent frames of a chunk, P tokens per latent fra
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,18 +16,15 @@ from torch import Tensor
 
 from .config import MemoryConfig
 from .policy import Decision, Slots
-from .stores import FrameKV, KVStore, by_pass
+from .stores import FrameKV, KVStore, kv_tensors
 from .view import Rotate
 
 FROM_NOISE = "policy released keeps keys of passes over noise, which cannot be computed from the latents"
-UNSUPPORTED = {
+NO_CHANGE = "change: {} is not supported by policy released; use keep"
+UNSUPPORTED = {name: NO_CHANGE.format(name) for name in ("recache", "flush", "cut", "cut_new_sink")} | {
     "compact": f"compact: {FROM_NOISE}; use the exact form",
     "recommit": f"recommit: {FROM_NOISE}; generate the chunks again",
     "attention report": "attention: with policy released every layer attends to other frames; leave the report out",
-    **{
-        name: f"change: {name} is not supported by policy released; use keep"
-        for name in ("recache", "flush", "cut", "cut_new_sink")
-    },
 }
 
 
@@ -97,6 +94,7 @@ class LayerView:
 class LayerStore(KVStore):
     """Slots per layer. `slots` are the frames that any layer remembers."""
 
+    unsupported = UNSUPPORTED
     layers: tuple[LayerSlots, ...] = ()
     """Empty before the first chunk."""
 
@@ -118,25 +116,18 @@ class LayerStore(KVStore):
         for layer in self.layers:
             yield from zip(layer.frames, layer.entries)
 
-    def to(self, device: torch.device, dtype: torch.dtype | None, before: KVStore | None) -> "LayerStore":
-        """Descriptors stay on their device."""
-        existing = by_pass(before)
-        move = lambda kv: kv.to(device, dtype, existing.get(id(kv.written)))
-        layers = (dataclasses.replace(layer, entries=tuple(map(move, layer.entries))) for layer in self.layers)
+    def map(self, change: Callable[[FrameKV], FrameKV]) -> "LayerStore":
+        layers = (dataclasses.replace(layer, entries=tuple(map(change, layer.entries))) for layer in self.layers)
         return dataclasses.replace(self, layers=tuple(layers))
 
     def tensors(self) -> list[Tensor]:
-        tensors = []
-        for layer in self.layers:
-            tensors += [tensor for kv in layer.entries for tensor in (kv.keys, kv.values)]
-            tensors.append(layer.descriptor)
-        return tensors
+        return [tensor for layer in self.layers for tensor in (*kv_tensors(layer.entries), layer.descriptor)]
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         tensors = {}
         for number, layer in enumerate(self.layers):
-            tensors[f"keys.{number}"] = torch.stack([entry.keys for entry in layer.entries]).cpu()
-            tensors[f"values.{number}"] = torch.stack([entry.values for entry in layer.entries]).cpu()
+            for part in ("keys", "values"):
+                tensors[f"{part}.{number}"] = torch.stack([getattr(entry, part) for entry in layer.entries]).cpu()
             tensors[f"descriptor.{number}"] = layer.descriptor.cpu()
         return {"layers": [[layer.frames, layer.num_slow] for layer in self.layers]}, tensors
 
@@ -163,7 +154,4 @@ class LayerStore(KVStore):
 
     @property
     def key_shapes(self) -> set[tuple[int, ...]]:
-        return {(len(self.layers), *kv.keys.shape) for _, kv in self.frame_kvs()}
-
-    def unsupported(self, operation: str) -> str:
-        return UNSUPPORTED.get(operation, "")
+        return {(len(self.layers), *shape) for shape in super().key_shapes}

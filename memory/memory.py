@@ -112,12 +112,12 @@ class Memory:
 
     def supports(self, operation: str) -> bool:
         """Whether the store supports one of OPERATIONS."""
-        return not self.store.unsupported(operation)
+        return operation not in self.store.unsupported
 
     def check_supports(self, operation: str) -> None:
         """Raises ValueError if the store does not support one of OPERATIONS."""
-        if reason := self.store.unsupported(operation):
-            raise ValueError(reason)
+        if not self.supports(operation):
+            raise ValueError(self.store.unsupported[operation])
 
     def check_change(self, change: str) -> None:
         """Raises ValueError for an unknown change, and for one that the store does not support."""
@@ -147,24 +147,18 @@ class Memory:
         Raises ValueError if the video has begun, and for latents that do not fit or are not finite.
         """
         if self.latent_chunks:
-            raise ValueError(
-                f"memory: the video has {self.num_frames} latent frames; a start image or clip needs an empty memory"
-            )
+            raise ValueError(f"memory: it has {self.num_frames} frames; a start image or clip needs an empty memory")
         if self.start_latents is not None:
             raise ValueError("memory: it has a start image or clip already; use one")
         self._check_fits(latents_BCTHW)
         if not all_finite([latents_BCTHW]):
-            raise ValueError(
-                "latents: NaN or infinity in the start image or clip; check the file, or run the VAE in fp32"
-            )
+            raise ValueError("latents: NaN or infinity in the start image or clip; check it, or run the VAE in fp32")
         return dataclasses.replace(self, start_latents=latents_BCTHW.detach().to("cpu", torch.float32, copy=True))
 
     def _check_fits(self, latents_BCTHW: Tensor) -> None:
         shape = tuple(latents_BCTHW.shape)
         if len(shape) != 5 or not shape[2] or (shape[0], shape[1], *shape[3:]) != (1, *self.latent_size):
-            raise ValueError(
-                f"latents: shape {shape} does not fit; it must be [1, C, T, H, W] with C, H, W = {self.latent_size}"
-            )
+            raise ValueError(f"latents: shape {shape}; it must be [1, C, T, H, W] with C, H, W = {self.latent_size}")
 
     def append(self, latents_BCTHW: Tensor, new_kv: Sequence[Any]) -> "Memory":
         """Commit a chunk: clean latents, and per layer what the pass over them left for the store (KVStore.append)."""
@@ -197,13 +191,8 @@ class Memory:
         """Clean latents [1, C, T, H, W] of absolute frames, for example `slots.slow`."""
         if not frames:
             return torch.zeros(1, self.latent_size[0], 0, *self.latent_size[1:])
-        selected, first, parts = set(frames), 0, {}
-        for chunk in self.latent_chunks:
-            for t in range(chunk.shape[2]):
-                if first + t in selected:
-                    parts[first + t] = chunk[:, :, t : t + 1]
-            first += chunk.shape[2]
-        return torch.cat([parts[frame] for frame in frames], dim=2)
+        latents = [latent for chunk in self.latent_chunks for latent in chunk.split(1, dim=2)]
+        return torch.cat([latents[frame] for frame in frames], dim=2)
 
     def to(
         self, device: torch.device | str, dtype: torch.dtype | None = None, before: "Memory | None" = None

@@ -144,21 +144,11 @@ def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
 
 def fingerprint_memory(memory: Memory) -> str:
     """Short hash of a memory that a video begins from. Journals store it, so it must not change between releases."""
-    config = _literal("MemoryConfig", dataclasses.asdict(memory.config))
-    segments = tuple(_literal("Segment", dataclasses.asdict(segment)) for segment in memory.segments)
-    slots = _literal("Slots", dict(zip(SLOT_NAMES, dataclasses.astuple(memory.slots))))
-    sha = hashlib.sha256(repr((config, memory.latent_size, slots, segments)).encode())
+    slots = repr(memory.slots).replace("similarity_to_previous", "likeness")
+    sha = hashlib.sha256(f"({memory.config}, {memory.latent_size}, {slots}, {memory.segments})".encode())
     others = [tensor for tensor in (memory.text, memory.start_latents) if tensor is not None]
     stored = memory.store.tensors()
     for tensor in (*memory.latent_chunks, *(others + stored if memory.config.per_layer else stored + others)):
         sha.update(str(tuple(tensor.shape)).encode())
         sha.update(_bytes(tensor))
     return sha.hexdigest()[:16]
-
-
-class _Literal(str):
-    __repr__ = str.__str__
-
-
-def _literal(name: str, fields: dict) -> _Literal:
-    return _Literal(f"{name}({', '.join(f'{key}={value!r}' for key, value in fields.items())})")

@@ -5,9 +5,9 @@ Shapes: B batch (one video), T latent frames of a chunk, P tokens per latent fra
 
 import abc
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -42,12 +42,19 @@ class FrameKV:
         return FrameKV(self.keys.to(device, dtype), self.values.to(device, dtype), self.written)
 
 
+def kv_tensors(kvs: Iterable[FrameKV]) -> Iterator[Tensor]:
+    """Keys and values in turn."""
+    return (tensor for kv in kvs for tensor in (kv.keys, kv.values))
+
+
 @dataclass(frozen=True, kw_only=True)
 class KVStore(abc.ABC):
     """Interface of stores."""
 
     slots: Slots = field(default_factory=Slots)
     """The remembered latent frames."""
+    unsupported: ClassVar[Mapping[str, str]] = {}
+    """Operations (memory.OPERATIONS) that the store cannot do, each with an error message."""
 
     @abc.abstractmethod
     def append(
@@ -67,8 +74,8 @@ class KVStore(abc.ABC):
         """All keys and values, each with its latent frame."""
 
     @abc.abstractmethod
-    def to(self, device: torch.device, dtype: torch.dtype | None, before: "KVStore | None") -> "KVStore":
-        """The same store on a device. Entries that `before` has there already are shared."""
+    def map(self, change: Callable[[FrameKV], FrameKV]) -> "KVStore":
+        """The store with all keys and values replaced."""
 
     @abc.abstractmethod
     def state(self) -> tuple[dict, dict[str, Tensor]]:
@@ -88,18 +95,19 @@ class KVStore(abc.ABC):
         `elements` are the key elements of one frame in one layer.
         """
 
+    def to(self, device: torch.device, dtype: torch.dtype | None, before: "KVStore | None") -> "KVStore":
+        """The same keys and values on a device. Those that `before` has there already are shared."""
+        existing = {id(kv.written): kv for _, kv in before.frame_kvs()} if before else {}
+        return self.map(lambda kv: kv.to(device, dtype, existing.get(id(kv.written))))
+
     @property
-    @abc.abstractmethod
     def key_shapes(self) -> set[tuple[int, ...]]:
         """Shapes of the frames' keys, [layers, B, P, N, E]."""
+        return {tuple(kv.keys.shape) for _, kv in self.frame_kvs()}
 
     def tensors(self) -> list[Tensor]:
         """All tensors of the store."""
-        return [tensor for _, kv in self.frame_kvs() for tensor in (kv.keys, kv.values)]
-
-    def unsupported(self, operation: str) -> str:
-        """The reason why this store cannot do an operation (memory.OPERATIONS); empty if it can."""
-        return ""
+        return list(kv_tensors(kv for _, kv in self.frame_kvs()))
 
     def restrict_to(self, frames: Collection[int]) -> "KVStore":
         """The store with only these latent frames, for `flush` and `cut`."""
@@ -147,16 +155,12 @@ class FrameStore(KVStore):
     def frame_kvs(self) -> Iterator[tuple[int, FrameKV]]:
         yield from self.frames.items()
 
-    def to(self, device: torch.device, dtype: torch.dtype | None, before: KVStore | None) -> "FrameStore":
-        existing = by_pass(before)
-        frames = {frame: kv.to(device, dtype, existing.get(id(kv.written))) for frame, kv in self.frames.items()}
-        return dataclasses.replace(self, frames=frames)
+    def map(self, change: Callable[[FrameKV], FrameKV]) -> "FrameStore":
+        return dataclasses.replace(self, frames={frame: change(kv) for frame, kv in self.frames.items()})
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
-        tensors = {}
-        for frame, kv in self.frames.items():
-            tensors |= {f"keys.{frame}": kv.keys.cpu().contiguous(), f"values.{frame}": kv.values.cpu().contiguous()}
-        return {}, tensors
+        named = ((f"{part}.{n}", getattr(kv, part)) for n, kv in self.frames.items() for part in ("keys", "values"))
+        return {}, {name: tensor.cpu().contiguous() for name, tensor in named}
 
     @classmethod
     def from_state(cls, slots: Slots, header: dict, tensors: dict[str, Tensor]) -> "FrameStore":
@@ -177,10 +181,6 @@ class FrameStore(KVStore):
         stored = frame * (copies * config.capacity + config.chunk)
         return stored, max(rotated, appended), frame * config.chunk + compared
 
-    @property
-    def key_shapes(self) -> set[tuple[int, ...]]:
-        return {tuple(kv.keys.shape) for kv in self.frames.values()}
-
     def restrict_to(self, frames: Collection[int]) -> "FrameStore":
         keep = lambda part: tuple(frame for frame in part if frame in frames)
         slots, fast = self.slots, keep(self.slots.fast)
@@ -193,11 +193,6 @@ class FrameStore(KVStore):
 
     def compact(self) -> "FrameStore":
         return dataclasses.replace(self, frames={})
-
-
-def by_pass(store: KVStore | None) -> dict[int, FrameKV]:
-    """Entries of a store by the identity of the pass that computed them."""
-    return {id(kv.written): kv for _, kv in store.frame_kvs()} if store else {}
 
 
 def _by_frame(frames: Sequence[int], new_kv: Sequence[tuple[Tensor, Tensor]]) -> dict[int, FrameKV]:

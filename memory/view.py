@@ -26,9 +26,7 @@ class LazyLayers(Sequence):
         return self.num_layers
 
     def __getitem__(self, layer: int) -> Tensor:
-        if not 0 <= layer < self.num_layers:
-            raise IndexError(layer)
-        return self.make(layer)
+        return self.make(range(self.num_layers)[layer])  # IndexError after the last layer
 
 
 @dataclass(frozen=True)
