@@ -51,6 +51,6 @@ def encode(
     for name, reason in list(summary.skipped.items())[:MAX_SKIPPED]:
         say(f"skipped {name}: {reason}")
     say(
-        f"{output}: {summary.clips} clips ({summary.new_clips} new) of {summary.through} sources,"
+        f"{output}: {summary.clips} clips ({summary.new_clips} new) of {summary.num_finished} sources,"
         f" {len(summary.skipped)} skipped; the manifest lists all"
     )

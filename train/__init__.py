@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 
-def run_stage(stage: str, config: str, overrides: Sequence[str], resume: bool) -> Path:
+def run_stage(stage: str, config_name: str, overrides: Sequence[str], resume: bool) -> Path:
     """Run one stage with named settings or those of a YAML file; returns the exported file. Raises ValueError."""
+    from .config import ExportConfig
     from .loop import export_run, train
     from .presets import config_from_json, load_config
 
-    settings = load_config(stage, config, overrides)
-    if stage == "export":
+    settings = load_config(stage, config_name, overrides)
+    if isinstance(settings, ExportConfig):
         build = lambda name, raw: _build(name, config_from_json(name, raw))
         return export_run(Path(settings.run), Path(settings.out), build)
     return train(_build(stage, settings), stage, resume)
@@ -31,7 +32,7 @@ def _build(stage: str, settings: Any):
     return kinds.get(stage, DistillStage)(settings, start_parallel(settings.device))
 
 
-def plan_stage(stage: str, config: str, overrides: Sequence[str]) -> list[Any]:
+def plan_stage(stage: str, config_name: str, overrides: Sequence[str]) -> list[Any]:
     """What a dry run prints: the settings, and a table of the costs of one process if there is a network to train."""
     import yaml
 
@@ -39,9 +40,9 @@ def plan_stage(stage: str, config: str, overrides: Sequence[str]) -> list[Any]:
     from .plan import plan
     from .presets import load_config
 
-    settings = load_config(stage, config, overrides)
+    settings = load_config(stage, config_name, overrides)
     plain = json.loads(json.dumps(dataclasses.asdict(settings)))
-    parts: list[Any] = [f"{stage}, {config}", yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)]
+    parts: list[Any] = [f"{stage}, {config_name}", yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)]
     if isinstance(settings, NetworkConfig):
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         parts.append(plan(settings, world_size).table(f"one of {world_size} processes, an iteration"))

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from ..model.checkpoints.containers import read_json
 from .stage import Stage
@@ -54,7 +55,7 @@ class Checkpoints:
             part.mkdir(parents=True)
         self.parallel.barrier()
         with _without_single_process_warning():
-            dcp.save(self._tensors(), checkpoint_id=part, no_dist=not dist.is_initialized())
+            save_tensors(self._tensors(), checkpoint_id=part, no_dist=not dist.is_initialized())
         torch.save(self.stage.extra_state(), part / f"rank{self.parallel.rank}.pt")
         self.parallel.barrier()
         if self.parallel.is_main:
@@ -84,7 +85,7 @@ class Checkpoints:
             self._load_extra_state(run["world_size"], path)
         tensors = self._tensors()
         with _without_single_process_warning():
-            dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+            load_tensors(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
         for name, trained in self.stage.trained.items():
             trained.load_state(tensors[name], run["progress"][name])
         return run

@@ -16,7 +16,7 @@ from context_forcing.model.codecs.demo_text import encode_demo_text
 from context_forcing.model.codecs.umt5 import clean_text
 from context_forcing.train.data import encode as encode_module
 from context_forcing.train.data.clips import random_clip
-from context_forcing.train.data.encode import EncodeSettings, SetEncoder, WanEncoder, encode
+from context_forcing.train.data.encode import Encoder, EncodeSettings, SetEncoder, load_encoder
 from context_forcing.train.data.shards import MANIFEST, EncodedSet, open_shard, read_manifest
 from context_forcing.train.data.sources import Source, list_sources
 from context_forcing.train.world.camera import view
@@ -103,7 +103,7 @@ def test_clips_are_the_videos_consecutive_frames(videos, tmp_path):
     assert [(e.source, e.start) for e in manifest.entries] == [
         ("a.mp4", 0), ("a.mp4", step), ("b.mp4", 0), ("b.mp4", step), ("b.mp4", 2 * step), ("sub/c.mp4", 0),
     ]  # fmt: skip
-    encoder, wrong = encode_module.DemoEncoder(torch.device("cpu")), []
+    encoder, wrong = load_encoder(SETTINGS, with_vae=True), []
     for entry in manifest.entries:
         latents, text = tensors(tmp_path / "set", entry)
         assert latents.shape == (16, 4, 8, 16) and latents.dtype == torch.float16
@@ -267,15 +267,15 @@ def test_another_header_is_refused(videos, tmp_path):
         (dict(frames=4, dtype="bf16"), "dtype: bf16 now, fp16 when"),
     ):
         with pytest.raises(ValueError, match=message):
-            encode(videos, tmp_path / "set", EncodeSettings(**change))
+            SetEncoder(videos, tmp_path / "set", EncodeSettings(**change))
     with pytest.raises(ValueError, match="source: "):
-        encode(videos / "sub", tmp_path / "set", SETTINGS)
+        SetEncoder(videos / "sub", tmp_path / "set", SETTINGS)
     assert contents(tmp_path / "set") == before
 
 
 def test_latents_that_do_not_fit_the_type_are_reported(videos, tmp_path, monkeypatch):
     huge = torch.full((16, 4, 8, 16), 1e5)
-    monkeypatch.setattr(encode_module.DemoEncoder, "latents", lambda self, pixels: huge)
+    monkeypatch.setattr(Encoder, "latents", lambda self, pixels: huge)
     summary = run(videos, tmp_path / "set")
     assert summary.clips == 0 and all("not finite in fp16" in reason for reason in summary.skipped.values())
     assert run(videos, tmp_path / "bf16", EncodeSettings(frames=4, dtype="bf16")).clips == 6
@@ -469,7 +469,7 @@ def test_missing_libraries_are_named(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
     monkeypatch.setitem(__import__("sys").modules, "ftfy", None)
     with pytest.raises(ValueError, match=r"ftfy is not installed; pip install 'context-forcing\[wan\]'"):
-        WanEncoder(tmp_path, torch.device("cpu"), with_vae=False)
+        load_encoder(EncodeSettings(model=str(tmp_path)), with_vae=False)
 
 
 def test_text_is_cleaned_as_wan_does():
@@ -538,7 +538,7 @@ def test_wan_latents_and_text_are_what_the_libraries_give(tiny_wan, whole_videos
     assert len(text) == length < 512
     torch.testing.assert_close(text.float(), rows[:length], atol=2e-3, rtol=2e-3)
     assert EncodedSet(tmp_path / "set", 0).sample(5)[0].shape == (1, 16, 4, 6, 8)
-    assert len(WanEncoder(tiny_wan, torch.device("cpu"), False).text("day " * 600)) == 512
+    assert len(load_encoder(EncodeSettings(model=str(tiny_wan)), False).text("day " * 600)) == 512
 
 
 @pytest.mark.slow
@@ -548,7 +548,7 @@ def test_a_wan_folder_with_something_else_in_it_is_refused(tiny_wan, whole_video
 
     def refused(folder, message):
         with pytest.raises(ValueError, match=message):
-            encode(whole_videos, tmp_path / "set", EncodeSettings(model=str(folder), **WAN))
+            SetEncoder(whole_videos, tmp_path / "set", EncodeSettings(model=str(folder), **WAN))
         assert not (tmp_path / "set").exists()
 
     other = shutil.copytree(tiny_wan, tmp_path / "other")

@@ -1,7 +1,9 @@
 """Encoded sets on disk: a kill at any time damages nothing, and every sample number has its clip."""
 
 import json
+import os
 import shutil
+import stat
 
 import pytest
 import torch
@@ -138,28 +140,27 @@ def test_wherever_the_manifest_is_cut_the_set_is_made_whole(folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["fsync", "replace"])
-def test_an_error_while_writing_loses_nothing_whole(folder, tmp_path, monkeypatch, name):
-    """A full disk at the first, second ... sixth time that something is written through or put in its place."""
-    true = getattr(shards.os, name)
-    for failing in range(1, 7):
-        calls = 0
+@pytest.mark.parametrize("failing", range(1, 7))
+def test_an_error_while_writing_loses_nothing_that_was_complete(folder, tmp_path, monkeypatch, name, failing):
+    """A full disk at the first, second ... sixth time that a file is flushed or renamed."""
+    original, calls = getattr(shards.os, name), 0
 
-        def fail(*args):
-            nonlocal calls
-            calls += 1
-            if calls == failing:
-                raise OSError(28, "No space left on device")
-            return true(*args)
+    def fail(*args):
+        nonlocal calls
+        # An error of a folder's fsync is ignored: some file systems do not support it.
+        calls += name == "replace" or stat.S_ISREG(os.fstat(args[0]).st_mode)
+        if calls == failing:
+            raise OSError(28, "No space left on device")
+        return original(*args)
 
-        again = tmp_path / str(failing)
-        with monkeypatch.context() as patch:
-            patch.setattr(shards.os, name, fail)
-            with pytest.raises(ValueError, match="output: .* cannot be written .No space"):
-                write(again)
-        before = read_manifest(again).entries if (again / MANIFEST).exists() else []
-        write(again)
-        assert contents(again) == contents(folder)
-        assert read_manifest(again).entries[: len(before)] == before
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.os, name, fail)
+        with pytest.raises(ValueError, match="output: .* cannot be written .No space"):
+            write(tmp_path)
+    before = read_manifest(tmp_path).entries if (tmp_path / MANIFEST).exists() else []
+    write(tmp_path)
+    assert contents(tmp_path) == contents(folder)
+    assert read_manifest(tmp_path).entries[: len(before)] == before
 
 
 def test_a_set_can_be_read_while_it_is_written(tmp_path):

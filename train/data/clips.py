@@ -242,13 +242,15 @@ def _open_set(config: NetworkConfig, num_frames: int | None) -> EncodedSet:
             f"data: {folder} was encoded by {header.model}, preset {config.preset} cannot read it; encode"
             f" {'without --model' if backbone is DEMO else 'with --model, a copy of Wan'}"
         )
-    if num_frames and not header.frames:
+    if num_frames is None:
+        return encoded
+    if header.frames is None:
         raise ValueError(f"data: {folder} holds prompts only; this stage learns from videos")
-    if num_frames and header.frames < num_frames:
+    if header.frames < num_frames:
         raise ValueError(
             f"data: clips of {folder} have {header.frames} latent frames, {num_frames} are needed; encode with"
             f" --frames {num_frames}, or lower num_chunks"
         )
-    if num_frames and header.size != tuple(config.size):
+    if header.size != tuple(config.size):
         raise ValueError(f"size: {tuple(config.size)}, but {folder} was encoded at {header.size}")
     return encoded

@@ -1,4 +1,4 @@
-"""Videos with captions, or prompts, -> a set of shards (shards.py): what a trainer of real students reads.
+"""Videos with captions, or prompts -> an encoded set (shards.py).
 
 Shapes: C latent channels, T latent frames, F pixel frames, H W pixels, h w latents, L text tokens.
 """
@@ -6,29 +6,28 @@ Shapes: C latent channels, T latent frames, F pixel frames, H W pixels, h w late
 import hashlib
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...model.codecs.backbone import DEMO, WAN, backbone_of
-from ...model.codecs.base import normalise
+from ...model.codecs.base import VAE, normalise
 from ...model.codecs.demo_text import canonical_words, encode_demo_text
 from ...model.codecs.demo_vae import DEMO_CODEC, load_demo_codec
 from ...model.codecs.umt5 import load_umt5
 from ...model.codecs.wan_vae import load_wan_vae
-from ...model.device import pick_device
+from ...model.device import dtype_named, pick_device
 from ...model.fingerprint import fingerprint
 from ...model.units import check_size, pixel_frames
 from ...video.frames import to_pixels
 from ...video.reading import VideoError, check_video, read_runs
+from ..config import check_choice, check_range
 from .shards import Header, ShardWriter
 from .sources import Source, list_sources
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 WAN_FOLDERS = ("vae", "text_encoder", "tokenizer")
 WAN_EXAMPLE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 
@@ -40,40 +39,38 @@ class EncodeSettings:
     model: str = "demo"
     """`demo`, or a folder in diffusers' layout with Wan 2.1's VAE, UMT5 and its tokenizer."""
     size: tuple[int, int] | None = None
-    """Width and height in pixels, multiples of 16; None is 128 x 64 for the demo codec, 832 x 480 for Wan's."""
+    """Width and height in pixels, multiples of 16; None is the model's default."""
     fps: int = 16
     frames: int = 42
-    """Latent frames of a clip: 1 + 4 (frames - 1) pixel frames."""
+    """Latent frames of a clip, 1 + 4 (frames - 1) pixel frames."""
     max_clips: int | None = None
-    """Stop when the set holds so many."""
+    """Stop when the set has this many clips."""
     dtype: str = "fp16"
     shard_mb: int = 256
-    """A shard is closed when it holds so many megabytes."""
+    """Megabytes of a shard."""
     device: str = "auto"
     retry: bool = False
     """Try skipped sources again."""
 
     def __post_init__(self):
-        for name in ("fps", "frames", "shard_mb"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} must be 1 or more")
-        if self.max_clips is not None and self.max_clips < 1:
-            raise ValueError(f"max_clips: {self.max_clips} must be 1 or more")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        check_range(self, "fps", "frames", "shard_mb", least=1)
+        if self.max_clips is not None:
+            check_range(self, "max_clips", least=1)
+        check_choice(self, "dtype", ("fp16", "bf16"))
         if self.size is not None:
             check_size(*self.size)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a run has made, and what the set holds with that of earlier runs."""
+    """State of a set, and what this run added."""
 
-    clips: int = 0
-    new_clips: int = 0
-    through: int = 0
-    """Sources that are through."""
-    skipped: dict[str, str] = field(default_factory=dict)
+    clips: int
+    new_clips: int
+    num_finished: int
+    """Sources of which all clips are in the set."""
+    skipped: dict[str, str]
+    """Skipped sources with the reasons."""
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -84,136 +81,107 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-class Encoder(Protocol):
-    """A VAE and a text encoder. `vae` and `text_encoder` are their fingerprints; `size` is the default."""
+@dataclass(frozen=True)
+class Encoder:
+    """A text encoder and, for videos, a VAE."""
 
-    vae: str | None
-    text_encoder: str
+    device: torch.device
     size: tuple[int, int]
+    """Default width and height in pixels."""
+    text: Callable[[str], Tensor]
+    """Prompt -> float32 rows [L, 4096], without padding."""
+    text_name: str
+    """Fingerprint of the text encoder."""
+    vae: VAE | None
+    vae_name: str | None
 
     def latents(self, pixels_FHWC: np.ndarray) -> Tensor:
         """uint8 pixels, F = 1 + 4 (T - 1) -> normalised float32 latents [C, T, h, w]."""
-
-    def text(self, prompt: str) -> Tensor:
-        """float32 rows [L, 4096], without padding."""
-
-
-class DemoEncoder:
-    """The demo student's codec and text encoder."""
-
-    size = DEMO.size
-    text_encoder = "demo"
-
-    def __init__(self, device: torch.device):
-        self.vae = hashlib.sha256(DEMO_CODEC.read_bytes()).hexdigest()[:16]
-        self.device = device
-        self._codec = load_demo_codec().to(device)
-
-    def latents(self, pixels_FHWC: np.ndarray) -> Tensor:
-        return normalise(self._codec.encode(to_pixels(pixels_FHWC).to(self.device)))[0]
-
-    def text(self, prompt: str) -> Tensor:
-        return encode_demo_text(prompt)[0, : len(set(canonical_words(prompt)))]
-
-
-class WanEncoder:
-    """Wan 2.1's VAE in float32 and UMT5, from a local folder; nothing is downloaded.
-
-    Raises ValueError, one line, for a folder without them, weights of something else, or missing libraries.
-    """
-
-    size = WAN.size
-
-    def __init__(self, folder: Path, device: torch.device, with_vae: bool):
-        for name in WAN_FOLDERS[0 if with_vae else 1 :]:
-            if not (folder / name).is_dir():
-                raise ValueError(
-                    f"model: {folder} has no folder {name}; give `demo`, or a folder in diffusers' layout such as a"
-                    f" copy of {WAN_EXAMPLE} with {', '.join(WAN_FOLDERS)}"
-                )
-        self.device, self.vae = device, None
-        if with_vae:
-            self._vae = load_wan_vae(folder / "vae").to(device)
-            self.vae = fingerprint(self._vae)
-        self._umt5 = load_umt5(folder / "text_encoder", device, folder / "tokenizer", resident=True)
-        self.text_encoder = self._umt5.name
-
-    def latents(self, pixels_FHWC: np.ndarray) -> Tensor:
-        return normalise(self._vae.encode(to_pixels(pixels_FHWC).to(self.device)))[0]
-
-    def text(self, prompt: str) -> Tensor:
-        return self._umt5.encode([prompt])[0]
+        assert self.vae is not None
+        return normalise(self.vae.encode(to_pixels(pixels_FHWC).to(self.device)))[0]
 
 
 def load_encoder(settings: EncodeSettings, with_vae: bool) -> Encoder:
-    """What `settings.model` names. Raises ValueError where it is not there."""
-    device, _ = pick_device(settings.device, "auto")
+    """The encoder of `settings.model`. Nothing is downloaded; Wan's VAE runs in float32.
+
+    Raises ValueError, one line, for missing or wrong files and missing libraries.
+    """
+    device, _ = pick_device(settings.device)
     if backbone_of(settings.model) is DEMO:
-        return DemoEncoder(device)
-    return WanEncoder(Path(settings.model), device, with_vae)
-
-
-def make_header(path: Path, settings: EncodeSettings, encoder: Encoder, of_videos: bool) -> Header:
-    """What the set of this source would be."""
-    shared = dict(source=str(path.resolve()), text_encoder=encoder.text_encoder, dtype=settings.dtype)
-    name = settings.model if backbone_of(settings.model) is DEMO else Path(settings.model).resolve().name
-    if not of_videos:
-        return Header(**shared, model=name, vae=None)
-    return Header(
-        **shared,
-        model=name,
-        vae=encoder.vae,
-        fps=settings.fps,
-        size=settings.size or encoder.size,
-        frames=settings.frames,
-    )
+        rows = lambda prompt: encode_demo_text(prompt)[0, : len(set(canonical_words(prompt)))]
+        vae_name = hashlib.sha256(DEMO_CODEC.read_bytes()).hexdigest()[:16]
+        return Encoder(device, DEMO.size, rows, "demo", load_demo_codec().to(device), vae_name)
+    folder = Path(settings.model)
+    for name in WAN_FOLDERS[0 if with_vae else 1 :]:
+        if not (folder / name).is_dir():
+            raise ValueError(
+                f"model: {folder} has no folder {name}; give `demo`, or a folder in diffusers' layout such as a"
+                f" copy of {WAN_EXAMPLE} with {', '.join(WAN_FOLDERS)}"
+            )
+    vae = load_wan_vae(folder / "vae").to(device) if with_vae else None
+    umt5 = load_umt5(folder / "text_encoder", device, folder / "tokenizer", resident=True)
+    rows = lambda prompt: umt5.encode([prompt])[0]
+    return Encoder(device, WAN.size, rows, umt5.name, vae, fingerprint(vae) if vae else None)
 
 
 class SetEncoder:
-    """One run over a source: what the set holds already is not done again."""
+    """Encodes a source into a set, or continues a set. Raises ValueError, one line, for a mistake of the user."""
 
-    def __init__(self, path: Path, output: Path, settings: EncodeSettings):
-        self.settings = settings
-        self.sources = list_sources(path)
+    def __init__(self, path: str | Path, output: str | Path, settings: EncodeSettings):
+        self.settings, self.sources = settings, list_sources(Path(path))
+        self.dtype = dtype_named(settings.dtype)
         of_videos = self.sources[0].video is not None
         self.encoder = load_encoder(settings, of_videos)
-        self.header = make_header(path, settings, self.encoder, of_videos)
-        self.writer = ShardWriter(output, self.header, settings.shard_mb * 2**20)
-        self.before = self.writer.num_clips
+        self.size = settings.size or self.encoder.size
+        header = Header(
+            source=str(Path(path).resolve()),
+            model="demo" if backbone_of(settings.model) is DEMO else Path(settings.model).resolve().name,
+            vae=self.encoder.vae_name if of_videos else None,
+            text_encoder=self.encoder.text_name,
+            dtype=settings.dtype,
+            fps=settings.fps if of_videos else None,
+            size=self.size if of_videos else None,
+            frames=settings.frames if of_videos else None,
+        )
+        self.writer = ShardWriter(output, header, settings.shard_mb * 2**20)
+        self.clips_before = self.writer.num_clips
 
     @torch.inference_mode()
-    def run(self, on_clip: Callable[[int, Summary], None] = lambda done, summary: None) -> Summary:
-        """Encode what is missing; `on_clip` sees the number of sources looked at, after every clip and source."""
+    def run(self, on_clip: Callable[[int, Summary], None] = lambda num_sources, summary: None) -> Summary:
+        """Encode what is missing. `on_clip` gets the number of processed sources after every clip and source."""
+        manifest = self.writer.manifest
         if not self.writer.has_empty_text():
-            self.writer.write_empty_text(self.encoder.text("").to(DTYPES[self.settings.dtype]))
-        for done, source in enumerate(self.sources):
-            on_clip(done, self.summary())
+            self.writer.write_empty_text(self.encoder.text("").to(self.dtype))
+        for number, source in enumerate(self.sources):
+            on_clip(number, self.summary())
             if self._is_full():
                 break
-            skipped = source.name in self.writer.manifest.skipped and not self.settings.retry
-            if skipped or source.name in self.writer.manifest.finished:
+            if source.name in manifest.finished or (source.name in manifest.skipped and not self.settings.retry):
                 continue
             try:
                 for _ in self._encode(source):
-                    on_clip(done, self.summary())
+                    on_clip(number, self.summary())
             except VideoError as error:
                 self.writer.skip(source.name, str(error))
         self.writer.flush()
-        summary = self.summary()
-        on_clip(len(self.sources), summary)
-        return summary
+        on_clip(len(self.sources), self.summary())
+        return self.summary()
 
     def summary(self) -> Summary:
+        """State of the set, with clips that are not in a shard yet."""
         manifest, clips = self.writer.manifest, self.writer.num_clips
         return Summary(
-            clips=clips, new_clips=clips - self.before, through=len(manifest.finished), skipped=manifest.skipped
+            clips=clips,
+            new_clips=clips - self.clips_before,
+            num_finished=len(manifest.finished),
+            skipped=manifest.skipped,
         )
 
     def _is_full(self) -> bool:
         return self.settings.max_clips is not None and self.writer.num_clips >= self.settings.max_clips
 
     def _encode(self, source: Source) -> Iterator[None]:
-        """Add what is missing of one source; yields after every clip. Raises VideoError for one that cannot be used."""
+        """Add the missing clips of a source; yields after every clip. Raises VideoError for a bad source."""
         if source.problem:
             raise VideoError(source.problem)
         text = self._stored(self.encoder.text(source.caption), "text")
@@ -222,41 +190,28 @@ class SetEncoder:
             self.writer.finish(source.name, 1)
             return
         check_video(source.video, source.start, source.end)
-        clip_frames, count, left = pixel_frames(self.settings.frames), self.writer.clips_of(source.name), 0
-        runs = read_runs(
-            source.video, clip_frames, self.header.size, self.header.fps, start=source.start, end=source.end, skip=count
-        )
+        fps, clip_frames = self.settings.fps, pixel_frames(self.settings.frames)
+        count, rest = self.writer.clips_of(source.name), 0
+        runs = read_runs(source.video, clip_frames, self.size, fps, start=source.start, end=source.end, skip=count)
         for pixels in runs:
             if len(pixels) < clip_frames:
-                left = len(pixels)
+                rest = len(pixels)
                 break
             if self._is_full():
-                runs.close()
                 return
             latents = self._stored(self.encoder.latents(pixels), "latents")
-            start = round(source.start + count * clip_frames / self.header.fps, 6)
+            start = round(source.start + count * clip_frames / fps, 6)
             self.writer.add(source.name, start, source.caption, {"latents": latents, "text": text})
             count += 1
             yield
         if not count:
             raise VideoError(
-                f"too short: {left} frames at {self.header.fps} frames/s, a clip takes {clip_frames}"
-                f" ({clip_frames / self.header.fps:.2f} s)"
+                f"too short: {rest} frames at {fps} frames/s, a clip takes {clip_frames} ({clip_frames / fps:.2f} s)"
             )
         self.writer.finish(source.name, count)
 
-    def _stored(self, tensor: Tensor, what: str) -> Tensor:
-        stored = tensor.to(DTYPES[self.settings.dtype]).cpu()
+    def _stored(self, tensor: Tensor, name: str) -> Tensor:
+        stored = tensor.to(self.dtype).cpu()
         if not stored.isfinite().all():
-            raise VideoError(f"its {what} are not finite in {self.settings.dtype}; bf16 has the range of float32")
+            raise VideoError(f"its {name} are not finite in {self.settings.dtype}; bf16 has the range of float32")
         return stored
-
-
-def encode(
-    source: str | Path,
-    output: str | Path,
-    settings: EncodeSettings,
-    on_clip: Callable[[int, Summary], None] = lambda done, summary: None,
-) -> Summary:
-    """Encode a source into a set, or go on with it. Raises ValueError, one line, for what a user can cause."""
-    return SetEncoder(Path(source), Path(output), settings).run(on_clip)

@@ -11,14 +11,19 @@ import dataclasses
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
+
+from ...memory.fields import checked_fields
+from ...memory.files import atomic_path
 
 MANIFEST = "manifest.jsonl"
 EMPTY_TEXT = "empty_text.safetensors"
@@ -29,13 +34,13 @@ WINDOW = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a set was made of and with; a set goes on only under the same header."""
+    """Source and settings of a set. A set can only be continued with the same header."""
 
     source: str
-    """The folder, table or prompt list, absolute."""
+    """The absolute path of the folder, table or prompt list."""
     model: str
     vae: str | None
-    """Fingerprint of the VAE; None in a set of prompts."""
+    """Fingerprint of the VAE; None in a set of prompts, as the fields below."""
     text_encoder: str
     """Fingerprint of the text encoder."""
     dtype: str
@@ -45,6 +50,19 @@ class Header:
     frames: int | None = None
     """Latent frames of a clip."""
     version: int = VERSION
+
+    def __post_init__(self):
+        if self.version != VERSION:
+            raise ValueError(f"version {self.version} is not supported, only {VERSION}")
+
+    def check_same(self, other: "Header", folder: Path) -> None:
+        """Raises ValueError if `other` differs from this header of a set."""
+        for name, value in vars(self).items():
+            if value != getattr(other, name):
+                raise ValueError(
+                    f"{name}: {getattr(other, name)} now, {value} when {folder} was begun; continue it with the same"
+                    " value, or choose another folder"
+                )
 
 
 @dataclass(frozen=True)
@@ -61,20 +79,20 @@ class Entry:
 
 @dataclass(kw_only=True)
 class Manifest:
-    """The whole part of a manifest: what a kill cut short is left out."""
+    """The complete part of a manifest."""
 
     header: Header
     entries: list[Entry] = field(default_factory=list)
     finished: dict[str, int] = field(default_factory=dict)
-    """Sources that are through, with their number of clips."""
+    """Number of clips of every finished source."""
     skipped: dict[str, str] = field(default_factory=dict)
-    """Sources that were left out, with the reason."""
+    """Reason of every skipped source."""
     num_bytes: int = 0
-    """Length of the whole part of the file."""
+    """Length of the complete part of the file."""
 
 
 def open_shard(path: Path):
-    """A safetensors file, memory-mapped. Raises ValueError for a missing or cut one."""
+    """A memory-mapped safetensors file. Raises ValueError for a missing or incomplete one."""
     if not path.is_file():
         raise ValueError(f"{path}: this shard of the set is missing; put it back or encode into a new folder")
     try:
@@ -84,9 +102,9 @@ def open_shard(path: Path):
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """The manifest of a set, also of one that is being written. Raises ValueError where there is none or it is damaged.
+    """The manifest of a set, also while it is written. Raises ValueError for a missing or damaged one.
 
-    A kill can cut the last line, or the lines of the last shard: these are left out, their clips are made again.
+    A killed process leaves half a line, or not all lines of the last shard. They are not part of the result.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -99,7 +117,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         try:
             record = json.loads(line)
             if manifest is None:
-                manifest = Manifest(header=_header(record))
+                manifest = Manifest(header=Header(**checked_fields(Header, record, "header")))
             elif "key" in record:
                 manifest.entries.append(Entry(**record))
                 offsets.append(offset)
@@ -114,31 +132,20 @@ def read_manifest(folder: str | Path) -> Manifest:
     if manifest is None:
         raise ValueError(f"{path}: has no header; delete it or encode into a new folder")
     manifest.num_bytes = offset
-    _drop_half_listed_shard(Path(folder), manifest, offsets)
+    if manifest.entries:
+        # Clip lines are appended before all others: after an incomplete shard there is nothing else.
+        last = manifest.entries[-1].shard
+        listed = [i for i, entry in enumerate(manifest.entries) if entry.shard == last]
+        if len(listed) < sum(key.endswith(".text") for key in open_shard(path.with_name(last)).keys()):
+            manifest.num_bytes = offsets[listed[0]]
+            del manifest.entries[listed[0] :]
     return manifest
 
 
-def _header(record: dict) -> Header:
-    if record.get("version") != VERSION:
-        raise ValueError(f"version {record.get('version')} is another software's, {VERSION} is known")
-    return Header(**{**record, "size": record["size"] and tuple(record["size"])})
-
-
-def _drop_half_listed_shard(folder: Path, manifest: Manifest, offsets: list[int]) -> None:
-    """Clip lines come first of what is appended with a shard: if one is missing, nothing stands behind them."""
-    if not manifest.entries:
-        return
-    last = manifest.entries[-1].shard
-    listed = [i for i, entry in enumerate(manifest.entries) if entry.shard == last]
-    if len(listed) < sum(key.endswith(".text") for key in open_shard(folder / last).keys()):
-        manifest.num_bytes = offsets[listed[0]]
-        del manifest.entries[listed[0] :]
-
-
 class ShardWriter:
-    """Appends clips to a set, new or begun. A clip counts once its shard is whole and the manifest lists it.
+    """Appends clips to a set, new or begun. A clip counts when its shard is complete and the manifest lists it.
 
-    What was added after the last whole shard is lost with the process; `flush` at the end makes it whole.
+    Clips after the last complete shard are lost with the process; `flush` completes a shard.
     Raises ValueError for a set with another header, or a folder that cannot be written.
     """
 
@@ -146,34 +153,30 @@ class ShardWriter:
         self.folder, self.shard_bytes = Path(folder), shard_bytes
         self._pending: list[tuple[str, float | None, str, dict[str, Tensor]]] = []
         self._pending_bytes = 0
-        self._notes: list[dict] = []
+        self._records: list[dict] = []
+        """Records of sources that are not in the manifest file yet."""
         path = self.folder / MANIFEST
-        try:
+        with _one_line_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                self._begin(path, header)
+                if next(self.folder.glob("shard-*.safetensors"), None):
+                    raise ValueError(f"output: {folder} holds shards without a {MANIFEST}; choose another folder")
+                with atomic_path(path) as part:
+                    part.write_text(_line(dataclasses.asdict(header)), encoding="utf-8")
             self.manifest = read_manifest(self.folder)
-            _check_same(self.manifest.header, header, self.folder)
+            self.manifest.header.check_same(header, self.folder)
             os.truncate(path, self.manifest.num_bytes)
-        except OSError as error:
-            raise ValueError(f"output: {self.folder} cannot be written ({error.strerror})") from None
         self._num_shards = len({entry.shard for entry in self.manifest.entries})
-        self._begun = Counter(entry.source for entry in self.manifest.entries)
-
-    def _begin(self, path: Path, header: Header) -> None:
-        if next(self.folder.glob("shard-*.safetensors"), None):
-            raise ValueError(f"output: {self.folder} holds shards without a {MANIFEST}; choose another folder")
-        part = path.with_name(path.name + ".part")
-        part.write_text(_line(dataclasses.asdict(header)), encoding="utf-8")
-        os.replace(part, path)
+        self._clips_before = Counter(entry.source for entry in self.manifest.entries)
 
     @property
     def num_clips(self) -> int:
+        """Clips of the set, with those that are not in a shard yet."""
         return len(self.manifest.entries) + len(self._pending)
 
     def clips_of(self, source: str) -> int:
-        """Clips of a source that the set held when it was opened: where to go on with it."""
-        return self._begun[source]
+        """Clips of a source that the set had when it was opened."""
+        return self._clips_before[source]
 
     def write_empty_text(self, text_LD: Tensor) -> None:
         self._save(EMPTY_TEXT, {"text": text_LD})
@@ -182,83 +185,63 @@ class ShardWriter:
         return (self.folder / EMPTY_TEXT).exists()
 
     def add(self, source: str, start: float | None, caption: str, tensors: dict[str, Tensor]) -> None:
-        """Take `text` [L, D] and, of a video, `latents` [C, T, H, W]; closes the shard when it is full."""
+        """Add a clip: `text` [L, D] and, of a video, `latents` [C, T, H, W]. Writes the shard when it is full."""
         self._pending.append((source, start, caption, tensors))
         self._pending_bytes += sum(tensor.nbytes for tensor in tensors.values())
         if self._pending_bytes >= self.shard_bytes:
             self.flush()
 
     def finish(self, source: str, num_clips: int) -> None:
-        """Nothing more comes from this source."""
+        """Mark a source as finished."""
         self.manifest.finished[source] = num_clips
         self.manifest.skipped.pop(source, None)
-        self._note({"source": source, "clips": num_clips})
+        self._record({"source": source, "clips": num_clips})
 
     def skip(self, source: str, reason: str) -> None:
-        """This source is left out; said once."""
+        """Mark a source as skipped."""
         if self.manifest.skipped.get(source) != reason:
             self.manifest.skipped[source] = reason
-            self._note({"source": source, "skipped": reason})
+            self._record({"source": source, "skipped": reason})
 
-    def flush(self) -> None:
-        """Close the shard that is being filled, if there is anything in it."""
-        if self._pending:
-            name = f"shard-{self._num_shards:05d}.safetensors"
-            entries, tensors = [], {}
-            for number, (source, start, caption, parts) in enumerate(self._pending, len(self.manifest.entries)):
-                entries.append(Entry(source, start, caption, name, f"{number:08d}"))
-                tensors.update({f"{number:08d}.{part}": tensor for part, tensor in parts.items()})
-            self._save(name, tensors)
-            self._append([dataclasses.asdict(entry) for entry in entries])
-            self.manifest.entries += entries
-            self._num_shards += 1
-            self._pending, self._pending_bytes = [], 0
-        else:
-            self._append([])
-
-    def _note(self, record: dict) -> None:
-        self._notes.append(record)
-        if not self._pending:
+    def _record(self, record: dict) -> None:
+        self._records.append(record)
+        if not self._pending:  # else the record must follow the clips
             self.flush()
 
-    def _append(self, records: list[dict]) -> None:
-        """Clips first, then what became of their sources (`_drop_half_listed_shard`)."""
-        path = self.folder / MANIFEST
-        try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write("".join(_line(record) for record in records + self._notes))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise ValueError(f"output: {path} cannot be written ({error.strerror})") from None
-        self._notes = []
+    def flush(self) -> None:
+        """Write the clips that are not in a shard yet, then all records."""
+        name, entries, tensors = f"shard-{self._num_shards:05d}.safetensors", [], {}
+        for number, (source, start, caption, parts) in enumerate(self._pending, len(self.manifest.entries)):
+            entries.append(Entry(source, start, caption, name, f"{number:08d}"))
+            tensors |= {f"{number:08d}.{part}": tensor for part, tensor in parts.items()}
+        if entries:
+            self._save(name, tensors)
+        path, records = self.folder / MANIFEST, [dataclasses.asdict(entry) for entry in entries] + self._records
+        with _one_line_errors(path), open(path, "a", encoding="utf-8") as file:
+            file.write("".join(map(_line, records)))
+            file.flush()
+            os.fsync(file.fileno())
+        self.manifest.entries += entries
+        self._num_shards += bool(entries)
+        self._pending, self._pending_bytes, self._records = [], 0, []
 
     def _save(self, name: str, tensors: dict[str, Tensor]) -> None:
-        # Copied: the clips of one video share their text, and safetensors refuses what is shared.
-        data = save({key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()})
-        part = self.folder / (name + ".part")
-        try:
-            with open(part, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, self.folder / name)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise ValueError(f"output: {self.folder / name} cannot be written ({error.strerror})") from None
+        # The clips of one video share their text, and safetensors does not write shared tensors.
+        separate = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
+        with _one_line_errors(self.folder / name), atomic_path(self.folder / name) as part:
+            save_file(separate, part)
 
 
 def _line(record: dict) -> str:
     return json.dumps(record) + "\n"
 
 
-def _check_same(begun: Header, asked: Header, folder: Path) -> None:
-    for name in (f.name for f in dataclasses.fields(Header)):
-        before, now = getattr(begun, name), getattr(asked, name)
-        if before != now:
-            raise ValueError(
-                f"{name}: {now} now, {before} when {folder} was begun; give the same to go on, or another folder"
-            )
+@contextmanager
+def _one_line_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"output: {path} cannot be written ({error.strerror})") from None
 
 
 class EncodedSet:
