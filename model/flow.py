@@ -7,13 +7,15 @@ x_sigma = (1 - sigma) * x0 + sigma * noise, flow = noise - x0, x0 = x_sigma - si
 import itertools
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
 TIMESTEPS = 1000
+Sigma = TypeVar("Sigma", float, Tensor)
 
 
-def shift_sigma(sigma: float | Tensor, shift: float) -> float | Tensor:
+def shift_sigma(sigma: Sigma, shift: float) -> Sigma:
     """Move noise levels towards 1: shift * s / (1 + (shift - 1) * s)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
