@@ -158,7 +158,7 @@ class Memory:
     def _check_fits(self, latents_BCTHW: Tensor) -> None:
         shape = tuple(latents_BCTHW.shape)
         if len(shape) != 5 or not shape[2] or (shape[0], shape[1], *shape[3:]) != (1, *self.latent_size):
-            raise ValueError(f"latents: shape {shape}; it must be [1, C, T, H, W] with C, H, W = {self.latent_size}")
+            raise ValueError(f"latents: shape {shape} does not fit [1, C, T, H, W] with C, H, W = {self.latent_size}")
 
     def append(self, latents_BCTHW: Tensor, new_kv: Sequence[Any]) -> "Memory":
         """Commit a chunk: clean latents, and per layer what the pass over them left for the store (KVStore.append)."""

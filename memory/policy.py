@@ -56,40 +56,25 @@ def advance(
         previous = (frame,)
     decisions = []
     while len(fast) > config.fast - config.chunk:
-        slow, decision = _leave_fast(fast.pop(0), similarity_to_previous.pop(0), sink, slow, config, similarity)
-        decisions.append(decision)
+        frame, score, evicted = fast.pop(0), similarity_to_previous.pop(0), None
+        if config.policy == "novel" and config.slow:
+            others = (sink if config.novel_against_sink else ()) + slow
+            score = max(similarity(frame, others)) if others else None
+        if promoted := _is_promoted(frame, score, config):
+            slow = (*slow, frame)
+            if len(slow) > config.slow:
+                evicted = _most_redundant(slow, similarity) if config.eviction == "redundant" else slow[0]
+                slow = tuple(kept for kept in slow if kept != evicted)
+        decisions.append(Decision(frame, promoted, score, evicted))
     return Slots(sink, slow, tuple(fast), tuple(similarity_to_previous)), tuple(decisions)
 
 
-def _leave_fast(
-    frame: int,
-    similarity_to_previous: float | None,
-    sink: tuple[int, ...],
-    slow: tuple[int, ...],
-    config: MemoryConfig,
-    similarity: Similarity,
-) -> tuple[tuple[int, ...], Decision]:
-    score = None
+def _is_promoted(frame: int, score: float | None, config: MemoryConfig) -> bool:
     if not config.slow:
-        promoted = False
-    elif config.policy == "fifo":
-        promoted = True
-    elif config.policy == "uniform":
-        promoted = frame % config.uniform_stride == 0
-    else:
-        if config.policy == "clean":
-            score = similarity_to_previous
-        else:
-            others = (sink if config.novel_against_sink else ()) + slow
-            score = max(similarity(frame, others)) if others else None
-        promoted = score is None or score < config.slow_similarity_threshold
-    if not promoted:
-        return slow, Decision(frame, False, score)
-    slow, evicted = (*slow, frame), None
-    if len(slow) > config.slow:
-        evicted = _most_redundant(slow, similarity) if config.eviction == "redundant" else slow[0]
-        slow = tuple(kept for kept in slow if kept != evicted)
-    return slow, Decision(frame, True, score, evicted)
+        return False
+    if config.policy == "uniform":
+        return frame % config.uniform_stride == 0
+    return score is None or score < config.slow_similarity_threshold  # policy fifo has no score
 
 
 def _most_redundant(slow: tuple[int, ...], similarity: Similarity) -> int:

@@ -4,7 +4,7 @@ Shapes: B batch, S queries, K keys, N heads, E head dim.
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,34 +21,31 @@ def sdpa(q_BSNE: Tensor, k_BKNE: Tensor, v_BKNE: Tensor, bias: Tensor | None = N
     return out.transpose(1, 2)
 
 
-def _load_sage() -> Attention:
-    try:
-        sageattn = importlib.import_module("sageattention").sageattn
-    except ImportError:
-        raise ValueError(
-            "attention: sage needs the package sageattention; pip install sageattention, or use sdpa"
-        ) from None
-
-    def sage(q_BSNE: Tensor, k_BKNE: Tensor, v_BKNE: Tensor, bias: Tensor | None = None) -> Tensor:
-        """SageAttention's quantised attention, for CUDA; sdpa for calls with a bias, which it does not take."""
-        if bias is not None:
-            return sdpa(q_BSNE, k_BKNE, v_BKNE, bias)
-        if not q_BSNE.is_cuda:
-            raise ValueError(f"attention: sage runs on CUDA, not on {q_BSNE.device.type}; use sdpa")
-        return sageattn(q_BSNE, k_BKNE, v_BKNE, tensor_layout="NHD", is_causal=False)
-
-    return sage
-
-
-ATTENTIONS: Mapping[str, Callable[[], Attention]] = {"sdpa": lambda: sdpa, "sage": _load_sage}
-"""Attention functions by name; each is loaded by calling its entry."""
+ATTENTIONS = ("sdpa", "sage")
 
 
 def load_attention(name: str) -> Attention:
     """An attention function by name. Raises ValueError for an unknown name, or if its package is not installed."""
     if name not in ATTENTIONS:
         raise ValueError(f"attention: {name!r} is not one of {', '.join(ATTENTIONS)}")
-    return ATTENTIONS[name]()
+    return sdpa if name == "sdpa" else _load_sage()
+
+
+def _load_sage() -> Attention:
+    try:
+        sageattn = importlib.import_module("sageattention").sageattn
+    except ImportError:
+        problem = "attention: sage needs the package sageattention; pip install sageattention, or use sdpa"
+        raise ValueError(problem) from None
+
+    def sage(q_BSNE: Tensor, k_BKNE: Tensor, v_BKNE: Tensor, bias: Tensor | None = None) -> Tensor:
+        if bias is not None:  # sageattn takes none
+            return sdpa(q_BSNE, k_BKNE, v_BKNE, bias)
+        if not q_BSNE.is_cuda:
+            raise ValueError(f"attention: sage runs on CUDA, not on {q_BSNE.device.type}; use sdpa")
+        return sageattn(q_BSNE, k_BKNE, v_BKNE, tensor_layout="NHD", is_causal=False)
+
+    return sage
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -134,12 +134,8 @@ def _block(
     q, k, v, modulation = inside(block, _until_attention, x_BTPD, tproj_BT6D)
     y = attend_self(layer, q, k, v)
     x, q_BSNE = inside(block, _until_text, x_BTPD, y, modulation)
-    y = attention(
-        rearrange(q_BSNE, "B (G S) N E -> (B G) S N E", G=text.num_groups),
-        text.keys[layer],
-        text.values[layer],
-        text.bias,
-    )
+    q_BSNE = rearrange(q_BSNE, "B (G S) N E -> (B G) S N E", G=text.num_groups)
+    y = attention(q_BSNE, text.keys[layer], text.values[layer], text.bias)
     return inside(block, _after_text, x, y, modulation)
 
 

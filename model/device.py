@@ -24,8 +24,7 @@ def pick_device(device: str, dtype: str = "auto") -> tuple[torch.device, torch.d
         raise ValueError("device: cuda is not available in this torch; use cpu, or install a CUDA build of torch")
     chosen = torch.device("cuda" if has_cuda and device != "cpu" else "cpu")
     if dtype == "auto":
-        dtype = "bf16" if chosen.type == "cuda" else "fp32"
-        return chosen, DTYPES[dtype]
+        return chosen, DTYPES["bf16" if chosen.type == "cuda" else "fp32"]
     return chosen, dtype_named(dtype, ("bf16", "fp32"))
 
 
@@ -39,8 +38,8 @@ def dtype_named(name: str, choices: Sequence[str] = tuple(DTYPES)) -> torch.dtyp
 def use_cpu_threads(net: nn.Module) -> None:
     """Limit torch's CPU threads for inference beside a video encoder, which needs a core of its own.
 
-    A small network gets one thread, a larger one all cores but one. The environment variable OMP_NUM_THREADS and a lower
-    `torch.set_num_threads` win.
+    A small network gets one thread, a larger one all cores but one. The environment variable OMP_NUM_THREADS and a
+    lower `torch.set_num_threads` win.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         is_small = sum(parameter.numel() for parameter in net.parameters()) < SMALL_NETWORK

@@ -3,7 +3,6 @@
 Shapes: B batch, T latent frames of the chunk, P tokens per latent frame, N heads, E head dim.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -77,20 +76,11 @@ class LayerAttention:
 ChunkAttention = MemoryAttention | LayerAttention
 
 
-@functools.singledispatch
 def attention_over(view: Any, table: Tensor, attention: Attention, attends: str, keep: bool) -> ChunkAttention:
     """The attention over one kind of view. `table` rotates to `view.positions`; `attends` is one of view.ATTENDS.
 
     With `keep` the keys and values of a pass stay in `new_kv`, for KVStore.append.
     """
-    raise TypeError(f"view: {type(view).__name__} is not supported")
-
-
-@attention_over.register
-def _(view: MemoryView, table: Tensor, attention: Attention, attends: str, keep: bool) -> MemoryAttention:
+    if isinstance(view, LayerView):
+        return LayerAttention(view, table, attention, attends)
     return MemoryAttention(view, table, attention, attends, keep)
-
-
-@attention_over.register
-def _(view: LayerView, table: Tensor, attention: Attention, attends: str, keep: bool) -> LayerAttention:
-    return LayerAttention(view, table, attention, attends)

@@ -29,13 +29,7 @@ def rotary_table(positions: Tensor, rows: int, columns: int, head_dim: int) -> T
     space = torch.cat([angles(row.flatten(), spatial_pairs), angles(column.flatten(), spatial_pairs)], dim=-1)
     time = angles(positions, temporal_pairs)
     shape = (*positions.shape, rows * columns)
-    both = torch.cat(
-        [
-            time[..., None, :].expand(*shape, temporal_pairs),
-            space.expand(*shape, 2 * spatial_pairs),
-        ],
-        dim=-1,
-    )[..., None, :]
+    both = torch.cat([time[..., None, :].expand(*shape, -1), space.expand(*shape, -1)], dim=-1)[..., None, :]
     return torch.complex(both.cos().float(), both.sin().float())
 
 

@@ -18,7 +18,7 @@ from .attention import Attention, load_attention
 from .causal import TextContext
 from .config import StudentCard
 from .finite import FiniteCheck
-from .flow import SOLVERS, add_noise, x0_from_flow
+from .flow import add_noise, x0_from_flow
 from .memory_attention import ChunkAttention
 from .network import Network
 from .units import FRAMES_PER_LATENT
@@ -104,10 +104,6 @@ class CausalSampler:
     """Noise levels of a chunk generated while nothing is remembered; empty: those of all chunks."""
     student: str = ""
     """Fingerprint of the network. It marks memories, and memories of other students are refused; empty: no check."""
-
-    def __post_init__(self):
-        if self.solver not in SOLVERS:
-            raise ValueError(f"solver: {self.solver!r} is not one of {', '.join(SOLVERS)}")
 
     def rollout(self, memory: Memory, num_chunks: int, *, sigmas: Sequence[float], noise: Noise) -> Iterator[Memory]:
         """Continue a memory by `num_chunks` chunks; yields the memory after each."""
@@ -209,17 +205,13 @@ class CausalSampler:
 
     def _check_fits(self, memory: Memory) -> None:
         if memory.student and self.student and memory.student != self.student:
-            raise ValueError(
-                f"memory: it belongs to another student ({memory.student}, this one is {self.student}); use the student"
-                " that generated it"
-            )
+            students = f"{memory.student}, this one is {self.student}"
+            raise ValueError(f"memory: it belongs to another student ({students}); use the student that generated it")
         network = self.network
         rows, columns = network.grid(memory.latent_size)
         expected = (network.num_layers, 1, rows * columns, network.num_heads, network.head_dim)
         for shape in memory.store.key_shapes - {expected}:
-            raise ValueError(
-                f"memory: its keys have shape {shape}, this student's have {expected}; use the student that made it"
-            )
+            raise ValueError(f"memory: its keys have shape {shape}, not {expected}; use the student that generated it")
 
     @property
     def _home(self) -> torch.device:
@@ -234,7 +226,6 @@ def working_bytes(network: Network, memory: Memory, kv_placement: str = "at once
     tokens, dim = rows * columns, network.num_heads * network.head_dim
     text = 2 * network.num_layers * dim * net.text_len * size
     activations = tokens * config.chunk * (6 * dim + 2 * net.blocks[0].ffn[0].out_features) * size
-    stored, in_pass, after_pass = memory.store.working_bytes(
-        config, kv_placement, network.num_layers, dim * tokens, size
-    )
+    sizes = network.num_layers, dim * tokens, size
+    stored, in_pass, after_pass = memory.store.working_bytes(config, kv_placement, *sizes)
     return text + stored + max(in_pass + activations, after_pass)

@@ -40,19 +40,15 @@ def generate_segment(
         raise ValueError(f"blend: {blend} chunks; it must be 0 or more")
     before, text = memory.text, used_rows(text_BLC)
     if not text.isfinite().all():
-        raise ValueError(
-            f"text: NaN or infinity in the embeddings of the prompt {prompt[:60]!r}; check the text encoder's file,"
-            " or run it in fp32"
-        )
+        problem = f"text: NaN or infinity in the embeddings of the prompt {prompt[:60]!r}"
+        raise ValueError(f"{problem}; check the text encoder's file, or run it in fp32")
     differs = before is not None and not same_prompt(before, text)
     memory.check_change(change if memory.latent_chunks else "keep")
     if not memory.latent_chunks or (not differs and change in ("recache", "flush")):
         change = "keep"
     if memory.is_compact and change != "recache":
         if before is None:
-            raise ValueError(
-                "memory: it is compact and has no prompt, so its keys cannot be computed; use an exact one"
-            )
+            raise ValueError("memory: it is compact and has no prompt for its keys; use an exact one")
         old = sampler_of(before)
         memory = old.recache(old.prepare(memory))
     sampler = sampler_of(text)

@@ -11,7 +11,7 @@ from torch import nn
 from .config import WanConfig
 
 
-class SelfAttention(nn.Module):
+class Attention(nn.Module):
     """q, k, v, o, and RMS norms over the full width before the split into heads."""
 
     def __init__(self, config: WanConfig):
@@ -26,19 +26,15 @@ class SelfAttention(nn.Module):
         self.norm_k = nn.RMSNorm(config.dim, eps=config.eps)
 
 
-class CrossAttention(SelfAttention):
-    """The same modules; keys and values come from the text."""
-
-
 class Block(nn.Module):
     """One transformer block: self-attention, cross-attention, feed-forward."""
 
     def __init__(self, config: WanConfig):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.dim, eps=config.eps, elementwise_affine=False)
-        self.self_attn = SelfAttention(config)
+        self.self_attn = Attention(config)
         self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
-        self.cross_attn = CrossAttention(config)
+        self.cross_attn = Attention(config)
         self.norm2 = nn.LayerNorm(config.dim, eps=config.eps, elementwise_affine=False)
         self.ffn = nn.Sequential(
             nn.Linear(config.dim, config.ffn_dim),

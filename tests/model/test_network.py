@@ -47,12 +47,3 @@ def test_noise_levels_per_frame(net, entered):
 def test_sizes_come_from_the_modules(make_net):
     network = Network(make_net(num_layers=3), torch.device("cpu"), torch.float32)
     assert (network.num_layers, network.num_heads, network.head_dim, network.grid((16, 6, 10))) == (3, 2, 32, (3, 5))
-
-
-def test_a_view_of_an_unknown_kind_is_refused(net):
-    class View(MemoryView.__base__):
-        def positions(self, num_frames):
-            return range(num_frames)
-
-    with pytest.raises(TypeError, match="view: View is not supported"):
-        Network(net, torch.device("cpu"), torch.float32).attend(View(), 3, SIZE)

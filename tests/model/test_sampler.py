@@ -8,6 +8,7 @@ import torch
 import context_forcing.model.network as network_module
 from context_forcing.memory import MemoryConfig
 from context_forcing.memory.snapshot import load_memory, save_memory
+from context_forcing.model.config import StudentCard
 from context_forcing.model.network import Network
 from context_forcing.model.rope import rotary_table
 from context_forcing.model.sampler import COMMIT_ATTENDS, chunks_for, seeded_noise, working_bytes
@@ -273,4 +274,4 @@ def test_another_solver_makes_another_film(net, make_sampler, empty_memory):
     films = [film(roll(make_sampler(net, solver=solver), empty_memory(**SMALL), 1)) for solver in ("renoise", "euler")]
     assert not torch.allclose(*films)
     with pytest.raises(ValueError, match="^solver: "):
-        make_sampler(net, solver="heun")
+        StudentCard(solver="heun")

@@ -253,7 +253,7 @@ def test_splitting_after_given_frames_changes_nothing(tell, empty_memory, same_m
 
 
 def test_frames_are_given_to_empty_memories_of_their_size(begun, empty_memory):
-    with pytest.raises(ValueError, match="the video has 10 latent frames"):
+    with pytest.raises(ValueError, match="^memory: it has 10 frames"):
         begun.with_start_latents(torch.zeros(1, 16, 1, 4, 6))
     with pytest.raises(ValueError, match="does not fit"):
         empty_memory(**SIZES).with_start_latents(torch.zeros(1, 16, 1, 4, 4))
