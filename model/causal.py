@@ -55,18 +55,21 @@ def embed_text(net: WanNet, text_BLC: Tensor, num_groups: int = 1, run: ModuleRu
     """
     if text_BLC.shape[1] > net.text_len:
         raise ValueError(f"text: {text_BLC.shape[1]} rows; it must be {net.text_len} at most, shorten the prompt")
-    used = text_BLC.ne(0).any(dim=-1).any(dim=0).nonzero()
-    num_used = int(used[-1]) + 1 if len(used) else 0
-    num_padding = net.text_len - num_used
-    text_BLC = text_BLC[:, :num_used]
-    bias = None
-    if num_padding:
+    text_BLC, bias = without_padding(text_BLC), None
+    num_used = text_BLC.shape[1]
+    if num_padding := net.text_len - num_used:
         weights = padding_biases(num_padding, text_BLC.dtype)
         text_BLC = F.pad(text_BLC, (0, 0, 0, len(weights)))
         bias = F.pad(weights, (num_used, 0)).to(text_BLC.device)[None, None, None]
     embedded_BLD = net.text_embedding(text_BLC)
     keys, values = zip(*(run(block, _text_keys, embedded_BLD) for block in net.blocks))
     return TextContext(keys, values, bias, num_groups)
+
+
+def without_padding(text_BLC: Tensor) -> Tensor:
+    """Text embeddings without the zero rows at the end."""
+    used = text_BLC.ne(0).any(dim=-1).any(dim=0).nonzero()
+    return text_BLC[:, : int(used[-1]) + 1 if len(used) else 0]
 
 
 def _text_keys(block: WanNet, embedded_BLD: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,6 @@ class FiniteCheck:
                 raise self.error(f"the remembered latent frame {frame}", "continue from an earlier memory")
 
     def error(self, what: str, remedy: str) -> NotFiniteError:
-        """The error for one origin."""
         return NotFiniteError(f"{self.place}{self.current_pass}: NaN or infinity in {what}; {remedy}; nothing was kept")
 
     def not_reproduced(self) -> NotFiniteError:

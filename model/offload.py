@@ -35,7 +35,6 @@ class Offload:
         """The block in the second slot, or on its way there."""
 
     def __call__(self, module: nn.Module, function: Callable, *args):
-        """`function(module, *args)` with the weights of the module on the device."""
         if module not in self.after:
             return function(module, *args)
         if module is not self.ahead:

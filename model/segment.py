@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..memory.memory import Memory
+from .causal import without_padding
 from .sampler import CausalSampler, seeded_noise
 
 SAME_PROMPT = 0.02
@@ -71,9 +72,7 @@ def generate_segment(
 
 def used_rows(text_BLC: Tensor) -> Tensor:
     """Text embeddings without the zero rows at the end, float32, on the CPU."""
-    text = text_BLC.detach().float().cpu()
-    used = text.ne(0).any(dim=-1).any(dim=0).nonzero()
-    return text[:, : int(used[-1]) + 1 if len(used) else 0].clone()
+    return without_padding(text_BLC.detach().float().cpu()).clone()
 
 
 def same_prompt(one_BLC: Tensor, other_BLC: Tensor) -> bool:

@@ -38,7 +38,7 @@ def _scalar(text: str) -> Any:
 
 
 def _expand(key: str, value: Any) -> Any:
-    """The settings of a memory that is given by name; any other value is unchanged."""
+    """The settings of a memory by its name; any other value is unchanged."""
     return dataclasses.asdict(memory_preset(value)) if key == "memory" and isinstance(value, str) else value
 
 
