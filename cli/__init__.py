@@ -44,9 +44,3 @@ def main() -> None:
     except (ValueError, FloatingPointError) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, ValueError) else 1)
-
-
-def train_main() -> None:
-    """`python -m context_forcing.train STAGE ...`."""
-    sys.argv.insert(1, "train")
-    main()

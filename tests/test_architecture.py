@@ -79,8 +79,6 @@ def test_arrows(path):
     for module, ours, _ in imports(path):
         if ours:
             target = room_of(Path(*module.split(".")))
-            if str(name) == "train/__main__.py" and target == "cli":
-                continue
             assert target in ARROWS[room_of(name)], f"{name} imports {module}"
         else:
             package = module.split(".")[0]
@@ -127,7 +125,7 @@ def test_the_rules_of_memory_need_no_tensors():
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_house_rules(path):
     tree, text = tree_of(path), path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 420
+    assert len(text.splitlines()) <= 400
     assert text.isascii()
     for node in ast.walk(tree):
         where = f"{path.name}:{getattr(node, 'lineno', 0)}"
@@ -137,6 +135,8 @@ def test_house_rules(path):
             assert node.value not in (1560, 32760), f"{where}: sizes come from tensors"
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None, f"{where}: bare except"
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno < 80, f"{where}: {node.name} is too long"
 
 
 def test_except_exception_only_at_comfyuis_door():

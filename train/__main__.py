@@ -1,5 +1,7 @@
-"""`python -m context_forcing.train STAGE ...`: the same as `context-forcing train STAGE ...`."""
+"""`python -m context_forcing.train STAGE ...`, for torchrun: an alias of `python -m context_forcing.cli train STAGE ...`."""
 
-from ..cli import train_main
+import runpy
+import sys
 
-train_main()
+sys.argv.insert(1, "train")
+runpy.run_module(f"{__package__.rpartition('.')[0]}.cli", run_name="__main__", alter_sys=True)
