@@ -86,6 +86,11 @@ class MemoryConfig:
         """Whether the policy compares similarities with slow_similarity_threshold."""
         return self.policy in ("novel", "clean", RELEASED)
 
+    @property
+    def compares_with(self) -> str:
+        """What a frame that leaves fast is compared with, for policies that keep the similarity."""
+        return "the frame before it" if self.policy == "clean" else "everything remembered"
+
     @classmethod
     def from_dict(cls, raw: object) -> "MemoryConfig":
         """A config from a mapping. Raises ValueError for an unknown field."""

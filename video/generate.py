@@ -16,6 +16,7 @@ from ..model.attention import load_attention
 from ..model.checkpoints.student import StudentSource
 from ..model.codecs.backbone import backbone_of
 from ..model.device import pick_device, use_cpu_threads
+from ..model.fingerprint import fingerprint
 from ..model.sampler import SamplerOptions
 from ..model.units import FRAMES_PER_LATENT
 from .frames import thumbnails
@@ -160,8 +161,17 @@ def open_job(request: GenerateRequest) -> Iterator[GenerateJob]:
             memory.check_supports("compact")
         if request.start is not None:
             memory = memory.with_start_latents(pipeline.encode_file(request.start, memory, resolved.fps))
-        inputs = {**pipeline.names, "loras": request.loras, "story": dataclasses.asdict(story)}
-        inputs |= {"card": dataclasses.asdict(card), "memory": fingerprint_memory(memory)}
+        inputs = {
+            "student": fingerprint(pipeline.network.net),
+            "text encoder": pipeline.text_encoder.name,
+            "codec": fingerprint(pipeline.vae),
+            "device": pipeline.device.type,
+            "dtype": str(pipeline.network.dtype),
+            "loras": request.loras,
+            "story": dataclasses.asdict(story),
+            "card": dataclasses.asdict(card),
+            "memory": fingerprint_memory(memory),
+        }
         # Only if they are not the defaults: older journals do not have them.
         inputs |= {"attention": request.attention} if request.attention != "sdpa" else {}
         inputs |= {"commit attends": request.commit_attends} if request.commit_attends != "all" else {}

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from torch import Tensor
@@ -82,7 +83,7 @@ def write_video(
     if first is None:
         raise ValueError("film: there is no frame to write; generate at least one chunk first")
     try:
-        with _Encoder(path, first.shape[1::-1], fps, crf) as encoder:
+        with tempfile.TemporaryFile() as stderr, _Encoder(path, first.shape[1::-1], fps, crf, stderr) as encoder:
             for count, frame in enumerate(itertools.chain([first], frames), 1):
                 encoder.write(frame)
             encoder.finish()
@@ -108,12 +109,15 @@ def _frames(pixels: Iterable[Tensor], scale: int, on_frames: Callable[[np.ndarra
 
 
 class _Encoder:
-    """An ffmpeg process that writes the part of a video. It is killed if the block is left before `finish`."""
+    """An ffmpeg process that writes the part of a video. It is killed if the block is left before `finish`.
 
-    def __init__(self, path: Path, size: tuple[int, ...], fps: float, crf: int):
+    `stderr` is a file, not a pipe: nobody reads it while frames are written.
+    """
+
+    def __init__(self, path: Path, size: tuple[int, ...], fps: float, crf: int, stderr: IO[bytes]):
         import imageio_ffmpeg
 
-        self._path = path
+        self._path, self._stderr = path, stderr
         width, height = size
         command = [
             imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-f", "rawvideo", "-vcodec", "rawvideo", "-s", f"{width}x{height}",
@@ -121,17 +125,17 @@ class _Encoder:
             "-pix_fmt", "yuv420p", "-v", "error", "-crf", str(crf), "-movflags", "+faststart",
             f"file:{part_name(path)}",
         ]  # fmt: skip
-        # A file, not a pipe: nobody reads it while frames are written.
-        self._stderr = tempfile.TemporaryFile()
         # Ctrl-C must not reach ffmpeg: this process ends it.
         flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0) | getattr(subprocess, "CREATE_NO_WINDOW", 0)
         try:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._stderr,
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=stderr,
                 start_new_session=True, creationflags=flags,
             )  # fmt: skip
         except OSError as error:
             raise _not_whole(path, f"{command[0]}: {error.strerror}") from None
+        assert self._process.stdin is not None
+        self._stdin = self._process.stdin
 
     def __enter__(self) -> "_Encoder":
         return self
@@ -139,14 +143,14 @@ class _Encoder:
     def write(self, frame: np.ndarray) -> None:
         """Raises ValueError if ffmpeg has ended."""
         try:
-            self._process.stdin.write(frame)
+            self._stdin.write(frame)
         except OSError:
             raise self._failed() from None
 
     def finish(self) -> None:
         """Raises ValueError unless ffmpeg takes every frame and ends without an error."""
         try:
-            self._process.stdin.close()
+            self._stdin.close()
         except OSError:
             raise self._failed() from None
         if self._process.wait():
@@ -158,8 +162,7 @@ class _Encoder:
         self._process.kill()
         self._process.wait()
         with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        self._stderr.close()
+            self._stdin.close()
 
     def _failed(self) -> ValueError:
         status, message = self._process.wait(), self._message()

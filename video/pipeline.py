@@ -1,7 +1,6 @@
-"""Headless generation: a story in, memories out, chunk by chunk; the film decoded as a stream."""
+"""A student with its text encoder and VAE: stories to memories chunk by chunk, latents to pixels as a stream."""
 
 import dataclasses
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..memory.config import MemoryConfig
 from ..memory.memory import Memory, empty_memory
 from ..model.checkpoints.student import StudentFile
 from ..model.codecs.backbone import Codecs, backbone_of
@@ -27,19 +25,17 @@ from .frames import num_start_frames, to_pixels
 from .reading import VideoError, check_video, read_runs
 from .story import ResolvedStory
 
-log = logging.getLogger("context_forcing")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """A student with its text encoder and codec, on a device."""
+    """A student with its text encoder and VAE, on a device."""
 
     network: Network
     card: StudentCard
     text_encoder: TextEncoder
     vae: VAE
     unmerged: Mapping[str, Tensor] = field(default_factory=dict)
-    """The student's weights as they were before LoRAs were merged into them; empty where none were."""
+    """The weights that LoRAs changed, as they were before; empty without LoRAs."""
 
     @classmethod
     def load(
@@ -50,10 +46,7 @@ class Pipeline:
         codecs: Codecs | None = None,
         offload: bool = False,
     ) -> "Pipeline":
-        """The student on a device; without `codecs`, the built-in ones.
-
-        `offload` keeps the student's blocks in CPU memory (model/offload.py).
-        """
+        """A student on a device, with the built-in codecs by default. `offload` keeps its blocks in CPU memory."""
         net, card = student.load(dtype), student.card
         codecs = codecs or backbone_of(card.base).built_in_codecs(device)
         run = Offload(net, device) if offload else run_directly
@@ -64,28 +57,18 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the student and the VAE compute."""
+        """The device of the student and the VAE."""
         return self.network.device
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the weights, so that a memory is never continued by another student; by the same with another LoRA it may
-        be."""
+        """Names the weights without LoRAs: a memory can be continued by the same student with another LoRA."""
         return fingerprint(self.network.net, self.unmerged)
 
-    @property
-    def names(self) -> dict[str, str]:
-        """What a video depends on beside its story: weights, and where and how they run."""
-        return {
-            "student": fingerprint(self.network.net), "text encoder": self.text_encoder.name,
-            "codec": fingerprint(self.vae), "device": self.device.type, "dtype": str(self.network.dtype),
-        }  # fmt: skip
-
     def empty_memory(self, size: tuple[int, int] | None = None, **settings) -> Memory:
-        """A memory with the card's sizes; `settings` replace fields of its MemoryConfig, size is (width, height)."""
-        width, height = size or self.card.size
+        """A memory as the card describes it. `size` is (width, height); `settings` replace fields of its MemoryConfig."""
         config = dataclasses.replace(self.card.memory, **settings)
-        return new_memory(config, width, height)
+        return empty_memory(config, latent_size(*(size or self.card.size)))
 
     @torch.inference_mode()
     def sampler(self, text_BLC: Tensor, options: SamplerOptions | None = None) -> CausalSampler:
@@ -130,8 +113,3 @@ class Pipeline:
     def decode(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Consecutive normalised latents -> consecutive pixels [1, 3, T, H, W]."""
         yield from self.vae.decode_stream(denormalise(chunk.to(self.device)) for chunk in chunks)
-
-
-def new_memory(config: MemoryConfig, width: int, height: int) -> Memory:
-    """An empty memory for videos of width x height pixels. Raises ValueError unless both are multiples of 16."""
-    return empty_memory(config, latent_size(width, height))

@@ -63,7 +63,7 @@ class Bench:
         from context_forcing.model.network import Network
         from context_forcing.model.sampler import make_sampler
         from context_forcing.model.segment import generate_segment
-        from context_forcing.video.pipeline import new_memory
+        from context_forcing.memory import empty_memory
 
         net = self.make_net(**SIZES)
         net.load_state_dict({key: value.float() for key, value in state.items()})
@@ -71,7 +71,7 @@ class Bench:
         network, card = Network(net, torch.device("cpu"), dtype), StudentCard(shift=shift)
         sampler_of = lambda text: make_sampler(network, card, text, student=fingerprint(net))
         *_, memory = generate_segment(
-            sampler_of, new_memory(MemoryConfig(sink=1, slow=2, fast=4), 48, 32), self.positive[0][0], prompt="",
+            sampler_of, empty_memory(MemoryConfig(sink=1, slow=2, fast=4), (16, 4, 6)), self.positive[0][0], prompt="",
             seed=5, num_chunks=3, sigmas=card.sigmas,
         )  # fmt: skip
         return denormalise(torch.cat(memory.latent_chunks, dim=2)), memory

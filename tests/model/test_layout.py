@@ -11,7 +11,6 @@ from context_forcing.model.config import PRESETS
 from context_forcing.model.network import Network
 from context_forcing.model.sampler import COMMIT_ATTENDS, KV_PLACEMENTS, seeded_noise, working_bytes
 from context_forcing.model.wan import WanModel
-from context_forcing.video.pipeline import new_memory
 
 SMALL = dict(sink=1, slow=2, fast=4, chunk=2, window=7, slow_similarity_threshold=0.999)
 
@@ -78,7 +77,7 @@ def test_working_bytes_of_real_students():
     for name, sizes in expected.items():
         with torch.device("meta"):
             network = Network(WanModel(PRESETS[name]), torch.device("meta"), torch.bfloat16)
-        memory = new_memory(MemoryConfig(), 832, 480)
+        memory = new_empty_memory(MemoryConfig(), (16, 60, 104))
         found = [working_bytes(network, memory, layout) / 1e9 for layout in KV_PLACEMENTS]
         assert found == pytest.approx(sizes, abs=0.06)
         # 18 frames twice and 6 of the chunk; 18 and 6; 6: the rest is one layer's work.

@@ -240,16 +240,17 @@ def test_working_bytes_grow_with_the_memory_not_the_video(net, empty_memory, six
 
 
 def test_other_sizes_need_no_change(net, make_sampler):
-    from context_forcing.video.pipeline import new_memory
+    from context_forcing.memory import empty_memory
+    from context_forcing.model.units import latent_size
 
     config = MemoryConfig(sink=1, slow=1, fast=3, chunk=2, window=6)
-    memory = roll(make_sampler(net), new_memory(config, 48, 32), 3, sigmas=(1.0,))
+    memory = roll(make_sampler(net), empty_memory(config, latent_size(48, 32)), 3, sigmas=(1.0,))
     assert film(memory).shape == (1, 16, 6, 4, 6)
-    memory = roll(make_sampler(net), new_memory(config, 16, 80), 3, sigmas=(1.0,))
+    memory = roll(make_sampler(net), empty_memory(config, latent_size(16, 80)), 3, sigmas=(1.0,))
     assert film(memory).shape == (1, 16, 6, 10, 2)
     assert memory.store.frames[0].keys.shape[2] == 5
     with pytest.raises(ValueError, match="^size: width 40 "):
-        new_memory(config, 40, 32)
+        empty_memory(config, latent_size(40, 32))
 
 
 def test_euler_follows_the_flow_and_draws_noise_once(net, make_sampler, empty_memory):

@@ -167,7 +167,7 @@ def test_attention_is_shown_per_part_and_per_frame(written):
     assert list(per.values()) == pytest.approx([0.06, 0.4, 0.15, 0.39])
     image = draw_report(memory, pictures(memory), 16, {0.9: share})
     said = words(written)
-    for expected in ("noise 0.90", "sink 6.0%", "slow 40.0%", "fast 15.0%", "the chunk 39.0%", "averaged over layers"):
+    for expected in ("noise 0.90", "sink 6.0%", "slow 40.0%", "fast 15.0%", "the chunk 39.0%", "mean over layers"):
         assert expected in said, expected
     assert said.count("10.0%") == 4, "under the slow frames"
     plain = draw_report(memory, pictures(memory), 16)
