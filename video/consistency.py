@@ -1,6 +1,6 @@
-"""How far pictures stay what the first was, by features of any kind, beside their motion.
+"""Similarity of a video's frames to its first frame, by features of any kind, beside the motion of the same frames.
 
-A still picture is perfectly consistent, so no similarity is given without the motion of the same pictures.
+A still picture is perfectly consistent: similarity is never shown without motion.
 """
 
 import math
@@ -18,25 +18,26 @@ from .sheet import FAINT, LEFT, RIGHT, Axes, Sheet, at_time
 FeatureExtractor = Callable[[Sequence[np.ndarray]], Tensor]
 """uint8 pictures [H, W, 3] -> features of unit length [N, features], float32, on the CPU."""
 
-LOOKS_AT_ONCE = 16
+BATCH = 16
+"""Frames that an extractor is called with."""
 COLOUR_LEVELS = 16
-LINES = ((11, 111, 184), (217, 87, 26), (44, 138, 75), (138, 79, 191), (184, 134, 11), (59, 63, 70))
+LINES = ((11, 111, 184), (217, 87, 26), (44, 138, 75))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyCurve:
-    """Pictures over time; `times`, `similarity` and `motion` are as long as each other."""
+    """Sampled frames over time; `times`, `motion` and every entry of `similarity` have the same length."""
 
     fps: float
     num_frames: int
-    """Pixel frames."""
+    """Pixel frames of the video."""
     times: tuple[float, ...]
-    """Seconds of the frames looked at."""
+    """Seconds of the sampled frames."""
     similarity: dict[str, tuple[float, ...]]
-    """Eye -> cosine of each frame's feature with the first frame's."""
+    """Name of an extractor -> cosine of each frame's feature with the first frame's."""
     motion: tuple[float, ...]
-    """Mean absolute difference of consecutive pixel frames since the frame looked at before, in % of the full range
-    (all pixels and colours; no optical flow). 0 for the first."""
+    """Mean absolute difference of consecutive pixel frames since the sample before, in % of the full range (all pixels
+    and colours; no optical flow). 0 for the first."""
 
 
 def measure_consistency(
@@ -44,25 +45,19 @@ def measure_consistency(
     fps: float,
     extractors: Mapping[str, FeatureExtractor],
     every: float,
-    what: str = "the video",
+    name: str = "the video",
 ) -> ConsistencyCurve:
-    """Look at frames, uint8 [H, W, 3], every so many seconds as they stream; what is held does not grow with them.
+    """Sample frames, uint8 [H, W, 3], every `every` seconds as they stream. Memory use does not grow with length.
 
-    Raises ValueError, calling them `what`, where there are fewer than two to look at.
+    Raises ValueError, with the `name` of the video, if there are fewer than two samples.
     """
     step = every * fps
     if step < 1:
         raise ValueError(
-            f"every: {every:g} s is less than a frame of {what} ({fps:g} a second); {1 / fps:g} is the least"
+            f"every: {every:g} s is less than a frame of {name} ({fps:g} per second); give {1 / fps:g} or more"
         )
-    times, motion, waiting, changes, before = [], [], [], [], None
-    features: dict[str, list[Tensor]] = {name: [] for name in extractors}
-
-    def look() -> None:
-        for name, extractor in extractors.items():
-            features[name].append(extractor(waiting))
-        waiting.clear()
-
+    times, motion, batch, changes, before = [], [], [], [], None
+    features: dict[str, list[Tensor]] = {kind: [] for kind in extractors}
     count = 0
     for count, frame in enumerate(frames, 1):
         if before is not None:
@@ -71,49 +66,60 @@ def measure_consistency(
         if count - 1 == math.floor(len(times) * step + 0.5):
             times.append((count - 1) / fps)
             motion.append(float(np.mean(changes)) if changes else 0.0)
-            waiting.append(frame)
+            batch.append(frame)
             changes.clear()
-            if len(waiting) == LOOKS_AT_ONCE:
-                look()
-    if waiting:
-        look()
+            if len(batch) == BATCH:
+                _extract(extractors, batch, features)
+    if batch:
+        _extract(extractors, batch, features)
     if len(times) < 2:
-        raise ValueError(f"every: {every:g} s; {what} has {count / fps:g} s, too short for two looks")
+        raise ValueError(f"every: {every:g} s; {name} has {count / fps:g} s, too short for two samples")
     similarity = {}
-    for name, found in features.items():
-        whole = torch.cat(found)
-        similarity[name] = tuple((whole @ whole[0]).tolist())
+    for kind, parts in features.items():
+        values = torch.cat(parts)
+        similarity[kind] = tuple((values @ values[0]).tolist())
     return ConsistencyCurve(fps=fps, num_frames=count, times=tuple(times), similarity=similarity, motion=tuple(motion))
 
 
-def palette(pictures: Sequence[np.ndarray]) -> Tensor:
-    """An eye that sees which colours there are and how much of each, not where: cosines are Bhattacharyya's.
+def _extract(
+    extractors: Mapping[str, FeatureExtractor], batch: list[np.ndarray], features: Mapping[str, list[Tensor]]
+) -> None:
+    """Append the features of a batch, and empty it."""
+    for kind, extractor in extractors.items():
+        features[kind].append(extractor(batch))
+    batch.clear()
 
-    Square roots of histograms of 16 levels a channel, blurred by two levels, so that a shade's difference counts little.
+
+def palette(pictures: Sequence[np.ndarray]) -> Tensor:
+    """An extractor of colours, not of places: cosines of its features are Bhattacharyya coefficients.
+
+    Features are square roots of histograms with 16 levels per channel, blurred over neighbouring levels.
     """
-    found = []
+    histograms = []
     for picture in pictures:
         red, green, blue = (picture.reshape(-1, 3) // (256 // COLOUR_LEVELS)).astype(np.int64).T
         counts = np.bincount((red * COLOUR_LEVELS + green) * COLOUR_LEVELS + blue, minlength=COLOUR_LEVELS**3)
-        found.append(torch.from_numpy(counts).float().view(1, *(3 * [COLOUR_LEVELS])))
-    blurred = torch.stack(found)
+        histograms.append(torch.from_numpy(counts).float().view(1, *(3 * [COLOUR_LEVELS])))
+    blurred = torch.stack(histograms)
     for _ in range(2):
         blurred = F.avg_pool3d(blurred, 3, stride=1, padding=1)
     return F.normalize(blurred.sqrt().flatten(1), dim=-1)
 
 
 def describe(curve: ConsistencyCurve) -> str:
-    """A line a figure: mean, least and when; motion as well."""
-    whole = curve.num_frames / curve.fps
-    lines = [f"{curve.num_frames} frames ({whole:.1f} s), {len(curve.times)} looked at"]
+    """A line per extractor and one for motion: mean, minimum, its time, and the end."""
+    seconds = curve.num_frames / curve.fps
+    lines = [f"{curve.num_frames} frames ({seconds:.1f} s), {len(curve.times)} looked at"]
     for name, values in curve.similarity.items():
         least = int(np.argmin(values))
         lines.append(
             f"{name}: similarity to the first frame {np.mean(values[1:]):.3f} on average, least {values[least]:.3f} at"
-            f" {at_time(curve.times[least], whole)}, {values[-1]:.3f} at the end"
+            f" {at_time(curve.times[least], seconds)}, {values[-1]:.3f} at the end"
         )
-    moved = curve.motion[1:]
-    lines.append(f"motion: {np.mean(moved):.2f} % mean change frame to frame, {min(moved):.2f} to {max(moved):.2f} %")
+    motion = curve.motion[1:]
+    lines.append(
+        f"motion: {np.mean(motion):.2f} % mean change frame to frame, {min(motion):.2f} to {max(motion):.2f} %"
+    )
     return "\n".join(lines)
 
 

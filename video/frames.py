@@ -1,16 +1,19 @@
-"""Pixels of the VAE and uint8 frames, the start of a video, and remembered frames as pictures.
+"""Pixels of the VAE and uint8 frames; frames as pictures.
 
 Shapes: T pixel frames, M remembered latent frames, H W pixel rows and columns.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..memory.memory import Memory
+from ..model.codecs.base import denormalise
+from ..model.codecs.demo_vae import DemoCodec
 from ..model.units import whole_pixel_frames
 
 log = logging.getLogger("context_forcing")
@@ -42,3 +45,17 @@ def thumbnails(memory: Memory, decode: Decode) -> np.ndarray:
     """The remembered frames in the order of `memory.slots.all`, uint8 [M, H, W, 3]. Each is decoded alone."""
     pictures = [to_uint8(next(iter(decode([memory.latents_of([frame])])))) for frame in memory.slots.all]
     return np.concatenate(pictures) if pictures else np.zeros((0, 1, 1, 3), np.uint8)
+
+
+@torch.no_grad()
+def film_strip(
+    codec: DemoCodec, chunks: Sequence[Tensor], columns: int = 12, rows: int = 4, scale: int = 3
+) -> Image.Image:
+    """Latents [1, C, T, H, W] -> a picture of `columns` x `rows` frames, evenly spaced in time, line by line."""
+    device = next(codec.parameters()).device
+    runs = codec.decode_stream(denormalise(chunk.to(device)) for chunk in chunks)
+    frames = np.concatenate([to_uint8(run) for run in runs])
+    indices = np.linspace(0, len(frames) - 1, columns * rows).round().astype(int)
+    enlarged = frames[indices].repeat(scale, axis=1).repeat(scale, axis=2)
+    lines = [np.concatenate(list(enlarged[i : i + columns]), axis=1) for i in range(0, len(enlarged), columns)]
+    return Image.fromarray(np.concatenate(lines))

@@ -1,34 +1,15 @@
 """`context-forcing convert`: published files in, one of ours out; and what generate does with them."""
 
-import sys
-
 import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
 
-from context_forcing import cli
 from context_forcing.model.checkpoints import containers
 from context_forcing.model.checkpoints.student import StudentSource
 
 STORY = {"size": [48, 32], "seed": 4, "segments": [{"prompt": "A meadow by day.", "seconds": 0.75}]}
 AS_DEMO = ("--set", "base=demo size=48,32", "--set", "steps=1000,500")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """(arguments) -> exit code, stdout, stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["context-forcing", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
@@ -42,20 +23,20 @@ def published(make_net, tmp_path):
 
 def test_convert_and_look(run, published, tmp_path):
     out = tmp_path / "student.safetensors"
-    code, says, err = run("convert", published, "-o", out, "--card", "longlive", "--dtype", "bf16", *AS_DEMO)
-    assert code == 0 and "student.safetensors: longlive" in says and "ranks in the memory" in err
+    code, err = run("convert", published, "-o", out, "--card", "longlive", "--dtype", "bf16", *AS_DEMO)
+    assert code == 0 and "student.safetensors: longlive" in run.out and "ranks in the memory" in err
     card = StudentSource(out).open().card
     assert (card.name, card.base, card.steps, card.memory.window) == ("longlive", "demo", (1000.0, 500.0), 12)
-    code, says, _ = run("convert", "--inspect", out)
-    assert code == 0 and "bfloat16" in says and "69 of 69" in says and "the card in its metadata" in says
-    code, _, err = run("convert", published, "-o", out)
+    code, _ = run("convert", "--inspect", out)
+    assert code == 0 and "bfloat16" in run.out and "69 of 69" in run.out and "the card in its metadata" in run.out
+    code, err = run("convert", published, "-o", out)
     assert code == 2 and "exists; give another name" in err and StudentSource(out).open().card == card
 
 
 def test_looking_at_what_cannot_be_used(run, tmp_path):
     save_file({"decoder.conv1.weight": torch.zeros(3)}, tmp_path / "vae.safetensors")
-    code, says, _ = run("convert", "--inspect", tmp_path / "vae.safetensors")
-    assert code == 2 and "a VAE" in says and "refused" in says
+    code, _ = run("convert", "--inspect", tmp_path / "vae.safetensors")
+    assert code == 2 and "a VAE" in run.out and "refused" in run.out
     assert run("convert", tmp_path / "vae.safetensors")[0] == 2
 
 
@@ -70,7 +51,7 @@ def test_generate_reads_a_published_file_as_its_converted_one(run, published, tm
         ("generator", published, (*AS_DEMO, "--weights", "generator")),
     ):  # fmt: skip
         memory = tmp_path / f"{name}.memory"
-        code, _, err = run("generate", tmp_path / "story.yaml", "-o", tmp_path / f"{name}.mp4", "--student", student,
+        code, err = run("generate", tmp_path / "story.yaml", "-o", tmp_path / f"{name}.mp4", "--student", student,
                            "--memory-out", memory, *options)  # fmt: skip
         assert code == 0, err
         made[name] = memory.read_bytes()
@@ -85,7 +66,7 @@ def test_generate_opens_each_file_once(run, published, tmp_path, monkeypatch):
     opened, read = [], containers._read_file
     monkeypatch.setattr(containers, "_read_file", lambda path: opened.append(path) or read(path))
     options = [part for path in loras for part in ("--lora", f"{path}:0.1")]
-    code, _, err = run(
+    code, err = run(
         "generate", tmp_path / "story.yaml", "-o", tmp_path / "film.mp4", "--student", published, *AS_DEMO, *options
     )
     assert code == 0, err

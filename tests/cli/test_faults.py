@@ -13,8 +13,6 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from context_forcing import cli
-from context_forcing.memory import MemoryConfig
-from context_forcing.model.config import StudentCard
 from context_forcing.video.journal import Journal
 
 STORY = {
@@ -24,17 +22,6 @@ STORY = {
         {"prompt": "a desert", "seconds": 3},
     ],
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def student(make_net, tmp_path_factory, save_student):
-    """A tiny random student that the demo's text encoder and codec fit."""
-    path = tmp_path_factory.mktemp("student") / "student.safetensors"
-    card = StudentCard(
-        base="demo", steps=(1000.0, 500.0), shift=3.0, memory=MemoryConfig(slow=4, fast=6), size=(48, 32)
-    )
-    save_student(path, make_net(text_dim=4096, text_len=512), card)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +41,14 @@ def finished(student, tmp_path_factory):
 
 @pytest.fixture
 def generate(run, student, finished, tmp_path):
-    """(options) -> exit code, what was said in one line; of film.mp4."""
+    """(options) -> exit code, the message in one line; of film.mp4."""
     shutil.copy(finished / "story.yaml", tmp_path)
 
     def generate(*options):
-        code, said = run(
+        code, message = run(
             "generate", tmp_path / "story.yaml", "-o", tmp_path / "film.mp4", "--student", student, *options
         )
-        return code, " ".join(said.split())
+        return code, " ".join(message.split())
 
     return generate
 
@@ -88,9 +75,9 @@ def stopped(finished, tmp_path):
 )
 def test_a_film_that_was_not_written_goes_on(generate, whole, ffmpeg_that, monkeypatch, tmp_path, does, words):
     ffmpeg_that(*does)
-    code, said = generate()
-    assert code == 2 and words in said and "film.mp4" in said and "--resume continues it" in said
-    assert "Traceback" not in said and "frames, " not in said.partition("error:")[2]
+    code, message = generate()
+    assert code == 2 and words in message and "film.mp4" in message and "--resume continues it" in message
+    assert "Traceback" not in message and "frames, " not in message.partition("error:")[2]
     assert {path.name for path in tmp_path.iterdir()} == {"story.yaml", "film.mp4.journal"}
     monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
     assert generate("--resume")[0] == 0
@@ -135,8 +122,8 @@ HARMS = {
 @pytest.mark.parametrize("harm, words", HARMS.values(), ids=HARMS)
 def test_a_damaged_journal_gives_the_same_film(generate, whole, stopped, tmp_path, caplog, harm, words):
     harm(stopped / "chunk-000002.safetensors")
-    code, said = generate("--resume")
-    assert code == 0, said
+    code, message = generate("--resume")
+    assert code == 0, message
     assert (tmp_path / "film.mp4").read_bytes() == whole
     assert sum(words in record.message for record in caplog.records) == 1
 
@@ -173,9 +160,11 @@ def test_one_run_at_a_time(generate, whole, stopped, student, tmp_path):
         os.waitpid(first.pid, os.WUNTRACED)
         before = state(tmp_path)
         for options in ((), ("--resume",)):
-            code, said = generate(*options)
+            code, message = generate(*options)
             assert (
-                code == 2 and "film.mp4 is being written by another process" in said and f"pid {first.pid} on " in said
+                code == 2
+                and "film.mp4 is being written by another process" in message
+                and f"pid {first.pid} on " in message
             )
         assert state(tmp_path) == before
         first.send_signal(signal.SIGCONT)

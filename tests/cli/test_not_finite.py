@@ -7,9 +7,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from context_forcing.memory import MemoryConfig
 from context_forcing.memory.snapshot import load_memory, save_memory
-from context_forcing.model.config import StudentCard
 from context_forcing.model.sampler import seeded_noise
 
 NAN = float("nan")
@@ -20,8 +18,8 @@ def generate(run, tmp_path):
     """(seconds, options) -> exit code, stderr."""
 
     def generate(seconds, *options):
-        scene = {"prompt": "a meadow by day", "seconds": seconds}
-        (tmp_path / "story.yaml").write_text(yaml.safe_dump({"size": [48, 32], "seed": 4, "segments": [scene]}))
+        segment = {"prompt": "a meadow by day", "seconds": seconds}
+        (tmp_path / "story.yaml").write_text(yaml.safe_dump({"size": [48, 32], "seed": 4, "segments": [segment]}))
         return run(
             "generate", tmp_path / "story.yaml", "-o", tmp_path / "film.mp4", "--memory-out", tmp_path / "memory.st",
             "--student", tmp_path / "student.safetensors", "--device", "cpu", *options,
@@ -31,25 +29,24 @@ def generate(run, tmp_path):
 
 
 @pytest.fixture
-def save(make_net, tmp_path, save_student):
+def save(save_tiny_student, tmp_path):
     """(name of a weight to break) -> student.safetensors."""
 
     def save(broken=None):
-        net = make_net(text_dim=4096, text_len=512, num_layers=3)
-        if broken:
-            net.get_parameter(broken).data.flatten()[0] = NAN
-        memory = MemoryConfig(sink=3, slow=4, fast=6, slow_similarity_threshold=0.999)
-        card = StudentCard(base="demo", steps=(1000.0, 500.0), shift=3.0, memory=memory, size=(48, 32))
-        save_student(tmp_path / "student.safetensors", net, card)
+        def edit(net):
+            if broken:
+                net.get_parameter(broken).data.flatten()[0] = NAN
+
+        save_tiny_student(tmp_path / "student.safetensors", edit=edit, num_layers=3)
 
     return save
 
 
 def test_a_student(generate, save, tmp_path):
     save("blocks.2.ffn.0.weight")
-    code, said = generate(1.5)
-    errors = [line for line in said.splitlines() if "error:" in line]
-    assert code == 2 and "Traceback" not in said and len(errors) == 1
+    code, err = generate(1.5)
+    errors = [line for line in err.splitlines() if "error:" in line]
+    assert code == 2 and "Traceback" not in err and len(errors) == 1
     assert "error: chunk 1 (latent frames 0-2), step 1 (noise level 1): NaN or infinity in" in errors[0]
     assert "the weight blocks.2.ffn.0.weight" in errors[0]
     assert not (tmp_path / "film.mp4").exists() and not (tmp_path / "memory.st").exists()
@@ -60,8 +57,8 @@ def test_the_journal_and_the_memory_keep_what_was_finished(generate, save, tmp_p
     save()
     broken = lambda seed, size: lambda frame, step: seeded_noise(seed, size)(frame, step) * (NAN if frame >= 6 else 1)
     monkeypatch.setattr("context_forcing.model.segment.seeded_noise", broken)
-    code, said = generate(3)
-    assert code == 2 and "error: chunk 3 (latent frames 6-8), step 1 " in said and "--resume continues it" in said
+    code, err = generate(3)
+    assert code == 2 and "error: chunk 3 (latent frames 6-8), step 1 " in err and "--resume continues it" in err
     journal = tmp_path / "film.mp4.journal"
     assert sorted(path.name for path in journal.glob("chunk-*")) == [f"chunk-00000{n}.safetensors" for n in (0, 1)]
     assert (
@@ -82,5 +79,5 @@ def test_a_memory(generate, save, tmp_path):
         dataclasses.replace(memory, store=dataclasses.replace(memory.store, frames=memory.store.frames | {1: held})),
     )
     (tmp_path / "film.mp4").unlink()
-    code, said = generate(0.75, "--memory-in", tmp_path / "bad.st")
-    assert code == 2 and "bad.st: NaN or infinity in values.1" in said and not (tmp_path / "film.mp4").exists()
+    code, err = generate(0.75, "--memory-in", tmp_path / "bad.st")
+    assert code == 2 and "bad.st: NaN or infinity in values.1" in err and not (tmp_path / "film.mp4").exists()

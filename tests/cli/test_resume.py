@@ -36,11 +36,11 @@ def generate(folder, name, *options):
     return done.returncode, " ".join(done.stderr.split())
 
 
-def tell(folder, *segments, seed=3):
+def write_story(folder, *segments, seed=3):
     (folder / "story.yaml").write_text(yaml.safe_dump({"seed": seed, "segments": list(segments)}))
 
 
-def scene(prompt, seconds, **settings):
+def segment(prompt, seconds, **settings):
     return {"prompt": prompt, "seconds": seconds, **settings}
 
 
@@ -51,12 +51,11 @@ def film(path):
 @pytest.mark.slow
 def test_kill_9_at_ten_moments_of_two_minutes(tmp_path):
     """Every time as a user would: the same command with --resume. The same file at the end, to the byte."""
-    tell(
-        tmp_path, scene(MEADOW, 40), scene(DUSK, 20, change="recache", blend=2), scene(MEADOW, 20, change="flush"),
-        scene("A desert at night. The camera pans left.", 40, change="cut"),
-    )  # fmt: skip
-    code, said = generate(tmp_path, "whole")
-    assert code == 0, said
+    dusk, desert = segment(DUSK, 20, change="recache", blend=2), "A desert at night. The camera pans left."
+    segments = (segment(MEADOW, 40), dusk, segment(MEADOW, 20, change="flush"), segment(desert, 40, change="cut"))
+    write_story(tmp_path, *segments)
+    code, message = generate(tmp_path, "whole")
+    assert code == 0, message
     rng, chunks = random.Random(1), tmp_path / "killed.mp4.journal"
     moments = sorted(rng.sample(range(1, 159), 10))
     for moment in moments:
@@ -69,8 +68,8 @@ def test_kill_9_at_ten_moments_of_two_minutes(tmp_path):
         process.kill()
         process.wait()
         assert not (tmp_path / "killed.mp4").exists()
-    code, said = generate(tmp_path, "killed", "--resume")
-    assert code == 0, said
+    code, message = generate(tmp_path, "killed", "--resume")
+    assert code == 0, message
     assert (tmp_path / "killed.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
     assert (tmp_path / "killed.memory").read_bytes() == (tmp_path / "whole.memory").read_bytes()
     assert film(tmp_path / "whole.memory").shape[2] == 3 * (54 + 27 + 27 + 54) and not chunks.exists()
@@ -78,9 +77,9 @@ def test_kill_9_at_ten_moments_of_two_minutes(tmp_path):
 
 @pytest.mark.slow
 def test_resume_wants_the_same_video(tmp_path, save_student):
-    tell(tmp_path, scene(MEADOW, 90))
-    code, said = generate(tmp_path, "film", "--resume")
-    assert code == 2 and "there is no journal film.mp4.journal; start without --resume" in said
+    write_story(tmp_path, segment(MEADOW, 90))
+    code, message = generate(tmp_path, "film", "--resume")
+    assert code == 2 and "there is no journal film.mp4.journal; start without --resume" in message
     process = subprocess.Popen(command(tmp_path, "film"), cwd=tmp_path, stderr=subprocess.DEVNULL)
     journal = tmp_path / "film.mp4.journal"
     while not (journal / "chunk-000001.safetensors").exists():
@@ -88,31 +87,31 @@ def test_resume_wants_the_same_video(tmp_path, save_student):
         time.sleep(0.01)
     process.kill()
     process.wait()
-    code, said = generate(tmp_path, "film")
-    assert code == 2 and "holds an unfinished video; continue it with --resume" in said
-    code, said = generate(tmp_path, "film", "--resume", "--slow", "3")
-    assert code == 2 and "another memory" in said
+    code, message = generate(tmp_path, "film")
+    assert code == 2 and "holds an unfinished video; continue it with --resume" in message
+    code, message = generate(tmp_path, "film", "--resume", "--slow", "3")
+    assert code == 2 and "another memory" in message
     student = StudentSource().open()
     net, card = student.load(), student.card
     save_student(tmp_path / "slower.safetensors", net, dataclasses.replace(card, steps=(1000.0, 500.0)))
-    code, said = generate(tmp_path, "film", "--resume", "--student", "slower.safetensors")
-    assert code == 2 and "another card" in said
-    tell(tmp_path, scene(MEADOW, 3))
-    code, said = generate(tmp_path, "film", "--resume")
-    assert code == 2 and "another story" in said
+    code, message = generate(tmp_path, "film", "--resume", "--student", "slower.safetensors")
+    assert code == 2 and "another card" in message
+    write_story(tmp_path, segment(MEADOW, 3))
+    code, message = generate(tmp_path, "film", "--resume")
+    assert code == 2 and "another story" in message
 
 
 @pytest.mark.slow
 def test_a_compact_memory_goes_on(tmp_path):
-    tell(tmp_path, scene(MEADOW, 12))
+    write_story(tmp_path, segment(MEADOW, 12))
     for name, form in (("exact", []), ("small", ["--compact"])):
-        code, said = generate(tmp_path, name, *form)
-        assert code == 0, said
+        code, message = generate(tmp_path, name, *form)
+        assert code == 0, message
     small, exact = load_file(tmp_path / "small.memory"), load_file(tmp_path / "exact.memory")
     assert set(small) == {"film", "text"} and torch.equal(small["film"], exact["film"])
     for name in ("exact", "small"):
-        code, said = generate(tmp_path, f"{name}2", "--memory-in", tmp_path / f"{name}.memory")
-        assert code == 0, said
+        code, message = generate(tmp_path, f"{name}2", "--memory-in", tmp_path / f"{name}.memory")
+        assert code == 0, message
     a, b = film(tmp_path / "exact2.memory")[:, :, 48:51], film(tmp_path / "small2.memory")[:, :, 48:51]
     assert 0 < (a - b).abs().mean() < 0.35 * a.abs().mean()
 
@@ -134,20 +133,20 @@ def test_a_video_begins_with_what_it_is_given(tmp_path, kind):
         for frame in frames:
             writer.send(np.ascontiguousarray(frame))
         writer.close()
-    tell(tmp_path, scene(MEADOW, 1.5))
-    code, said = generate(tmp_path, "film", "--start", path)
-    assert code == 0, said
-    assert ("1 of 14 frames left out" in said) == (kind == "clip")
+    write_story(tmp_path, segment(MEADOW, 1.5))
+    code, message = generate(tmp_path, "film", "--start", path)
+    assert code == 0, message
+    assert ("1 of 14 frames left out" in message) == (kind == "clip")
     (seen,) = read_runs(path, 64, (128, 64), 16)
     with torch.inference_mode():
         expected = normalise(load_demo_codec().encode(to_pixels(seen[: 1 if kind == "picture" else 13])))
     made = film(tmp_path / "film.memory")
     assert made.shape[2] == (6 if kind == "picture" else 9)
     torch.testing.assert_close(made[:, :, : expected.shape[2]], expected, rtol=0, atol=0)
-    code, said = generate(tmp_path, "more", "--start", path, "--memory-in", tmp_path / "film.memory")
-    assert code == 2 and "a start image or clip goes into an empty memory" in said
-    code, said = generate(tmp_path, "more", "--start", Path(__file__))
-    assert code == 2 and "does not decode" in said
+    code, message = generate(tmp_path, "more", "--start", path, "--memory-in", tmp_path / "film.memory")
+    assert code == 2 and "a start image or clip needs an empty memory" in message
+    code, message = generate(tmp_path, "more", "--start", Path(__file__))
+    assert code == 2 and "does not decode" in message
 
 
 def test_a_changing_story_is_checked(tmp_path):
@@ -155,6 +154,6 @@ def test_a_changing_story_is_checked(tmp_path):
         ({"change": "melt"}, "segments[0].change: 'melt'"),
         ({"blend": -1}, "segments[0].blend: -1"),
     ):
-        tell(tmp_path, scene(MEADOW, 1, **settings))
-        code, said = generate(tmp_path, "film")
-        assert code == 2 and words in said and not json.dumps(said).count("Traceback")
+        write_story(tmp_path, segment(MEADOW, 1, **settings))
+        code, message = generate(tmp_path, "film")
+        assert code == 2 and words in message and not json.dumps(message).count("Traceback")

@@ -86,7 +86,7 @@ def test_a_still_video_has_no_motion(host, graph, demo):
         ([], "connect either a memory, with a vae, or images"),
         (["memory"], "vae: the memory's video must be decoded"),
         (["memory", "vae", "images"], "connect either a memory"),
-        (["images"], "too short for two looks"),
+        (["images"], "too short for two samples"),
     ],
 )
 def test_wrong_inputs_are_named(host, graph, demo, inputs, message):

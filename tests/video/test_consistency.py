@@ -70,7 +70,9 @@ def test_what_is_held_does_not_grow():
     assert sum(held) == 100 == len(found.times) and max(held) == 16
 
 
-@pytest.mark.parametrize("every, frames, words", [(0.01, 9, "0.125 is the least"), (9.0, 9, "too short for two looks")])
+@pytest.mark.parametrize(
+    "every, frames, words", [(0.01, 9, "give 0.125 or more"), (9.0, 9, "too short for two samples")]
+)
 def test_what_cannot_be_watched_is_refused(every, frames, words):
     with pytest.raises(ValueError, match=f"every: .*the video.*{words}"):
         measure_consistency([picture()] * frames, FPS, {"palette": palette}, every)

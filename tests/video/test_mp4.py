@@ -76,8 +76,8 @@ def test_what_is_not_whole_does_not_get_its_name(tmp_path, ffmpeg_that, num_fram
     ffmpeg_that(*does)
     with pytest.raises(ValueError) as error:
         write(path, num_frames)
-    said = str(error.value)
-    assert str(path) in said and words in said and "then run it again" in said and "\n" not in said
+    message = str(error.value)
+    assert str(path) in message and words in message and "then run it again" in message and "\n" not in message
     assert path.read_bytes() == b"the film of yesterday" and not part_name(path).exists()
 
 

@@ -59,7 +59,7 @@ def test_draws_without_slow_memory_or_sink():
 
 
 def test_the_timeline_shows_the_fates():
-    memory = told("keep", "flush", "cut", "cut_new_sink")
+    memory = memory_of("keep", "flush", "cut", "cut_new_sink")
     image = np.asarray(draw_report(memory, pictures(memory), fps=16))
     a_frame = (RIGHT - LEFT) / memory.num_frames
     columns = [round(LEFT + (frame + 0.5) * a_frame) for frame in range(memory.num_frames)]
@@ -79,14 +79,14 @@ def segments_of(changes, chunks, memory=None):
     return memory
 
 
-def told(*changes, chunks=5):
+def memory_of(*changes, chunks=5):
     """A segment of chunks a change; all frames look different."""
     return segments_of(changes, chunks)
 
 
 @pytest.mark.parametrize("change", ["flush", "cut", "cut_new_sink"])
 def test_what_a_change_takes_is_told_from_what_the_policy_let_go(change):
-    before = told("keep")
+    before = memory_of("keep")
     memory = segments_of([change], 5, before)
     survivors = before.begin("", 7, change=change).slots.all
     lost = [frame for frame in before.slots.all if frame not in survivors]
@@ -97,7 +97,7 @@ def test_what_a_change_takes_is_told_from_what_the_policy_let_go(change):
 
 def test_every_forgotten_frame_goes_to_the_change_that_took_it():
     """Against the slots as they were before and after each change."""
-    memory, lost = told("keep"), {}
+    memory, lost = memory_of("keep"), {}
     for change in ("flush", "cut", "keep", "flush", "cut_new_sink", "recache", "cut", "flush"):
         begun = memory.begin("", 7, change=change)
         lost |= {frame: begun.segments[-1] for frame in memory.slots.all if frame not in begun.slots.all}
@@ -108,28 +108,28 @@ def test_every_forgotten_frame_goes_to_the_change_that_took_it():
 
 
 def test_many_changes_are_summed_up():
-    memory = told("keep", *["cut"] * 40, chunks=2)
+    memory = memory_of("keep", *["cut"] * 40, chunks=2)
     (line,) = [line for line in summary(memory, 16).splitlines() if line.startswith("forgotten")]
     assert line == f"forgotten: {len(forgotten_frames(memory))} frames by 40 flushes and cuts"
 
 
 def test_keep_and_recache_forget_nothing():
-    memory = told("keep", "recache", "keep")
+    memory = memory_of("keep", "recache", "keep")
     assert not forgotten_frames(memory) and "forgotten" not in frame_status(memory)
 
 
 def test_the_picture_says_what_happened(written):
-    memory = told("keep", "recache", "cut")
+    memory = memory_of("keep", "recache", "cut")
     draw_report(memory, pictures(memory), fps=16)
-    said = words(written)
+    text = words(written)
     for expected in ("1 | ", "2 recache", "3 cut", "scene 0", "scene 1", "scene 2", "the memory reaches back 1.5 s"):
-        assert expected in said, expected
+        assert expected in text, expected
     taken = len(forgotten_frames(memory))
-    assert f"cut, {taken} forgotten" in said and "forgotten at a flush or cut" in said and "not kept" in said
+    assert f"cut, {taken} forgotten" in text and "forgotten at a flush or cut" in text and "not kept" in text
 
 
 def test_a_segment_that_goes_on_as_before_is_no_boundary(written):
-    memory = told("keep")
+    memory = memory_of("keep")
     parted = memory
     for _ in range(2):
         parted = parted.begin("scene 0", 7)
@@ -143,7 +143,7 @@ def test_a_segment_that_goes_on_as_before_is_no_boundary(written):
 def test_no_text_lies_on_another(written, num_segments, chunks):
     """10 s to 2 minutes, segments of a single chunk among them."""
     changes = ["keep", "recache", "flush", "cut", "cut_new_sink"]
-    memory = told(*(changes[number % 5] for number in range(num_segments)), chunks=chunks)
+    memory = memory_of(*(changes[number % 5] for number in range(num_segments)), chunks=chunks)
     share = [1 / (len(memory.slots.all) + 3)] * (len(memory.slots.all) + 3)
     image = draw_report(memory, pictures(memory), 16, {1.0: share, 0.5: share})
     for number, (text, (left, top, right, bottom)) in enumerate(written):
@@ -166,10 +166,10 @@ def test_attention_is_shown_per_part_and_per_frame(written):
     assert list(per) == ["sink", "slow", "fast", "the chunk itself"]
     assert list(per.values()) == pytest.approx([0.06, 0.4, 0.15, 0.39])
     image = draw_report(memory, pictures(memory), 16, {0.9: share})
-    said = words(written)
+    text = words(written)
     for expected in ("noise 0.90", "sink 6.0%", "slow 40.0%", "fast 15.0%", "the chunk 39.0%", "mean over layers"):
-        assert expected in said, expected
-    assert said.count("10.0%") == 4, "under the slow frames"
+        assert expected in text, expected
+    assert text.count("10.0%") == 4, "under the slow frames"
     plain = draw_report(memory, pictures(memory), 16)
     assert plain.height < image.height
     last = summary(memory, 16, {0.9: share}).splitlines()[-1]
@@ -225,7 +225,7 @@ def test_summary_of_a_scene_that_stands_still():
 
 
 @pytest.mark.parametrize(
-    "seconds, whole, said",
+    "seconds, whole, text",
     [
         (7.5, 10, "7.5 s"),
         (0, 10, "0 s"),
@@ -235,8 +235,8 @@ def test_summary_of_a_scene_that_stands_still():
         (3601, 7200, "60:01"),
     ],
 )
-def test_times(seconds, whole, said):
-    assert at_time(seconds, whole) == said
+def test_times(seconds, whole, text):
+    assert at_time(seconds, whole) == text
 
 
 def test_shortened():

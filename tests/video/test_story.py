@@ -11,7 +11,7 @@ from context_forcing.model.config import StudentCard
 from context_forcing.model.units import check_size
 from context_forcing.video.story import MAX_SEED, ResolvedSegment, SegmentSpec, load_story, parse_story
 
-SCENE = {"prompt": "a meadow", "seconds": 3}
+SEGMENT = {"prompt": "a meadow", "seconds": 3}
 
 
 def refused(raw):
@@ -23,17 +23,17 @@ def refused(raw):
 
 def test_a_whole_story():
     story = parse_story(
-        {"size": [128, 64], "fps": 24, "seed": 5, "segments": [SCENE, {"prompt": "", "seconds": 0.5, "seed": 9}]}
+        {"size": [128, 64], "fps": 24, "seed": 5, "segments": [SEGMENT, {"prompt": "", "seconds": 0.5, "seed": 9}]}
     )
     assert (story.size, story.fps, story.seed) == ((128, 64), 24, 5)
     assert story.segments == (SegmentSpec(prompt="a meadow", seconds=3.0), SegmentSpec(prompt="", seconds=0.5, seed=9))
-    assert parse_story({"segments": [SCENE]}).size is None
+    assert parse_story({"segments": [SEGMENT]}).size is None
 
 
 def test_a_resolved_story_has_every_default(caplog):
     caplog.set_level("INFO", "context_forcing")
     card, memory = StudentCard(base="demo", fps=16, size=(48, 32)), empty_memory(MemoryConfig(), (16, 4, 6))
-    story = parse_story({"seed": 5, "segments": [SCENE, {**SCENE, "seconds": 1, "seed": 9, "change": "cut"}]})
+    story = parse_story({"seed": 5, "segments": [SEGMENT, {**SEGMENT, "seconds": 1, "seed": 9, "change": "cut"}]})
     resolved = story.resolve(card, memory)
     assert (resolved.size, resolved.fps, resolved.num_chunks) == ((48, 32), 16, 4 + 2)
     first, second = resolved.segments
@@ -49,47 +49,47 @@ def test_a_resolved_story_has_every_default(caplog):
 
 
 def test_with_seed_replaces_every_seed():
-    story = parse_story({"seed": 5, "segments": [SCENE, {**SCENE, "seed": 9}]}).with_seed(7)
-    assert story.seed == 7 and all(scene.seed is None for scene in story.segments)
+    story = parse_story({"seed": 5, "segments": [SEGMENT, {**SEGMENT, "seed": 9}]}).with_seed(7)
+    assert story.seed == 7 and all(segment.seed is None for segment in story.segments)
 
 
 @pytest.mark.parametrize(
     "raw, field, value",
     [
         (None, "story", "None"),
-        ([SCENE], "story", "mapping"),
+        ([SEGMENT], "story", "mapping"),
         ("text", "story", "text"),
         ({}, "segments", "at least one"),
         ({"segments": []}, "segments", "at least one"),
         ({"segments": None}, "segments", "at least one"),
-        ({"segments": SCENE}, "segments", "list"),
-        ({"segments": [SCENE], "length": 3}, "story", "length"),
-        ({"segments": [SCENE], 3: 3}, "story", "3"),
-        ({"segments": [SCENE, "a meadow"]}, "segments[1]", "a meadow"),
-        ({"segments": [SCENE, {"prompt": "x"}]}, "segments[1].seconds", "missing"),
+        ({"segments": SEGMENT}, "segments", "list"),
+        ({"segments": [SEGMENT], "length": 3}, "story", "length"),
+        ({"segments": [SEGMENT], 3: 3}, "story", "3"),
+        ({"segments": [SEGMENT, "a meadow"]}, "segments[1]", "a meadow"),
+        ({"segments": [SEGMENT, {"prompt": "x"}]}, "segments[1].seconds", "missing"),
         ({"segments": [{"seconds": 1}]}, "segments[0].prompt", "missing"),
-        ({"segments": [{**SCENE, "second": 3}]}, "segments[0]", "second"),
-        ({"segments": [{**SCENE, "prompt": 5}]}, "segments[0].prompt", "5"),
-        ({"segments": [{**SCENE, "prompt": None}]}, "segments[0].prompt", "None"),
-        ({"segments": [{**SCENE, "seconds": 0}]}, "segments[0].seconds", "0"),
-        ({"segments": [{**SCENE, "seconds": -2}]}, "segments[0].seconds", "-2"),
-        ({"segments": [{**SCENE, "seconds": "3"}]}, "segments[0].seconds", "'3'"),
-        ({"segments": [{**SCENE, "seconds": True}]}, "segments[0].seconds", "True"),
-        ({"segments": [{**SCENE, "seconds": float("nan")}]}, "segments[0].seconds", "nan"),
-        ({"segments": [{**SCENE, "seconds": float("inf")}]}, "segments[0].seconds", "inf"),
-        ({"segments": [{**SCENE, "seed": -1}]}, "segments[0].seed", "-1"),
-        ({"segments": [SCENE], "seed": 1.5}, "seed", "1.5"),
-        ({"segments": [SCENE], "seed": MAX_SEED + 1}, "seed", str(MAX_SEED + 1)),
-        ({"segments": [SCENE], "fps": 0}, "fps", "0"),
-        ({"segments": [SCENE], "fps": "16"}, "fps", "'16'"),
-        ({"segments": [SCENE], "fps": None}, "fps", "None"),
-        ({"segments": [SCENE], "size": [130, 64]}, "size", "130"),
-        ({"segments": [SCENE], "size": [128, 63]}, "size", "63"),
-        ({"segments": [SCENE], "size": [0, 64]}, "size", "0"),
-        ({"segments": [SCENE], "size": [128, -64]}, "size", "-64"),
-        ({"segments": [SCENE], "size": [128]}, "size", "[128]"),
-        ({"segments": [SCENE], "size": "128x64"}, "size", "128x64"),
-        ({"segments": [SCENE], "size": [128.0, 64]}, "size", "128.0"),
+        ({"segments": [{**SEGMENT, "second": 3}]}, "segments[0]", "second"),
+        ({"segments": [{**SEGMENT, "prompt": 5}]}, "segments[0].prompt", "5"),
+        ({"segments": [{**SEGMENT, "prompt": None}]}, "segments[0].prompt", "None"),
+        ({"segments": [{**SEGMENT, "seconds": 0}]}, "segments[0].seconds", "0"),
+        ({"segments": [{**SEGMENT, "seconds": -2}]}, "segments[0].seconds", "-2"),
+        ({"segments": [{**SEGMENT, "seconds": "3"}]}, "segments[0].seconds", "'3'"),
+        ({"segments": [{**SEGMENT, "seconds": True}]}, "segments[0].seconds", "True"),
+        ({"segments": [{**SEGMENT, "seconds": float("nan")}]}, "segments[0].seconds", "nan"),
+        ({"segments": [{**SEGMENT, "seconds": float("inf")}]}, "segments[0].seconds", "inf"),
+        ({"segments": [{**SEGMENT, "seed": -1}]}, "segments[0].seed", "-1"),
+        ({"segments": [SEGMENT], "seed": 1.5}, "seed", "1.5"),
+        ({"segments": [SEGMENT], "seed": MAX_SEED + 1}, "seed", str(MAX_SEED + 1)),
+        ({"segments": [SEGMENT], "fps": 0}, "fps", "0"),
+        ({"segments": [SEGMENT], "fps": "16"}, "fps", "'16'"),
+        ({"segments": [SEGMENT], "fps": None}, "fps", "None"),
+        ({"segments": [SEGMENT], "size": [130, 64]}, "size", "130"),
+        ({"segments": [SEGMENT], "size": [128, 63]}, "size", "63"),
+        ({"segments": [SEGMENT], "size": [0, 64]}, "size", "0"),
+        ({"segments": [SEGMENT], "size": [128, -64]}, "size", "-64"),
+        ({"segments": [SEGMENT], "size": [128]}, "size", "[128]"),
+        ({"segments": [SEGMENT], "size": "128x64"}, "size", "128x64"),
+        ({"segments": [SEGMENT], "size": [128.0, 64]}, "size", "128.0"),
     ],
     ids=lambda x: str(x)[:40],
 )

@@ -44,7 +44,7 @@ def test_a_whole_storyboard():
     assert parse_storyboard(TEXT).ends == 20
     story = chunk_story(parse_storyboard(TEXT), fps=16, chunk=3, seed=5)
     # 12.5 s is 16.67 chunks, 20 s is 26.67.
-    assert [scene.seconds for scene in story.segments] == [8 * 0.75, 9 * 0.75, 10 * 0.75]
+    assert [segment.seconds for segment in story.segments] == [8 * 0.75, 9 * 0.75, 10 * 0.75]
     assert story.segments[2] == SegmentSpec(prompt="A desert.", seconds=7.5, seed=7, change="cut")
     assert story.seed == 5 and story.size is None and story.fps is None
 
@@ -71,12 +71,12 @@ def test_times(written, seconds):
     [("{}", 0, None), ("{} blend=3", 3, None), ("seed=4  {}", 0, 4), (" blend=1000 seed=0 {} ", 1000, 0)],
 )
 def test_every_mode_in_any_order(change, options, blend, seed):
-    ((*_, told, told_blend, told_seed),) = lines_of(f"0 [{options.format(change)}] A meadow.\n3")
-    assert (told, told_blend, told_seed) == (change, blend, seed)
+    ((*_, change_read, blend_read, seed_read),) = lines_of(f"0 [{options.format(change)}] A meadow.\n3")
+    assert (change_read, blend_read, seed_read) == (change, blend, seed)
 
 
 @pytest.mark.parametrize(
-    "line, says",
+    "line, expected",
     [
         ("A meadow.", ["it must begin with a time", "0:06"]),
         ("[cut] 0:06 A meadow.", ["it must begin with a time"]),
@@ -100,10 +100,10 @@ def test_every_mode_in_any_order(change, options, blend, seed):
         ("0:02 A meadow.", ["times must rise", "begins at 0:03"]),
     ],
 )
-def test_a_line_that_is_wrong_is_named(line, says):
+def test_a_line_that_is_wrong_is_named(line, expected):
     message = refused(f"# comment\n0:00 A meadow.\n\n0:03 A meadow.\n{line}\n0:10")
     assert message.startswith("line 5 (") and message.count("line 5 ") == 1 and "line 6" not in message
-    assert all(words in message for words in says), message
+    assert all(words in message for words in expected), message
 
 
 def test_the_first_time_is_zero():
@@ -116,7 +116,7 @@ def test_a_missing_end_is_asked_for():
 
 
 @pytest.mark.parametrize("text", ["", "\n# nothing\n", "0:00", "\ufeff"])
-def test_nothing_to_tell(text):
+def test_no_prompt(text):
     assert refused(text).startswith("storyboard: no prompt; write a line per segment")
 
 
@@ -145,17 +145,17 @@ def test_rounding_does_not_drift(fps, chunk):
             times.append(time)
         text = "\n".join(f"{time} prompt {i}" for i, time in enumerate(times[:-1])) + f"\n{times[-1]}"
         story = chunk_story(parse_storyboard(text), fps, chunk)
-        counts = [chunks_for(scene.seconds, fps, chunk) for scene in story.segments]
-        assert [scene.prompt for scene in story.segments] == [f"prompt {i}" for i in range(len(times) - 1)]
+        counts = [chunks_for(segment.seconds, fps, chunk) for segment in story.segments]
+        assert [segment.prompt for segment in story.segments] == [f"prompt {i}" for i in range(len(times) - 1)]
         for i, time in enumerate(times):
             assert abs(sum(counts[:i]) * piece - time) <= piece / 2 + 1e-5
-        assert all(abs(scene.seconds - count * piece) < 1e-9 for scene, count in zip(story.segments, counts))
+        assert all(abs(segment.seconds - count * piece) < 1e-9 for segment, count in zip(story.segments, counts))
 
 
 def test_half_chunks_go_up():
     """To the even neighbour, as round() does, a line of 0.75 s steps that begins at half a chunk would lose one."""
     text = "0 a\n0.375 b\n1.125 c\n1.875"
-    assert [scene.seconds / 0.75 for scene in chunk_story(parse_storyboard(text), 16, 3).segments] == [1, 1, 1]
+    assert [segment.seconds / 0.75 for segment in chunk_story(parse_storyboard(text), 16, 3).segments] == [1, 1, 1]
 
 
 def test_what_is_written_is_read_again():
@@ -187,15 +187,15 @@ def test_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, says",
+    "content, expected",
     [(b"0:00 A meadow.", "the end is missing"), (b"\xff\xfe\x00\xd8", "not UTF-8"), (b"", "no prompt"), (None, "read")],
 )
-def test_bad_files(tmp_path, content, says):
+def test_bad_files(tmp_path, content, expected):
     path = tmp_path / "story.txt"
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(ValueError) as caught:
         read_story(path, 16, 3)
-    assert str(caught.value).startswith(f"{path}: ") and says in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: ") and expected in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_the_sample():
@@ -204,7 +204,7 @@ def test_the_sample():
         len(story.segments) == 8
         and story.resolve(StudentCard(base="demo"), empty_memory(MemoryConfig(), (16, 8, 16))).num_chunks == 40
     )
-    assert not any(unknown_words(scene.prompt) for scene in story.segments)
+    assert not any(unknown_words(segment.prompt) for segment in story.segments)
 
 
 def test_a_line_has_its_number_and_text():

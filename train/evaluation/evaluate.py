@@ -28,7 +28,7 @@ from ...model.checkpoints.locate import BUILT_IN
 from ...model.checkpoints.student import StudentSource
 from ...model.device import pick_device, use_cpu_threads
 from ...model.units import FRAMES_PER_LATENT, latent_seconds
-from ...video.film_strip import film_strip
+from ...video.frames import film_strip
 from ...video.pipeline import Pipeline
 from ..world.geometry import CHUNK
 from ..world.prompts import ALL_STYLES

@@ -16,7 +16,7 @@ from ...model.config import StudentCard
 from ...model.flow import add_noise, shift_sigma, warped_sigmas, x0_from_flow
 from ...model.network import Network
 from ...model.sampler import seeded_noise
-from ...video.film_strip import film_strip
+from ...video.frames import film_strip
 from ..config import DistillConfig
 from ..data.clips import open_prompts
 from ..parallel import ParallelState
