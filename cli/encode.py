@@ -46,11 +46,11 @@ def encode(
     encoder = SetEncoder(source, output, settings)
     with progress_bar() as bar:
         task = bar.add_task("encode", total=len(encoder.sources), note="")
-        note = lambda so_far: f"{so_far.clips} clips  {len(so_far.skipped)} skipped"
-        summary = encoder.run(lambda finished, so_far: bar.update(task, completed=finished, note=note(so_far)))
-    for name, reason in list(summary.skipped.items())[:MAX_SKIPPED]:
+        note = lambda: f"{encoder.num_clips} clips  {len(encoder.skipped)} skipped"
+        encoder.run(lambda num_sources: bar.update(task, completed=num_sources, note=note()))
+    for name, reason in list(encoder.skipped.items())[:MAX_SKIPPED]:
         say(f"skipped {name}: {reason}")
     say(
-        f"{output}: {summary.clips} clips ({summary.new_clips} new) of {summary.num_finished} sources,"
-        f" {len(summary.skipped)} skipped; the manifest lists all"
+        f"{output}: {encoder.num_clips} clips ({encoder.new_clips} new) of {len(encoder.finished)} sources,"
+        f" {len(encoder.skipped)} skipped; the manifest lists all"
     )

@@ -5,12 +5,10 @@ import json
 import os
 import shutil
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
@@ -39,9 +37,9 @@ class Checkpoints:
     """Writes and reads the checkpoints of one stage."""
 
     def __init__(self, run: Path, stage: Stage, name: str):
-        self.run, self.stage, self.name = run, stage, name
+        self.run, self.stage, self.name, self.parallel = run, stage, name, stage.parallel
         self.config = json.loads(json.dumps(dataclasses.asdict(stage.config)))
-        self.parallel = stage.parallel
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
     def _tensors(self) -> dict[str, dict]:
         return {name: trained.state() for name, trained in self.stage.trained.items()}
@@ -54,8 +52,7 @@ class Checkpoints:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
         self.parallel.barrier()
-        with _without_single_process_warning():
-            save_tensors(self._tensors(), checkpoint_id=part, no_dist=not dist.is_initialized())
+        save_tensors(self._tensors(), checkpoint_id=part)
         torch.save(self.stage.extra_state(), part / f"rank{self.parallel.rank}.pt")
         self.parallel.barrier()
         if self.parallel.is_main:
@@ -84,8 +81,7 @@ class Checkpoints:
         if extra_state:
             self._load_extra_state(run["world_size"], path)
         tensors = self._tensors()
-        with _without_single_process_warning():
-            load_tensors(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+        load_tensors(tensors, checkpoint_id=path)
         for name, trained in self.stage.trained.items():
             trained.load_state(tensors[name], run["progress"][name])
         return run
@@ -116,10 +112,3 @@ def _fixed(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return {name: part for name, part in value.items() if name not in MAY_CHANGE_IN_PARTS}
-
-
-@contextmanager
-def _without_single_process_warning():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

@@ -1,5 +1,6 @@
 """The costs of a run, estimated before it starts: parameters, memory and operations of one process."""
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,89 +65,74 @@ def _weights(config: NetworkConfig, world_size: int) -> Iterator[Row]:
         net = WanModel(config.network)
     total, itemsize = sum(p.numel() for p in net.parameters()), config.dtype.itemsize
     trained = sum(p.numel() for p in add_lora(net, config.lora, 0).parameters() if p.requires_grad)
-    frozen = isinstance(config, DistillConfig)
+    has_teacher = isinstance(config, DistillConfig)
     yield "parameters", f"of a {config.preset} network", total
     yield "parameters", "trained, of each network", trained
     for name, optim in config.optimizers.items():
         size = trained * (OPTIMIZER + (FP32 if optim.ema else 0)) + (total - trained) * FP32
         yield "bytes", f"{name}: weights, gradients, Adam, average", size / world_size
-    if frozen:
+    if has_teacher:
         yield "bytes", "teacher, frozen", total * itemsize / world_size
     if world_size > 1 or itemsize < FP32:
-        yield "bytes", "weights gathered for passes", (len(config.optimizers) + frozen) * total * itemsize
+        yield "bytes", "weights gathered for passes", (len(config.optimizers) + has_teacher) * total * itemsize
 
 
 def _pretrain(config: PretrainConfig, samples: int, world_size: int) -> Iterator[Row]:
     sizes, chunk = config.network, config.memory.chunk * config.frame_tokens
     clip = 2 * config.num_chunks * chunk  # clean and noisy frames
-    yield "bytes", "for the backward pass", _activations(config, samples * clip)
     passes = samples * block_flop(sizes, clip, config.memory.capacity * config.frame_tokens + chunk)
     passes += config.openings / world_size * block_flop(sizes, 2 * chunk, chunk)
-    yield "flop", "forward and backward", _forward_and_backward(config) * passes
+    yield _activations(config, samples * clip)
+    yield "flop", "forward and backward", (4 if config.recompute else 3) * passes
 
 
 def _teacher(config: TeacherConfig, samples: int, world_size: int) -> Iterator[Row]:
-    yield _keys_and_values(config, config.memory.capacity + config.memory.chunk)
-    yield _scored_activations(config)
-    contexts = config.num_chunks - config.target_chunks
-    yield "flop", "commits of contexts", samples * contexts * _chunk_flop(config)
-    yield "flop", "forward and backward", samples * _forward_and_backward(config) * _score_flop(config, 0)
+    frames = config.memory.capacity + config.memory.chunk
+    yield "bytes", f"keys and values of {frames} frames", frames * _frame_bytes(config)
+    chunk, score = _passes(config, config.target_chunks)
+    frames = config.memory.capacity + config.target_chunks * config.memory.chunk
+    yield _activations(config, frames * config.frame_tokens)
+    yield "flop", "commits of contexts", samples * (config.num_chunks - config.target_chunks) * chunk
+    yield "flop", "forward and backward", samples * (4 if config.recompute else 3) * score
 
 
 def _distill(config: DistillConfig, samples: int, world_size: int) -> Iterator[Row]:
-    capacity, target = config.memory.capacity, config.target_chunks
-    # The memory at the beginning of the target and all keys of the target stay until the backward pass.
-    yield _keys_and_values(config, capacity + target * config.memory.chunk)
+    capacity, target, passes = config.memory.capacity, config.target_chunks, 4 if config.recompute else 3
+    # The memory before the target and all keys of the target stay until the backward pass.
+    frames = capacity + target * config.memory.chunk
+    yield "bytes", f"keys and values of {frames} frames", frames * _frame_bytes(config)
     if not config.recompute:
-        yield (
-            "bytes",
-            "views of the memory, one per chunk of the target",
-            _keys_and_values(config, target * capacity)[2],
-        )
-    yield _scored_activations(config)
-    chunk, score, again = _chunk_flop(config), _score_flop(config, config.score_chunks), _forward_and_backward(config)
+        yield "bytes", "views of the memory, one per chunk of the target", target * capacity * _frame_bytes(config)
+    yield _activations(config, frames * config.frame_tokens)
+    chunk, score = _passes(config, config.score_chunks or target)
     rollout = (config.context_to + target) * (len(config.denoising_steps) + 1) * chunk
     share = samples / config.critic_per_student
     yield "flop", "critic: rollouts", samples * rollout
-    yield "flop", "critic: forward and backward", samples * again * score
+    yield "flop", "critic: forward and backward", samples * passes * score
     yield "flop", "student, its share: rollouts", share * rollout
     yield "flop", "student, its share: scores", share * score * (2 + bool(config.guidance))
-    yield "flop", "student, its share: backward", share * (again - 1) * target * chunk
+    yield "flop", "student, its share: backward", share * (passes - 1) * target * chunk
 
 
-def _forward_and_backward(config: NetworkConfig) -> int:
-    """Their operations in units of a forward pass."""
-    return 4 if config.recompute else 3
+def _passes(config: TeacherConfig | DistillConfig, score_chunks: int) -> tuple[float, float]:
+    """Operations of a pass over one chunk and a full memory, and of a network's passes over context and target.
+
+    `score_chunks` chunks of the target are scored together.
+    """
+    context, chunk = config.memory.capacity * config.frame_tokens, config.memory.chunk * config.frame_tokens
+    flop, piece = functools.partial(block_flop, config.network), score_chunks * chunk
+    score = flop(context, context) + flop(piece, context + piece)
+    return flop(chunk, context + chunk), score * config.target_chunks / score_chunks
 
 
-def _chunk_flop(config: NetworkConfig) -> float:
-    """Operations of one pass over a chunk and a full memory."""
-    chunk = config.memory.chunk * config.frame_tokens
-    return block_flop(config.network, chunk, config.memory.capacity * config.frame_tokens + chunk)
+def _frame_bytes(config: NetworkConfig) -> float:
+    """Keys and values of a latent frame."""
+    return 2 * config.network.num_layers * config.network.dim * config.dtype.itemsize * config.frame_tokens
 
 
-def _score_flop(config: TeacherConfig | DistillConfig, score_chunks: int) -> float:
-    """Operations of the passes over context and target, `score_chunks` chunks of the target at a time; 0 is all."""
-    context, score_chunks = config.memory.capacity * config.frame_tokens, score_chunks or config.target_chunks
-    piece = score_chunks * config.memory.chunk * config.frame_tokens
-    passes = block_flop(config.network, context, context) + block_flop(config.network, piece, context + piece)
-    return passes * config.target_chunks / score_chunks
-
-
-def _keys_and_values(config: NetworkConfig, frames: int) -> Row:
-    size = 2 * config.network.num_layers * config.network.dim * config.dtype.itemsize * config.frame_tokens
-    return "bytes", f"keys and values of {frames} frames", frames * size
-
-
-def _scored_activations(config: TeacherConfig | DistillConfig) -> Row:
-    frames = config.target_chunks * config.memory.chunk + config.memory.capacity
-    return "bytes", "for the backward pass", _activations(config, frames * config.frame_tokens)
-
-
-def _activations(config: NetworkConfig, tokens: int) -> float:
-    """Bytes kept for a backward pass: all of every block, or with `recompute` their inputs and all of one block."""
-    sizes, itemsize = config.network, config.dtype.itemsize
-    inside = tokens * (14 * sizes.dim + 2 * sizes.ffn_dim) * itemsize
-    if config.recompute:
-        return sizes.num_layers * tokens * sizes.dim * itemsize + inside
-    return sizes.num_layers * inside
+def _activations(config: NetworkConfig, tokens: int) -> Row:
+    """Kept for a backward pass: all of every block, or with `recompute` the inputs of blocks and all of one block."""
+    sizes = config.network
+    inputs, inside = tokens * sizes.dim, tokens * (14 * sizes.dim + 2 * sizes.ffn_dim)
+    kept = sizes.num_layers * inputs + inside if config.recompute else sizes.num_layers * inside
+    return "bytes", "for the backward pass", kept * config.dtype.itemsize

@@ -70,9 +70,10 @@ def videos(whole_videos, tmp_path):
 
 def run(source, output, settings=SETTINGS, shard_bytes=60_000):
     """Encode into small shards: three clips of 32 kB or less each."""
-    job = SetEncoder(source, output, settings)
-    job.writer.shard_bytes = shard_bytes
-    return job.run()
+    encoder = SetEncoder(source, output, settings)
+    encoder.writer.shard_bytes = shard_bytes
+    encoder.run()
+    return encoder
 
 
 def contents(folder):
@@ -95,21 +96,21 @@ def tensors(folder, entry):
 
 
 def test_clips_are_the_videos_consecutive_frames(videos, tmp_path):
-    summary = run(videos, tmp_path / "set")
+    encoder = run(videos, tmp_path / "set")
     manifest = read_manifest(tmp_path / "set")
-    assert summary.clips == summary.new_clips == 6 and not summary.skipped
+    assert encoder.num_clips == encoder.new_clips == 6 and not encoder.skipped
     assert manifest.finished == {"a.mp4": 2, "b.mp4": 3, "sub/c.mp4": 1}
     step = CLIP / 16
     assert [(e.source, e.start) for e in manifest.entries] == [
         ("a.mp4", 0), ("a.mp4", step), ("b.mp4", 0), ("b.mp4", step), ("b.mp4", 2 * step), ("sub/c.mp4", 0),
     ]  # fmt: skip
-    encoder, wrong = load_encoder(SETTINGS, with_vae=True), []
+    codec, wrong = load_encoder(SETTINGS, with_vae=True), []
     for entry in manifest.entries:
         latents, text = tensors(tmp_path / "set", entry)
         assert latents.shape == (16, 4, 8, 16) and latents.dtype == torch.float16
         true = world_frames(list(LENGTHS).index(entry.source), LENGTHS[entry.source])
         first = round(entry.start * 16)
-        away = [(encoder.latents(true[i : i + CLIP]) - latents).abs().mean() for i in (first, max(0, first - 1))]
+        away = [(codec.latents(true[i : i + CLIP]) - latents).abs().mean() for i in (first, max(0, first - 1))]
         assert away[0] < 0.1, "H.264 loses a little"
         wrong.append(away[1] > 2 * away[0])
         assert entry.caption == CAPTION
@@ -131,8 +132,8 @@ def test_a_second_run_does_nothing(videos, tmp_path, monkeypatch):
     run(videos, tmp_path / "set")
     before = contents(tmp_path / "set")
     monkeypatch.setattr(encode_module, "check_video", lambda *part: pytest.fail("looked at again"))
-    summary = run(videos, tmp_path / "set")
-    assert summary.clips == 6 and summary.new_clips == 0
+    encoder = run(videos, tmp_path / "set")
+    assert encoder.num_clips == 6 and encoder.new_clips == 0
     assert contents(tmp_path / "set") == before
 
 
@@ -160,16 +161,16 @@ def test_what_is_wrong_with_a_file_is_reported(videos, tmp_path):
     (videos / "latin.txt").write_bytes("café".encode("latin-1"))
     (videos / "notes.md").write_text("not a video")
     (videos / ".hidden.mp4").write_bytes(b"not looked at")
-    summary = run(videos, tmp_path / "set")
-    assert summary.clips == 6, "the good ones are all there"
+    encoder = run(videos, tmp_path / "set")
+    assert encoder.num_clips == 6, "the good ones are all there"
     reasons = {
         "junk.mp4": "does not decode", "empty.mp4": "does not decode", "cut.mp4": "does not decode",
         "short.mp4": "too short: 12 frames at 16 frames/s, a clip takes 13",
         "mute.mp4": "no caption: there is no mute.txt", "blank.mp4": "blank.txt is empty", "latin.mp4": "not UTF-8",
     }  # fmt: skip
-    assert summary.skipped.keys() == reasons.keys()
-    assert all(reasons[name] in summary.skipped[name] for name in reasons), summary.skipped
-    assert read_manifest(tmp_path / "set").skipped == summary.skipped
+    assert encoder.skipped.keys() == reasons.keys()
+    assert all(reasons[name] in encoder.skipped[name] for name in reasons), encoder.skipped
+    assert read_manifest(tmp_path / "set").skipped == encoder.skipped
     before = contents(tmp_path / "set")
     assert run(videos, tmp_path / "set").new_clips == 0 and contents(tmp_path / "set") == before
 
@@ -186,14 +187,15 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("after", range(1, 7))
 def test_an_exception_at_any_clip_and_the_same_command_give_the_same_set(whole_videos, whole_set, tmp_path, after):
-    def stop(done, summary):
-        if summary.new_clips == after:
+    encoder = SetEncoder(whole_videos, tmp_path / "set", SETTINGS)
+    encoder.writer.shard_bytes = 60_000
+
+    def stop(num_sources):
+        if encoder.new_clips == after:
             raise Stop
 
-    job = SetEncoder(whole_videos, tmp_path / "set", SETTINGS)
-    job.writer.shard_bytes = 60_000
     with pytest.raises(Stop):
-        job.run(stop)
+        encoder.run(stop)
     kept = read_manifest(tmp_path / "set").entries
     run(whole_videos, tmp_path / "set")
     assert read_manifest(tmp_path / "set").entries[: len(kept)] == kept
@@ -248,10 +250,10 @@ def test_max_clips_stops_and_more_goes_on(videos, tmp_path):
     def limited(count):
         return run(videos, tmp_path / "set", EncodeSettings(frames=4, max_clips=count))
 
-    assert limited(3).clips == 3
+    assert limited(3).num_clips == 3
     assert limited(3).new_clips == 0
-    assert limited(5).clips == 5
-    assert run(videos, tmp_path / "set").clips == 6
+    assert limited(5).num_clips == 5
+    assert run(videos, tmp_path / "set").num_clips == 6
     run(videos, tmp_path / "whole")
     here, there = (read_manifest(tmp_path / name).entries for name in ("set", "whole"))
     assert [(e.source, e.start, e.key) for e in here] == [(e.source, e.start, e.key) for e in there]
@@ -276,9 +278,9 @@ def test_another_header_is_refused(videos, tmp_path):
 def test_latents_that_do_not_fit_the_type_are_reported(videos, tmp_path, monkeypatch):
     huge = torch.full((16, 4, 8, 16), 1e5)
     monkeypatch.setattr(Encoder, "latents", lambda self, pixels: huge)
-    summary = run(videos, tmp_path / "set")
-    assert summary.clips == 0 and all("not finite in fp16" in reason for reason in summary.skipped.values())
-    assert run(videos, tmp_path / "bf16", EncodeSettings(frames=4, dtype="bf16")).clips == 6
+    encoder = run(videos, tmp_path / "set")
+    assert encoder.num_clips == 0 and all("not finite in fp16" in reason for reason in encoder.skipped.values())
+    assert run(videos, tmp_path / "bf16", EncodeSettings(frames=4, dtype="bf16")).num_clips == 6
 
 
 def bars(height, width):
@@ -355,7 +357,7 @@ def test_tables(videos, tmp_path, suffix, delimiter):
         ["", "b.mp4", "", "", ""],
     ]
     table.write_text("\n".join(delimiter.join(row) for row in rows) + "\n")
-    summary = run(table, tmp_path / "set")
+    encoder = run(table, tmp_path / "set")
     entries = [(e.source, e.start, e.caption) for e in read_manifest(tmp_path / "set").entries]
     assert entries == [
         ("a.mp4", 0.0, "Snow, at night and fog"),
@@ -363,8 +365,8 @@ def test_tables(videos, tmp_path, suffix, delimiter):
         ("sub/c.mp4", 0.0, "desert"),
         ("b.mp4@0.5-1.5", 0.5, "desert by day"),
     ]
-    assert summary.skipped.keys() == {"b.mp4@2-", "gone.mp4", "b.mp4"}
-    assert summary.skipped["b.mp4@2-"].startswith("too short") and "no such file" in summary.skipped["gone.mp4"]
+    assert encoder.skipped.keys() == {"b.mp4@2-", "gone.mp4", "b.mp4"}
+    assert encoder.skipped["b.mp4@2-"].startswith("too short") and "no such file" in encoder.skipped["gone.mp4"]
 
 
 BAD_TABLES = {
@@ -393,8 +395,8 @@ def test_bad_tables(tmp_path, text, message):
 def test_prompts(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("A meadow by day\n\n  snow at   night\nA meadow by day\ndragons\n")
-    summary = run(prompts, tmp_path / "set")
-    assert summary.clips == 3
+    encoder = run(prompts, tmp_path / "set")
+    assert encoder.num_clips == 3
     header = json.loads((tmp_path / "set" / MANIFEST).read_text().splitlines()[0])
     assert header["vae"] is header["frames"] is header["size"] is None and header["text_encoder"] == "demo"
     encoded = EncodedSet(tmp_path / "set", 0)

@@ -25,7 +25,7 @@ def encoded(tmp_path_factory):
             tensors["latents"] = random(16, 12, 8, 16, seed=number).half()
         writer.add(f"source {number}", None, "words", tensors)
     for writer in (clips, prompts):
-        writer.write_empty_text(torch.zeros(1, 4096).half())
+        writer.write_empty_text(lambda: torch.zeros(1, 4096).half())
         writer.flush()
     return root
 

@@ -61,18 +61,6 @@ class EncodeSettings:
             check_size(*self.size)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Summary:
-    """State of a set, and what this run added."""
-
-    clips: int
-    new_clips: int
-    num_finished: int
-    """Sources of which all clips are in the set."""
-    skipped: dict[str, str]
-    """Skipped sources with the reasons."""
-
-
 def parse_size(text: str) -> tuple[int, int]:
     """`832x480` -> (832, 480)."""
     match = re.fullmatch(r"(\d+)x(\d+)", text.strip().lower())
@@ -144,38 +132,37 @@ class SetEncoder:
             frames=settings.frames if of_videos else None,
         )
         self.writer = ShardWriter(output, header, settings.shard_mb * 2**20)
-        self.clips_before = self.writer.num_clips
+        self.finished, self.skipped = self.writer.manifest.finished, self.writer.manifest.skipped
+        """Number of clips of every finished source; reason of every skipped source."""
+        self._clips_before = self.num_clips
 
     @torch.inference_mode()
-    def run(self, on_clip: Callable[[int, Summary], None] = lambda num_sources, summary: None) -> Summary:
+    def run(self, on_clip: Callable[[int], None] = lambda num_sources: None) -> None:
         """Encode what is missing. `on_clip` gets the number of processed sources after every clip and source."""
-        manifest = self.writer.manifest
-        if not self.writer.has_empty_text():
-            self.writer.write_empty_text(self.encoder.text("").to(self.dtype))
+        self.writer.write_empty_text(lambda: self.encoder.text("").to(self.dtype))
         for number, source in enumerate(self.sources):
-            on_clip(number, self.summary())
+            on_clip(number)
             if self._is_full():
                 break
-            if source.name in manifest.finished or (source.name in manifest.skipped and not self.settings.retry):
+            if source.name in self.finished or (source.name in self.skipped and not self.settings.retry):
                 continue
             try:
                 for _ in self._encode(source):
-                    on_clip(number, self.summary())
+                    on_clip(number)
             except VideoError as error:
                 self.writer.skip(source.name, str(error))
         self.writer.flush()
-        on_clip(len(self.sources), self.summary())
-        return self.summary()
+        on_clip(len(self.sources))
 
-    def summary(self) -> Summary:
-        """State of the set, with clips that are not in a shard yet."""
-        manifest, clips = self.writer.manifest, self.writer.num_clips
-        return Summary(
-            clips=clips,
-            new_clips=clips - self.clips_before,
-            num_finished=len(manifest.finished),
-            skipped=manifest.skipped,
-        )
+    @property
+    def num_clips(self) -> int:
+        """Clips of the set, with those that are not written yet."""
+        return self.writer.num_clips
+
+    @property
+    def new_clips(self) -> int:
+        """Clips that this run added."""
+        return self.num_clips - self._clips_before
 
     def _is_full(self) -> bool:
         return self.settings.max_clips is not None and self.writer.num_clips >= self.settings.max_clips

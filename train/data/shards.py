@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -178,11 +178,10 @@ class ShardWriter:
         """Clips of a source that the set had when it was opened."""
         return self._clips_before[source]
 
-    def write_empty_text(self, text_LD: Tensor) -> None:
-        self._save(EMPTY_TEXT, {"text": text_LD})
-
-    def has_empty_text(self) -> bool:
-        return (self.folder / EMPTY_TEXT).exists()
+    def write_empty_text(self, encode: Callable[[], Tensor]) -> None:
+        """Write the text [L, D] of the empty prompt if the set has none."""
+        if not (self.folder / EMPTY_TEXT).exists():
+            self._save(EMPTY_TEXT, {"text": encode()})
 
     def add(self, source: str, start: float | None, caption: str, tensors: dict[str, Tensor]) -> None:
         """Add a clip: `text` [L, D] and, of a video, `latents` [C, T, H, W]. Writes the shard when it is full."""
@@ -267,21 +266,21 @@ class EncodedSet:
         self._check_shards()
 
     def _check_shards(self) -> None:
-        parts, first, first_shape = ("text", "latents") if self.header.frames else ("text",), None, None
-        for shard, indices in self.by_shard.items():
-            file = self.open(shard)
-            names = set(file.keys())
-            for entry in (self.entries[index] for index in indices):
-                if missing := [f"{entry.key}.{part}" for part in parts if f"{entry.key}.{part}" not in names]:
-                    raise ValueError(f"{self.folder / shard}: {missing[0]} is missing; encode into a new folder")
-                shape = self.header.frames and tuple(file.get_slice(f"{entry.key}.latents").get_shape())
-                if first is None:
-                    first, first_shape = entry, shape
-                if shape != first_shape:
-                    raise ValueError(
-                        f"{self.folder}: clip {entry.key} of {entry.source} has latents {shape}, clip {first.key} of"
-                        f" {first.source} has {first_shape}; encode clips of different shapes into separate folders"
-                    )
+        first: tuple[Entry, tuple[int, ...]] | None = None
+        for entry in self.entries:
+            file = self.open(entry.shard)
+            for part in ("text", "latents") if self.header.frames else ("text",):
+                try:
+                    shape = tuple(file.get_slice(f"{entry.key}.{part}").get_shape())
+                except SafetensorError:
+                    path = self.folder / entry.shard
+                    raise ValueError(f"{path}: {entry.key}.{part} is missing; encode into a new folder") from None
+            first = first or (entry, shape)
+            if self.header.frames and shape != first[1]:
+                raise ValueError(
+                    f"{self.folder}: clip {entry.key} of {entry.source} has latents {shape}, clip {first[0].key} of"
+                    f" {first[0].source} has {first[1]}; encode clips of different shapes into separate folders"
+                )
 
     def _order(self, epoch: int) -> np.ndarray:
         """Indices of the clips of an epoch."""
