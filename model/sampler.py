@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import math
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,15 +69,16 @@ def make_sampler(
     )
 
 
+def seeded_generator(*numbers: int) -> torch.Generator:
+    """A generator that is a function of its numbers, each of 64 bits."""
+    packed = b"".join(number.to_bytes(8, "little", signed=number < 0) for number in numbers)
+    digest = hashlib.blake2b(packed, digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
 def seeded_noise(seed: int, latent_size: tuple[int, int, int]) -> Noise:
     """Noise as a function of (seed, absolute latent frame, step), independent of call order, chunks and device."""
-
-    def noise(frame: int, step: int) -> Tensor:
-        digest = hashlib.blake2b(struct.pack("<Qqq", seed, frame, step), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        return torch.randn((1, *latent_size), generator=generator)
-
-    return noise
+    return lambda frame, step: torch.randn((1, *latent_size), generator=seeded_generator(seed, frame, step))
 
 
 def chunks_for(seconds: float, fps: float, chunk: int) -> int:

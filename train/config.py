@@ -1,7 +1,6 @@
 """Settings of training: one frozen dataclass per stage, and the parts that stages share. Defaults are Wan 2.1 1.3B."""
 
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import torch
@@ -102,7 +101,7 @@ class RecyclingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopConfig(ABC):
+class LoopConfig:
     """Settings of the training loop, for every stage (train/loop.py)."""
 
     steps: int = 600
@@ -126,11 +125,6 @@ class LoopConfig(ABC):
         check_range(self, "seed", "data_seed", least=0, most=2**31 - 1)
         check_range(self, "decay", least=0, most=1)
 
-    @property
-    @abstractmethod
-    def optimizers(self) -> dict[str, OptimConfig]:
-        """The networks that are trained, by name."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class VaeConfig(LoopConfig):
@@ -146,10 +140,6 @@ class VaeConfig(LoopConfig):
     def __post_init__(self):
         super().__post_init__()
         check_range(self, "width", "num_blocks", above=0)
-
-    @property
-    def optimizers(self) -> dict[str, OptimConfig]:
-        return {"codec": self.optim}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,10 +234,6 @@ class PretrainConfig(NetworkConfig):
         if self.data != "demo":
             raise ValueError(f"data: {self.data!r} is not supported by stage pretrain; give demo")
 
-    @property
-    def optimizers(self) -> dict[str, OptimConfig]:
-        return {"student": self.optim}
-
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig(NetworkConfig):
@@ -268,10 +254,6 @@ class TeacherConfig(NetworkConfig):
     def __post_init__(self):
         super().__post_init__()
         check_range(self, "target_chunks", least=1, most=self.num_chunks - 1)
-
-    @property
-    def optimizers(self) -> dict[str, OptimConfig]:
-        return {"teacher": self.optim}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,15 +300,6 @@ class DistillConfig(NetworkConfig):
         check_range(self, "score_chunks", least=0, most=self.target_chunks)
         check_range(self, "target_from", most=self.target_chunks)
         check_range(self, "context_from", least=0, most=self.context_to)
-
-    @property
-    def optimizers(self) -> dict[str, OptimConfig]:
-        return {"student": self.student_optim, "critic": self.critic_optim}
-
-    @property
-    def stage_name(self) -> str:
-        """`local` without contexts, else `contextual`."""
-        return "contextual" if self.context_to else "local"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ..model.config import WanConfig
 from ..model.wan import WanModel
-from .config import DistillConfig, NetworkConfig, PretrainConfig, TeacherConfig
+from .config import DistillConfig, NetworkConfig, OptimConfig, PretrainConfig, TeacherConfig
 from .lora import add_lora
 
 FP32 = 4
@@ -65,16 +65,19 @@ def _weights(config: NetworkConfig, world_size: int) -> Iterator[Row]:
         net = WanModel(config.network)
     total, itemsize = sum(p.numel() for p in net.parameters()), config.dtype.itemsize
     trained = sum(p.numel() for p in add_lora(net, config.lora, 0).parameters() if p.requires_grad)
+    optims = {
+        name.removesuffix("optim"): value for name, value in vars(config).items() if isinstance(value, OptimConfig)
+    }
     has_teacher = isinstance(config, DistillConfig)
     yield "parameters", f"of a {config.preset} network", total
     yield "parameters", "trained, of each network", trained
-    for name, optim in config.optimizers.items():
+    for name, optim in optims.items():
         size = trained * (OPTIMIZER + (FP32 if optim.ema else 0)) + (total - trained) * FP32
-        yield "bytes", f"{name}: weights, gradients, Adam, average", size / world_size
+        yield "bytes", f"{name.rstrip('_') or 'network'}: weights, gradients, Adam, average", size / world_size
     if has_teacher:
         yield "bytes", "teacher, frozen", total * itemsize / world_size
     if world_size > 1 or itemsize < FP32:
-        yield "bytes", "weights gathered for passes", (len(config.optimizers) + has_teacher) * total * itemsize
+        yield "bytes", "weights gathered for passes", (len(optims) + has_teacher) * total * itemsize
 
 
 def _pretrain(config: PretrainConfig, samples: int, world_size: int) -> Iterator[Row]:

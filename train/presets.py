@@ -6,10 +6,10 @@ from typing import Any
 
 from ..memory.config import MemoryConfig
 from ..model.settings import parse_overrides, read_settings, with_settings
-from .config import DistillConfig, ExportConfig, OptimConfig, PretrainConfig, TeacherConfig, VaeConfig
+from .config import DistillConfig, ExportConfig, LoopConfig, OptimConfig, PretrainConfig, TeacherConfig, VaeConfig
 
 Settings = dict[str, Any]
-StageConfig = VaeConfig | PretrainConfig | TeacherConfig | DistillConfig | ExportConfig
+StageConfig = LoopConfig | ExportConfig
 
 DEMO: Settings = dict(
     preset="demo", data="demo", size=(128, 64), memory=MemoryConfig(), shift=3.0, precision="fp32", recompute=False,

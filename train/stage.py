@@ -1,8 +1,6 @@
 """A training stage: networks with optimisers, one iteration, and the file that it exports."""
 
 import dataclasses
-import hashlib
-import struct
 import subprocess
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -31,12 +29,6 @@ def git_revision() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()
-
-
-def seeded_generator(*numbers: int) -> torch.Generator:
-    """A generator that is a function of its numbers, independent of earlier draws and of the rank."""
-    digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def load_network(

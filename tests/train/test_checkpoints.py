@@ -12,10 +12,11 @@ import torch
 
 from context_forcing.model.checkpoints.containers import read_safetensors
 from context_forcing.model.checkpoints.student import StudentSource
+from context_forcing.model.sampler import seeded_generator
 from context_forcing.train import run_stage
 from context_forcing.train.checkpoints import Checkpoints, newest_checkpoint
 from context_forcing.train.presets import load_config
-from context_forcing.train.stage import load_network, seeded_generator
+from context_forcing.train.stage import load_network
 from context_forcing.train.stages.codec import VaeStage
 from context_forcing.train.stages.distill import DistillStage
 from context_forcing.train.stages.pretrain import PretrainStage

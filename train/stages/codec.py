@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 from ...memory.files import atomic_path
 from ...model.codecs.demo_vae import NUM_CHROMA, NUM_LUMA, DemoCodec
 from ...model.config import CARD_KEY
+from ...model.sampler import seeded_generator
 from ...model.units import FRAMES_PER_LATENT
 from ..config import VaeConfig
 from ..parallel import ParallelState
-from ..stage import Stage, seeded_generator
+from ..stage import Stage
 from ..trained_network import TrainedNetwork
 from ..world.camera import view
 from ..world.geometry import RING_COLUMNS, TOKEN

@@ -15,12 +15,12 @@ from ...model.codecs.demo_vae import load_demo_codec
 from ...model.config import StudentCard
 from ...model.flow import add_noise, shift_sigma, warped_sigmas, x0_from_flow
 from ...model.network import Network
-from ...model.sampler import seeded_noise
+from ...model.sampler import seeded_generator, seeded_noise
 from ...video.frames import film_strip
 from ..config import DistillConfig
 from ..data.clips import open_prompts
 from ..parallel import ParallelState
-from ..stage import Stage, load_network, seeded_generator
+from ..stage import Stage, load_network
 from ..trained_network import TrainedNetwork
 from .score import flow_given_context
 from .student import Rollout, Student
@@ -166,9 +166,9 @@ class DistillStage(Stage):
 
     def export(self, folder: Path, step: int, seconds: float, revision: str) -> Path:
         """The student's averaged weights with its card."""
-        config = self.config
+        config, stage = self.config, "contextual" if self.config.context_to else "local"
         card = StudentCard(
-            name=f"{config.preset} student, {config.stage_name}", base=config.preset, stage=config.stage_name,
+            name=f"{config.preset} student, {stage}", base=config.preset, stage=stage,
             steps=tuple(float(value) for value in config.denoising_steps), shift=config.shift, solver="renoise",
             memory=config.memory, size=tuple(config.size),
             data=f"{self.prompts.describe()}; scores see {config.teacher_sees}; teacher {config.teacher}",

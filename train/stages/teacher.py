@@ -9,10 +9,11 @@ from torch import Tensor
 from ...memory.memory import Memory, empty_memory
 from ...model.config import StudentCard
 from ...model.flow import add_noise, shift_sigma
+from ...model.sampler import seeded_generator
 from ..config import TeacherConfig
 from ..data.clips import open_clips
 from ..parallel import ParallelState
-from ..stage import Stage, load_network, seeded_generator
+from ..stage import Stage, load_network
 from ..trained_network import TrainedNetwork
 from .recycling import ErrorBuffer
 from .score import flow_given_context
