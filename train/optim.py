@@ -5,6 +5,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+from .config import OptimConfig
 from .parallel import distribute_like, full_tensor
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -56,14 +57,12 @@ class Muon(torch.optim.Optimizer):
                     )
 
 
-def build_optimizers(
-    net: nn.Module, kind: str, lr: float, betas: tuple[float, float], weight_decay: float
-) -> list[torch.optim.Optimizer]:
+def build_optimizers(net: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
     """`adamw`: AdamW for all trained parameters; `muon`: Muon for the matrices of the blocks, AdamW for the rest."""
     hidden, rest = [], []
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
-            muon = kind == "muon" and name.startswith("blocks.") and parameter.ndim == 2
+            muon = config.kind == "muon" and name.startswith("blocks.") and parameter.ndim == 2
             (hidden if muon else rest).append(parameter)
-    adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay)
-    return [Muon(hidden, lr=lr, weight_decay=weight_decay), adamw] if hidden else [adamw]
+    adamw = torch.optim.AdamW(rest, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    return [Muon(hidden, lr=config.lr, weight_decay=config.weight_decay), adamw] if hidden else [adamw]

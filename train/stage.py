@@ -15,7 +15,7 @@ from ..model.checkpoints.student import StudentSource, check_tensors, write_stud
 from ..model.config import CARD_KEY, StudentCard
 from ..model.network import Network
 from ..model.wan import WanModel
-from .config import LoraConfig, NetworkConfig
+from .config import OptimConfig
 from .lora import add_lora, merge_lora, save_lora
 from .parallel import ParallelState, module_runner, shard_network
 from .trained_network import TrainedNetwork
@@ -31,47 +31,48 @@ def git_revision() -> str:
     return done.stdout.strip()
 
 
-def load_network(
-    path: str, config: NetworkConfig, parallel: ParallelState, lora: LoraConfig | None
-) -> tuple[Network, StudentCard | None]:
-    """A sharded network and its card, from a file of any published layout. An empty path gives new weights, no card.
-
-    `lora` None returns a frozen network in the compute dtype. Raises ValueError for a file of another size.
-    """
-    net, card = WanModel(config.network), None
-    if path:
-        # Any network can be trained further: the card of a file without one is not used.
-        student = StudentSource(path, card=BASE).open()
-        check_tensors(net, student.named.tensors, path)
-        net.load_state_dict({name: student.tensor(name) for name in student.named.tensors})
-        card = student.own_card
-    else:
-        net.reset_parameters(torch.Generator().manual_seed(config.seed))
-    net = net.requires_grad_(False).to(config.dtype) if lora is None else add_lora(net, lora, config.seed)
-    net = shard_network(net, parallel, config.dtype)
-    return Network(net, parallel.device, config.dtype, run=module_runner(net, config.recompute)), card
-
-
 class Stage(ABC):
-    """What the training loop runs. Subclasses fill `trained` and implement `step` and `export`.
+    """What the training loop runs. Subclasses fill `trained` and implement `step` and `card` (or `export`).
 
     All methods but the constructor are called on every rank.
     """
+
+    exported = "student"
+    """The trained network that is exported; also the stem of its file."""
 
     def __init__(self, config: Any, parallel: ParallelState):
         parallel.samples(config.batch)  # raises for a batch that does not divide
         self.config, self.parallel = config, parallel
         self.trained: dict[str, TrainedNetwork] = {}
         self.init_card: StudentCard | None = None
-        """The card of the file that training starts from."""
+        """The card of the file that the exported network starts from."""
+
+    def load_network(self, path: str, name: str = "", optim: OptimConfig | None = None) -> Network:
+        """A sharded network from a file of any published layout, or with new weights if `path` is empty.
+
+        It is trained as `name` with `optim`; without, it is frozen and in the compute dtype.
+        Raises ValueError for a file of another size.
+        """
+        config, net, card = self.config, WanModel(self.config.network), None
+        if path:
+            # Any network can be trained further: the card of a file without one is not used.
+            student = StudentSource(path, card=BASE).open()
+            check_tensors(net, student.named.tensors, path)
+            net.load_state_dict({weight: student.tensor(weight) for weight in student.named.tensors})
+            card = student.own_card
+        else:
+            net.reset_parameters(torch.Generator().manual_seed(config.seed))
+        net = add_lora(net, config.lora, config.seed) if optim else net.requires_grad_(False).to(config.dtype)
+        net = shard_network(net, self.parallel, config.dtype)
+        if optim:
+            self.trained[name] = TrainedNetwork(net, optim, self.parallel)
+        if name == self.exported:
+            self.init_card = card
+        return Network(net, self.parallel.device, config.dtype, run=module_runner(net, config.recompute))
 
     @abstractmethod
     def step(self, step: int) -> dict[str, float]:
         """One iteration. Returns metrics, among them `loss`."""
-
-    @abstractmethod
-    def export(self, folder: Path, step: int, seconds: float, revision: str) -> Path:
-        """Write the current state of what is trained. Only the main rank writes."""
 
     def sample(self) -> Image.Image | None:
         """A sample image, or None if the stage has none."""
@@ -94,18 +95,23 @@ class Stage(ABC):
         decay = (config.steps - step) / (config.decay * config.steps) if config.decay else 1.0
         return min(1.0, (step + 1) / max(1, config.warmup), decay)
 
-    def save(self, path: Path, name: str, card: StudentCard, step: int, seconds: float, revision: str) -> Path:
-        """Write a trained network with its card. Adapters are merged, and written to a second file."""
-        trained, lora = self.trained[name], self.config.lora
-        weights = trained.weights()
+    def card(self) -> StudentCard:
+        """Name, stage, steps, solver and data of the exported network; `export` adds the other fields."""
+        raise NotImplementedError
+
+    def export(self, folder: Path, step: int, seconds: float, revision: str) -> Path:
+        """Write the exported network with its card. Adapters are merged, and written to a second file."""
+        config, lora, path = self.config, self.config.lora, folder / f"{self.exported}.safetensors"
+        weights = self.trained[self.exported].weights()
         if self.init_card:
             revision = f"{self.init_card.revision}; then {revision}"
             step, seconds = step + (self.init_card.train_steps or 0), seconds + (self.init_card.train_seconds or 0)
         card = dataclasses.replace(
-            card, revision=revision, data_seed=self.config.data_seed, train_steps=step, train_seconds=round(seconds)
-        )
+            self.card(), base=config.preset, shift=config.shift, memory=config.memory, size=tuple(config.size),
+            revision=revision, data_seed=config.data_seed, train_steps=step, train_seconds=round(seconds),
+        )  # fmt: skip
         if self.parallel.is_main:
-            write_student(path, merge_lora(weights, lora), self.config.network.num_heads, card)
+            write_student(path, merge_lora(weights, lora), config.network.num_heads, card)
             if lora.rank:
                 save_lora(path.with_stem(path.stem + "_lora"), weights, lora, {CARD_KEY: card.to_json()})
         return path

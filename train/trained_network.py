@@ -21,7 +21,7 @@ class TrainedNetwork:
 
     def __init__(self, net: nn.Module, config: OptimConfig, parallel: ParallelState):
         self.net, self.config, self.parallel = net, config, parallel
-        self.optimizers = build_optimizers(net, config.kind, config.lr, config.betas, config.weight_decay)
+        self.optimizers = build_optimizers(net, config)
         self.updates = 0
         self.norm = 0.0
         """Gradient norm of the last iteration."""

@@ -16,7 +16,6 @@ from context_forcing.model.sampler import seeded_generator
 from context_forcing.train import run_stage
 from context_forcing.train.checkpoints import Checkpoints, newest_checkpoint
 from context_forcing.train.presets import load_config
-from context_forcing.train.stage import load_network
 from context_forcing.train.stages.codec import VaeStage
 from context_forcing.train.stages.distill import DistillStage
 from context_forcing.train.stages.pretrain import PretrainStage
@@ -90,9 +89,9 @@ def test_training_starts_from_any_published_layout(tiny, files, tmp_path):
     plain = files[0].partition("=")[2]
     state, _ = read_safetensors(plain)
     torch.save({"generator": {f"model.{name}": tensor for name, tensor in state.items()}}, tmp_path / "student.pt")
-    config = load_config("contextual", "smoke")
-    network, card = load_network(str(tmp_path / "student.pt"), config, ALONE, config.lora)
-    assert card is None and all(torch.equal(tensor, state[name]) for name, tensor in network.net.state_dict().items())
+    stage = DistillStage(load_config("contextual", "smoke", [f"student={tmp_path / 'student.pt'}"]), ALONE)
+    assert stage.init_card is None
+    assert all(torch.equal(tensor, state[name]) for name, tensor in stage.student.net.state_dict().items())
 
 
 def test_a_checkpoint_before_the_first_update_changes_nothing(tiny, files, tmp_path):

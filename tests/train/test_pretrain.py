@@ -55,7 +55,7 @@ def test_steps_lower_the_loss():
     net.reset_parameters(torch.Generator().manual_seed(0))
     batch = make_batch(load_demo_codec(), config.memory, seed=(1, 1), size=1, num_chunks=3, text_dropout=0.0)
     noise = LossNoise.draw(config, batch, torch.Generator().manual_seed(0))
-    optimizers, losses = build_optimizers(net, "muon", 2e-3, (0.9, 0.98), 0.01), []
+    optimizers, losses = build_optimizers(net, config.optim), []
     for _ in range(12):
         loss = training_loss(network_of(net), config, batch, noise) / column_weights(config, batch).sum()
         loss.backward()

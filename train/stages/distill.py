@@ -4,8 +4,6 @@ The student generates a context, then a target with gradients. The frozen teache
 the noised target given the same remembered frames. The difference is the direction of the student's update.
 """
 
-from pathlib import Path
-
 import torch
 from PIL import Image
 from torch import Tensor
@@ -20,8 +18,7 @@ from ...video.frames import film_strip
 from ..config import DistillConfig
 from ..data.clips import open_prompts
 from ..parallel import ParallelState
-from ..stage import Stage, load_network
-from ..trained_network import TrainedNetwork
+from ..stage import Stage
 from .score import flow_given_context
 from .student import Rollout, Student
 
@@ -36,13 +33,9 @@ class DistillStage(Stage):
 
     def __init__(self, config: DistillConfig, parallel: ParallelState):
         super().__init__(config, parallel)
-        self.student, self.init_card = load_network(config.student, config, parallel, config.lora)
-        self.critic, _ = load_network(config.teacher, config, parallel, config.lora)
-        self.teacher, _ = load_network(config.teacher, config, parallel, None)
-        self.trained = {
-            "student": TrainedNetwork(self.student.net, config.student_optim, parallel),
-            "critic": TrainedNetwork(self.critic.net, config.critic_optim, parallel),
-        }
+        self.student = self.load_network(config.student, "student", config.student_optim)
+        self.critic = self.load_network(config.teacher, "critic", config.critic_optim)
+        self.teacher = self.load_network(config.teacher)
         self.prompts = open_prompts(config)
         self.sigmas = warped_sigmas(config.denoising_steps, config.shift)
         # Only the demo world has sample images: no other VAE is loaded.
@@ -164,16 +157,13 @@ class DistillStage(Stage):
         memory = self.rollout(text, chunks - 1, 1, 0, 0, False).memory
         return film_strip(self.codec, memory.latent_chunks) if self.parallel.is_main else None
 
-    def export(self, folder: Path, step: int, seconds: float, revision: str) -> Path:
-        """The student's averaged weights with its card."""
+    def card(self) -> StudentCard:
         config, stage = self.config, "contextual" if self.config.context_to else "local"
-        card = StudentCard(
-            name=f"{config.preset} student, {stage}", base=config.preset, stage=stage,
-            steps=tuple(float(value) for value in config.denoising_steps), shift=config.shift, solver="renoise",
-            memory=config.memory, size=tuple(config.size),
-            data=f"{self.prompts.describe()}; scores see {config.teacher_sees}; teacher {config.teacher}",
-        )  # fmt: skip
-        return self.save(folder / "student.safetensors", "student", card, step, seconds, revision)
+        data = f"{self.prompts.describe()}; scores see {config.teacher_sees}; teacher {config.teacher}"
+        steps = tuple(float(value) for value in config.denoising_steps)
+        return StudentCard(
+            name=f"{config.preset} student, {stage}", stage=stage, steps=steps, solver="renoise", data=data
+        )
 
 
 def x0_given_context(

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -17,8 +16,7 @@ from ...model.units import FRAMES_PER_LATENT
 from ..config import PretrainConfig
 from ..data.clips import Batch, ShownBy, make_batch
 from ..parallel import ParallelState
-from ..stage import Stage, load_network
-from ..trained_network import TrainedNetwork
+from ..stage import Stage
 from ..world.geometry import VIEW_COLUMNS
 from .forcing import TeacherForcing, interleave, noisy_part
 
@@ -127,8 +125,7 @@ class PretrainStage(Stage):
 
     def __init__(self, config: PretrainConfig, parallel: ParallelState):
         super().__init__(config, parallel)
-        self.network, self.init_card = load_network(config.init, config, parallel, config.lora)
-        self.trained = {"student": TrainedNetwork(self.network.net, config.optim, parallel)}
+        self.network = self.load_network(config.init, "student", config.optim)
         codec = load_demo_codec(config.codec_path)
         self.make = functools.partial(make_batch, codec, config.memory, num_chunks=config.num_chunks)
         validation = self.make(seed=(config.data_seed, 0), size=4 * config.batch)
@@ -162,14 +159,9 @@ class PretrainStage(Stage):
     def validate(self) -> dict[str, float]:
         return recall_error(self.network, self.config, self.validation)
 
-    def export(self, folder: Path, step: int, seconds: float, revision: str) -> Path:
-        """The student with its card."""
-        config = self.config
-        card = StudentCard(
-            name=f"{config.preset} student, teacher forced", base=config.preset, stage="pretrain",
-            steps=tuple(TIMESTEPS * (1 - k / config.sample_steps) for k in range(config.sample_steps)),
-            shift=config.shift, solver="euler", memory=config.memory, size=tuple(config.size),
-            data=f"demo world, drawn on the fly; clips of {config.num_chunks * config.memory.chunk} latent frames,"
-            f" {FRAMES_PER_LATENT} pixel frames each",
-        )  # fmt: skip
-        return self.save(folder / "student.safetensors", "student", card, step, seconds, revision)
+    def card(self) -> StudentCard:
+        config, frames = self.config, self.config.num_chunks * self.config.memory.chunk
+        steps = tuple(TIMESTEPS * (1 - k / config.sample_steps) for k in range(config.sample_steps))
+        data = f"demo world, drawn on the fly; clips of {frames} latent frames, {FRAMES_PER_LATENT} pixel frames each"
+        name = f"{config.preset} student, teacher forced"
+        return StudentCard(name=name, stage="pretrain", steps=steps, solver="euler", data=data)

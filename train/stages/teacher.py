@@ -1,7 +1,6 @@
 """Stage `teacher`: a network learns to continue a video from remembered frames (docs/method.md, Teacher)."""
 
 import dataclasses
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,8 +12,7 @@ from ...model.sampler import seeded_generator
 from ..config import TeacherConfig
 from ..data.clips import open_clips
 from ..parallel import ParallelState
-from ..stage import Stage, load_network
-from ..trained_network import TrainedNetwork
+from ..stage import Stage
 from .recycling import ErrorBuffer
 from .score import flow_given_context
 from .student import Student
@@ -26,10 +24,11 @@ POLICIES = ("novel", "clean", "uniform", "fifo")
 class TeacherStage(Stage):
     """One network, its clips and its prediction errors."""
 
+    exported = "teacher"
+
     def __init__(self, config: TeacherConfig, parallel: ParallelState):
         super().__init__(config, parallel)
-        self.network, self.init_card = load_network(config.init, config, parallel, config.lora)
-        self.trained = {"teacher": TrainedNetwork(self.network.net, config.optim, parallel)}
+        self.network = self.load_network(config.init, "teacher", config.optim)
         self.clips = open_clips(config)
         self.errors = ErrorBuffer(config.recycling)
 
@@ -109,11 +108,7 @@ class TeacherStage(Stage):
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         self.errors.load_state(state)
 
-    def export(self, folder: Path, step: int, seconds: float, revision: str) -> Path:
-        """The teacher with its card, which has the steps of an undistilled model."""
-        card = StudentCard(
-            name=f"{self.config.preset} context teacher", base=self.config.preset, stage="teacher",
-            steps=tuple(1000 * (1 - k / 20) for k in range(20)), shift=self.config.shift, solver="euler",
-            memory=self.config.memory, size=tuple(self.config.size), data=self.clips.describe(),
-        )  # fmt: skip
-        return self.save(folder / "teacher.safetensors", "teacher", card, step, seconds, revision)
+    def card(self) -> StudentCard:
+        steps = tuple(1000 * (1 - k / 20) for k in range(20))  # those of an undistilled model
+        name, data = f"{self.config.preset} context teacher", self.clips.describe()
+        return StudentCard(name=name, stage="teacher", steps=steps, solver="euler", data=data)
