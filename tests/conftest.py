@@ -167,7 +167,7 @@ def models_dir(wan_vae_state, umt5_state, spiece, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def ffmpeg_that(tmp_path_factory, monkeypatch):
-    """(before, after) -> from now on ffmpeg does this in a shell before and after it encodes; $file is what it writes."""
+    """(before, after) -> ffmpeg runs these shell commands before and after it encodes; $file is its output."""
     if os.name == "nt":
         pytest.skip("a shell script stands in for ffmpeg")
     ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()

@@ -166,7 +166,7 @@ class Journal:
     def _digest(self, number: int, latents_BCTHW: Tensor) -> str:
         """SHA-256 of the video, the number of the chunk, its shape, dtype and every byte."""
         sha = hashlib.sha256(f"{self._video} {number} {latents_BCTHW.dtype} {tuple(latents_BCTHW.shape)}".encode())
-        sha.update(latents_BCTHW.flatten().view(torch.uint8).numpy())
+        sha.update(latents_BCTHW.flatten().view(torch.uint8).numpy().data)
         return sha.hexdigest()
 
     def _path(self, number: int) -> Path:

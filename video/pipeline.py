@@ -66,7 +66,7 @@ class Pipeline:
         return fingerprint(self.network.net, self.unmerged)
 
     def empty_memory(self, size: tuple[int, int] | None = None, **settings) -> Memory:
-        """A memory as the card describes it. `size` is (width, height); `settings` replace fields of its MemoryConfig."""
+        """A memory as the card describes it. `size` is (width, height); `settings` replace fields of its config."""
         config = dataclasses.replace(self.card.memory, **settings)
         return empty_memory(config, latent_size(*(size or self.card.size)))
 

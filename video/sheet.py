@@ -18,7 +18,7 @@ Colour = tuple[int, int, int]
 
 
 @lru_cache
-def font(size: int) -> ImageFont.FreeTypeFont:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Pillow's own."""
     return ImageFont.load_default(size)
 

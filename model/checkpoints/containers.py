@@ -263,6 +263,6 @@ def write_safetensors(
             f.write(struct.pack("<Q", len(text)) + text)
             for name in names:
                 tensor = tensor_of(name).detach().to("cpu", kept[name][0]).contiguous()
-                f.write(tensor.reshape(-1).view(torch.uint8).numpy())
+                f.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error.strerror})") from None

@@ -64,6 +64,11 @@ class ResidualBlock(nn.Module):
 class DemoCodec(VAE):
     """encode [B, 3, T, H, W] in [-1, 1] -> [B, 16, t, h, w] in VAE space; decode is its causal inverse."""
 
+    transform: Tensor
+    inverse: Tensor
+    mean: Tensor
+    scale: Tensor
+
     def __init__(self, width: int = 96, num_blocks: int = 3):
         super().__init__()
         transform = dct_transform()

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ class UMT5Encoder(nn.Module):
         norm = lambda: nn.RMSNorm(dim, eps=EPS)
 
         def block() -> nn.ModuleDict:
-            attention = {name: linear(dim, inner) for name in "qkv"} | {"o": linear(inner, dim)}
+            attention: dict[str, Any] = {name: linear(dim, inner) for name in "qkv"} | {"o": linear(inner, dim)}
             attention["relative_attention_bias"] = nn.Embedding(num_buckets, num_heads)
             feed_forward = {"wi_0": linear(dim, ff), "wi_1": linear(dim, ff), "wo": linear(ff, dim)}
             parts = {"SelfAttention": attention, "DenseReluDense": feed_forward}
@@ -55,7 +56,7 @@ class UMT5Encoder(nn.Module):
 
         self.shared = nn.Embedding(vocabulary, dim)
         blocks = nn.ModuleList([block() for _ in range(layers)])
-        self.encoder = nn.ModuleDict({"block": blocks, "final_layer_norm": norm()})
+        self.encoder: Any = nn.ModuleDict({"block": blocks, "final_layer_norm": norm()})
 
 
 @dataclass(frozen=True, kw_only=True)

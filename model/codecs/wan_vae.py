@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -276,7 +277,7 @@ def from_diffusers(key: str) -> str:
     return key
 
 
-def decode_wan_stream(vae: nn.Module, raw_chunks: Iterable[Tensor], num_caches: int) -> Iterator[Tensor]:
+def decode_wan_stream(vae: Any, raw_chunks: Iterable[Tensor], num_caches: int) -> Iterator[Tensor]:
     """Decode consecutive chunks with ComfyUI's module tree of Wan's VAE; its feature cache is carried between chunks.
 
     That decoder caches two frames of its last input and no older ones. So after the first latent frame its input must

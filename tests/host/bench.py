@@ -56,6 +56,7 @@ class Bench:
 
     def headless(self, state: dict, dtype=torch.float32, shift=5.0):
         """(latents, memory) of three chunks, by the headless sampler."""
+        from context_forcing.memory import empty_memory
         from context_forcing.memory.config import MemoryConfig
         from context_forcing.model.codecs.base import denormalise
         from context_forcing.model.config import StudentCard
@@ -63,7 +64,6 @@ class Bench:
         from context_forcing.model.network import Network
         from context_forcing.model.sampler import make_sampler
         from context_forcing.model.segment import generate_segment
-        from context_forcing.memory import empty_memory
 
         net = self.make_net(**SIZES)
         net.load_state_dict({key: value.float() for key, value in state.items()})
