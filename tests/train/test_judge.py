@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from context_forcing.model.checkpoints.student import StudentSource
-from context_forcing.train.evaluation.judge import QUARTERS, World, judge, judge_long, stations_in_view, turns
+from context_forcing.train.evaluation.judge import QUARTERS, World, judge, judge_long, path_of
 from context_forcing.train.world.camera import render_latent_frames
+from context_forcing.train.world.geometry import stations_in_view
 from context_forcing.train.world.prompts import ALL_STYLES
 from context_forcing.train.world.scene import Scene
 from context_forcing.train.world.scripts import benchmark_script
@@ -150,7 +151,7 @@ def test_turns_are_told_from_the_pictures_alone(world):
     moves = [0, 0, 1, 1, 0, -1, -1, -1, 0, 1]
     art = render_latent_frames(Scene.sample(np.random.default_rng(2)), [ALL_STYLES[4]] * 10, moves, 1, start=9)
     film = world.encode(art).movedim(0, 1)
-    assert turns(film).tolist() == moves[1:]
+    assert np.diff(path_of(film)).tolist() == moves[1:]
     noisy = film + 0.1 * torch.randn(film.shape, generator=torch.Generator().manual_seed(0))
-    assert turns(noisy).tolist() == moves[1:]
-    assert not turns(film[:, :1].expand(-1, 5, -1, -1)).any()
+    assert np.diff(path_of(noisy)).tolist() == moves[1:]
+    assert not path_of(film[:, :1].expand(-1, 5, -1, -1)).any()

@@ -10,7 +10,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -94,10 +94,9 @@ class Plan:
 def whole_numbers(name: str, text: str) -> tuple[int, ...]:
     """`8,24` -> (8, 24); `name` is the option in error messages."""
     parts = [part.strip() for part in text.split(",")] if text.strip() else []
-    for part in parts:
-        if not (part.isascii() and part.isdigit()):
-            raise ValueError(f"{name}: {part!r} is not a whole number")
-    return tuple(int(part) for part in parts)
+    if wrong := [part for part in parts if not (part.isascii() and part.isdigit())]:
+        raise ValueError(f"{name}: {wrong[0]!r} is not a whole number")
+    return tuple(map(int, parts))
 
 
 def parse_students(student: str, compare: Sequence[str], policies: str) -> tuple[EvaluatedStudent, ...]:
@@ -155,10 +154,6 @@ class Results:
         except ValueError as error:
             raise ValueError(f"output: {error}; give another folder, or delete the file") from None
 
-    def has(self, **values) -> bool:
-        """Whether there is a record with these values."""
-        return any(all(getattr(each, name) == value for name, value in values.items()) for each in self.records)
-
     def add(self, records: Sequence[Record]) -> None:
         """Add records and write the whole file."""
         self.records += records
@@ -186,13 +181,14 @@ def evaluate(plan: Plan, device: str, dtype: str, out: Path) -> list[Table]:
         benchmark_script(kind, gap, mirror=False)
     results = Results(out, _header(plan, pipelines))
     world = World(first)
-    for run, is_long in track(list(_runs(plan)), description="evaluate", transient=True):
-        if any(results.has(**run, kind=kind) for kind in ([LONG] if is_long else KINDS)):
+    done = [(each.student, each.policy, each.seed, each.scene, each.kind == LONG) for each in results.records]
+    for student, policy, seed, scene, is_long in track(_runs(plan), description="evaluate", transient=True):
+        if (student, policy, seed, scene, is_long) in done:
             continue
-        pipeline, seed, scene = pipelines[run["student"]], run["seed"], run["scene"]
+        run = {"student": student, "policy": policy, "seed": seed, "scene": scene}
         style = ALL_STYLES[np.random.default_rng((seed, scene)).integers(len(ALL_STYLES))]
-        camera = Camera(pipeline, style, seed * 10_000 + scene)
-        memory = pipeline.empty_memory(**_settings(run["policy"]))
+        camera = Camera(pipelines[student], style, seed * 10_000 + scene)
+        memory = pipelines[student].empty_memory(**_settings(policy))
         if is_long:
             rollouts = [_run_long(camera, world, memory, paths[seed, scene], run)]
         else:
@@ -203,13 +199,15 @@ def evaluate(plan: Plan, device: str, dtype: str, out: Path) -> list[Table]:
     return _report(results, plan, first.card.fps, out)
 
 
-def _runs(plan: Plan) -> Iterator[tuple[dict, bool]]:
-    """Fields of the records of every run, and whether it is a long rollout, in the order of evaluation."""
-    for seed, is_long in itertools.product(plan.seeds, (False, True)):
-        for scene in range(plan.long_rollouts if is_long else plan.rollouts):
-            for student in plan.students if (plan.minutes if is_long else plan.gaps) else ():
-                for policy in student.policies:
-                    yield {"student": student.name, "policy": policy, "seed": seed, "scene": scene}, is_long
+def _runs(plan: Plan) -> list[tuple[str, str, int, int, bool]]:
+    """Student, policy, seed and scene of every run, and whether it is a long rollout, in the order of evaluation."""
+    return [
+        (student.name, policy, seed, scene, is_long)
+        for seed, is_long in itertools.product(plan.seeds, (False, True))
+        for scene in range(plan.long_rollouts if is_long else plan.rollouts)
+        for student in (plan.students if (plan.minutes if is_long else plan.gaps) else ())
+        for policy in student.policies
+    ]
 
 
 def _run_gaps(
@@ -222,16 +220,14 @@ def _run_gaps(
     }
     ends = dict(branches(camera, memory, {key: script.moves for key, script in scripts.items()}))
     rollouts = []
-    for key, script in scripts.items():
-        trial = judge(world, _latents(ends[key], world), script, camera.style)
-        record = Record(**run, kind=script.kind, gap_frames=len(script.hidden_frames), trial=trial)
-        rollouts.append((record, ends[key]))
+    for (kind, gap), script in scripts.items():
+        end = ends[kind, gap]
+        trial = judge(world, _latents(end, world), script, camera.style)
+        rollouts.append((Record(**run, kind=kind, gap_frames=len(script.hidden_frames), trial=trial), end))
     return rollouts
 
 
-def _run_long(
-    camera: Camera, world: World, memory: Memory, moves: Sequence[int], run: dict
-) -> tuple[Record, Memory]:  # fmt: skip
+def _run_long(camera: Camera, world: World, memory: Memory, moves: Sequence[int], run: dict) -> tuple[Record, Memory]:
     reach = []
     for move in moves:
         memory = camera.move(memory, move)
@@ -258,9 +254,9 @@ def long_paths(plan: Plan, fps: float) -> dict[tuple[int, int], list[int]]:
         raise ValueError(f"minutes: {plan.minutes:g} is too short for four quarters; {least:g} is the least")
     pieces = [len(piece) for piece in np.array_split(np.arange(quarter), -(-quarter // _TRIP_CHUNKS))] * QUARTERS
     paths = {}
-    for seed, scene in itertools.product(plan.seeds, range(plan.long_rollouts)):
-        rng = np.random.default_rng((seed, scene, 1))
-        paths[seed, scene] = [move for piece in pieces for move in random_script(rng, piece)]
+    for key in itertools.product(plan.seeds, range(plan.long_rollouts)):
+        rng = np.random.default_rng((*key, 1))
+        paths[key] = [move for piece in pieces for move in random_script(rng, piece)]
     return paths
 
 
@@ -273,24 +269,18 @@ def _header(plan: Plan, pipelines: dict[str, Pipeline]) -> dict:
     first = pipelines[plan.students[0].name]
     students = []
     for student in plan.students:
-        pipeline = pipelines[student.name]
+        name, pipeline = student.name, pipelines[student.name]
         for policy in student.policies:
             chunk = pipeline.empty_memory(**_settings(policy)).config.chunk
             if chunk != CHUNK:
-                raise ValueError(f"student: {student.name} generates chunks of {chunk}; the scripts need {CHUNK}")
+                raise ValueError(f"student: {name} generates chunks of {chunk}; the scripts need {CHUNK}")
         if pipeline.card.fps != first.card.fps:
             raise ValueError(
-                f"compare: {student.name} has {pipeline.card.fps} frames per second, {plan.students[0].name} has"
+                f"compare: {name} has {pipeline.card.fps} frames per second, {plan.students[0].name} has"
                 f" {first.card.fps}; evaluate them separately"
             )
-        students.append(
-            {
-                "name": student.name,
-                "weights": pipeline.fingerprint,
-                "policies": student.policies,
-                "card": asdict(pipeline.card),
-            }
-        )
+        card = asdict(pipeline.card)
+        students.append({"name": name, "weights": pipeline.fingerprint, "policies": student.policies, "card": card})
     return {
         "format": FORMAT,
         "students": students,

@@ -7,6 +7,7 @@ Shapes: C latent channels, T latent frames, H W latent rows and columns. A video
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -16,16 +17,7 @@ from ...model.codecs.demo_vae import DemoCodec
 from ...video.pipeline import Pipeline
 from ..world.background import background
 from ..world.camera import headings, view
-from ..world.geometry import (
-    CHUNK,
-    LANDMARK_COLUMNS,
-    LANDMARK_TOP,
-    NUM_STATIONS,
-    RING_COLUMNS,
-    STATION_COLUMNS,
-    TOKEN,
-    VIEW_COLUMNS,
-)
+from ..world.geometry import CHUNK, LANDMARK_COLUMNS, LANDMARK_TOP, RING_COLUMNS, TOKEN, stations_in_view
 from ..world.prompts import Style
 from ..world.scene import templates
 from ..world.scripts import Script
@@ -33,6 +25,8 @@ from ..world.scripts import Script
 QUARTERS = 4
 TURNS = (0, 1, -1, 2, -2)
 """Columns by which the camera can turn between two frames. Of equally good turns the first is taken."""
+PER_TOKEN = 2
+"""Latent rows and columns per token."""
 _LEAD_FRAMES = 4 * CHUNK
 """Frames at the beginning of a long video that locate its start on the ring."""
 
@@ -62,12 +56,12 @@ class Trial:
     @property
     def recall(self) -> float:
         """Share of targets with the same class before the camera left and after the return."""
-        return _match_rate(self.remembered, self.returned)
+        return float(np.equal(self.remembered, self.returned).mean())
 
     @property
     def recall_first(self) -> float:
         """Share of targets with the same class at first sight and after the return."""
-        return _match_rate(self.first, self.returned)
+        return float(np.equal(self.first, self.returned).mean())
 
 
 @dataclass(frozen=True)
@@ -85,47 +79,29 @@ class LongTrial:
     """Age of the oldest remembered frame outside the sink, in latent frames, mean over the chunks of the quarter."""
 
 
-def _match_rate(before: Sequence[int], after: Sequence[int]) -> float:
-    return float(np.mean([a == b for a, b in zip(before, after)]))
-
-
 class World:
     """The true world in latents: the reference for generated latents."""
 
     def __init__(self, pipeline: Pipeline):
         assert isinstance(pipeline.vae, DemoCodec)
-        self.codec = pipeline.vae
-        self.device = pipeline.device
-        self._templates: dict[tuple[Style, int], Tensor] = {}
-        self._views: dict[Style, Tensor] = {}
+        self.codec, self.device = pipeline.vae, pipeline.device
+        self._templates = cache(lambda style, station: self.encode(templates(style, station)))
+        self.bare_views = cache(self._bare_views)
 
     def encode(self, art_uint8: np.ndarray) -> Tensor:
         """Art pixels [..., H, W, 3] -> latents [N, C, h, w]."""
         art = torch.from_numpy(np.array(art_uint8)).to(self.device).float() / 127.5 - 1
         return self.codec.encode_art(art.flatten(0, -4)[None])[0].movedim(1, 0)
 
-    def landmark(self, frame_CHW: Tensor, view_column: int) -> Tensor:
-        """The 2 x 2 tokens of a landmark, [C, h, w]."""
-        per_token = frame_CHW.shape[-1] // VIEW_COLUMNS
-        top = LANDMARK_TOP // TOKEN * per_token
-        size = LANDMARK_COLUMNS * per_token
-        return frame_CHW[:, top : top + size, view_column * per_token : view_column * per_token + size]
-
     def classify(self, frame_CHW: Tensor, view_column: int, style: Style, station: int) -> tuple[int, float]:
         """Class of the nearest template, and the distance to it."""
-        if (style, station) not in self._templates:
-            self._templates[style, station] = self.encode(templates(style, station))
-        crop = self.landmark(frame_CHW, view_column)
-        distance = (self._templates[style, station] - crop).square().mean((1, 2, 3))
+        distance = (self._templates(style, station) - landmark(frame_CHW, view_column)).square().mean((1, 2, 3))
         return int(distance.argmin()), float(distance.min())
 
-    def bare_views(self, style: Style) -> Tensor:
+    def _bare_views(self, style: Style) -> Tensor:
         """Rows without landmarks of the true view at every heading, [RING_COLUMNS, C, rows, W]."""
-        if style not in self._views:
-            ring = np.clip(np.round(background(style)), 0, 255).astype(np.uint8)
-            views = np.stack([view(ring, heading * TOKEN) for heading in range(RING_COLUMNS)])
-            self._views[style] = bare_rows(self.encode(views))
-        return self._views[style]
+        ring = np.round(background(style)).astype(np.uint8)
+        return bare_rows(self.encode(np.stack([view(ring, heading * TOKEN) for heading in range(RING_COLUMNS)])))
 
     def start(self, film_CTHW: Tensor, path: np.ndarray, style: Style) -> int:
         """Heading of the first frame of a video whose camera turns along `path` [T].
@@ -148,36 +124,30 @@ class World:
         return float(np.mean([self.classify(frame_CHW, column, style, station)[1] for station, column in visible]))
 
 
-def turns(film_CTHW: Tensor) -> np.ndarray:
-    """Columns by which the camera turns between consecutive frames, [T - 1]: the shift with the least squared error."""
-    per_token = film_CTHW.shape[-1] // VIEW_COLUMNS
-    before, after = film_CTHW[:, :-1], film_CTHW[:, 1:]
-    width = film_CTHW.shape[-1]
-    errors = []
-    for turn in TURNS:
-        shift = turn * per_token
-        seen_before = before[..., max(0, shift) : width + min(0, shift)]
-        seen_after = after[..., max(0, -shift) : width + min(0, -shift)]
-        errors.append((seen_before - seen_after).square().mean((0, 2, 3)))
-    return np.array(TURNS)[torch.stack(errors).argmin(0).cpu().numpy()]
+def landmark(frame_CHW: Tensor, view_column: int) -> Tensor:
+    """The 2 x 2 tokens of a landmark, [C, h, w]."""
+    top, left, size = (PER_TOKEN * tokens for tokens in (LANDMARK_TOP // TOKEN, view_column, LANDMARK_COLUMNS))
+    return frame_CHW[:, top : top + size, left : left + size]
 
 
 def path_of(film_CTHW: Tensor) -> np.ndarray:
-    """Heading of every frame relative to the first one, in columns, [T]."""
-    return np.concatenate([[0], turns(film_CTHW).cumsum()])
+    """Heading of every frame relative to the first one, in columns, [T].
+
+    The camera turns between two frames by the shift with the least squared error.
+    """
+    before, after, width = film_CTHW[:, :-1], film_CTHW[:, 1:], film_CTHW.shape[-1]
+    errors = []
+    for turn in TURNS:
+        ahead, behind = PER_TOKEN * max(0, turn), PER_TOKEN * max(0, -turn)
+        both = before[..., ahead : width - behind], after[..., behind : width - ahead]
+        errors.append((both[0] - both[1]).square().mean((0, 2, 3)))
+    turns = np.array(TURNS)[torch.stack(errors).argmin(0).cpu().numpy()]
+    return np.concatenate([[0], turns.cumsum()])
 
 
 def bare_rows(frames_TCHW: Tensor) -> Tensor:
     """The token rows that no landmark covers: the topmost and the lowest."""
-    per_token = frames_TCHW.shape[-1] // VIEW_COLUMNS
-    height = frames_TCHW.shape[-2]
-    return frames_TCHW[:, :, [*range(per_token), *range(height - per_token, height)]]
-
-
-def stations_in_view(heading: int) -> list[tuple[int, int]]:
-    """(station, view column) of every landmark in full view at a heading."""
-    columns = [(s, (s * STATION_COLUMNS - int(heading)) % RING_COLUMNS) for s in range(NUM_STATIONS)]
-    return [(station, column) for station, column in columns if column <= VIEW_COLUMNS - LANDMARK_COLUMNS]
+    return frames_TCHW[:, :, [*range(PER_TOKEN), *range(-PER_TOKEN, 0)]]
 
 
 def judge(world: World, film: Tensor, script: Script, style: Style) -> Trial:
@@ -186,19 +156,19 @@ def judge(world: World, film: Tensor, script: Script, style: Style) -> Trial:
     lead = slice(0, script.target_frame + 1, CHUNK)
     start = world.start(film[:, lead], expected[lead], style)
     before, after = film[:, script.target_frame], film[:, script.return_frame + 1]
-    first, remembered, returned, errors, residuals = [], [], [], [], []
-    for station, column in stations_in_view(script.target_heading + start):
-        frame, first_column = _first_view(station, expected + start)
-        first.append(world.classify(film[:, frame], first_column, style, station)[0])
-        remembered.append(world.classify(before, column, style, station)[0])
-        class_id, residual = world.classify(after, column, style, station)
-        returned.append(class_id)
-        residuals.append(residual)
-        errors.append((world.landmark(before, column) - world.landmark(after, column)).square().mean())
+    targets = stations_in_view(script.target_heading + start)
+    first = []
+    for target, _ in targets:
+        views = ((film[:, t], *each) for t, h in enumerate(expected + start) for each in stations_in_view(h))
+        frame, column = next((frame, column) for frame, station, column in views if station == target)
+        first.append(world.classify(frame, column, style, target)[0])
+    remembered = [world.classify(before, column, style, station)[0] for station, column in targets]
+    returned, residuals = zip(*[world.classify(after, column, style, station) for station, column in targets])
+    errors = [(landmark(before, column) - landmark(after, column)).square().mean() for _, column in targets]
     return Trial(
         first=tuple(first),
         remembered=tuple(remembered),
-        returned=tuple(returned),
+        returned=returned,
         psnr=float(-10 * torch.log10(torch.stack(errors).mean() + 1e-12)),
         heading_accuracy=float((path == expected - expected[0]).mean()),
         motion=float(np.abs(np.diff(path)).mean() / np.abs(np.diff(expected)).mean()),
@@ -225,21 +195,16 @@ def judge_long(world: World, film: Tensor, moves: Sequence[int], style: Style, r
     palette = (bare.mean((2, 3)) - views.mean((2, 3))[looks]).norm(dim=1).cpu().numpy()
     residual = np.array([world.sharpness(film[:, t], heading, style) for t, heading in enumerate(looks)])
     quarters = np.array_split(np.arange(film.shape[1]), QUARTERS)
-    turned = lambda headings: float(np.abs(np.diff(headings)).sum())
+    each = lambda figure: tuple(float(figure(quarter)) for quarter in quarters)
+    turned = lambda headings: np.abs(np.diff(headings)).sum()
     return LongTrial(
-        palette=tuple(float(palette[q].mean()) for q in quarters),
-        residual=tuple(float(residual[q].mean()) for q in quarters),
-        heading_accuracy=tuple(float((path[q] - path[q[0]] == expected[q] - expected[q[0]]).mean()) for q in quarters),
-        motion=tuple(turned(path[q]) / turned(expected[q]) for q in quarters),
-        change=tuple(_change(world, film[:, q], expected[q] + start, style) for q in quarters),
-        reach=tuple(float(np.mean(part)) for part in np.split(np.array(reach), QUARTERS)),
+        palette=each(lambda q: palette[q].mean()),
+        residual=each(lambda q: residual[q].mean()),
+        heading_accuracy=each(lambda q: (path[q] - path[q[0]] == expected[q] - expected[q[0]]).mean()),
+        motion=each(lambda q: turned(path[q]) / turned(expected[q])),
+        change=each(lambda q: _change(world, film[:, q], expected[q] + start, style)),
+        reach=tuple(np.reshape(reach, (QUARTERS, -1)).mean(1).tolist()),
     )
-
-
-def _first_view(station: int, path: np.ndarray) -> tuple[int, int]:
-    """First frame of a path with a landmark in full view, and the landmark's column in it."""
-    views = ((frame, dict(stations_in_view(heading))) for frame, heading in enumerate(path))
-    return next((frame, columns[station]) for frame, columns in views if station in columns)
 
 
 def _change(world: World, film: Tensor, path: np.ndarray, style: Style) -> float:

@@ -68,9 +68,7 @@ class Figure:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
-    """The rollouts of one student and policy under one script."""
-
+class _Rollouts:
     student: str
     policy: str
     kind: str
@@ -78,21 +76,21 @@ class Cell:
     """The gap in latent frames; of long rollouts the quarter, from 1."""
     n: int
     figures: dict[str, Figure]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell(_Rollouts):
+    """The rollouts of one student and policy under one script."""
+
     shuffled: float | None
     """Match rate of targets with those of other rollouts: the recall of a collapsed model. None for long rollouts."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class Difference(_Rollouts):
     """A cell minus the cell of another student or policy, over the rollouts that both have."""
 
-    student: str
-    policy: str
     against: tuple[str, str]
-    kind: str
-    at: int
-    n: int
-    figures: dict[str, Figure]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,50 +209,49 @@ def tables(summary: Summary, fps: float) -> list[Table]:
     """Tables of recall, effective context and drift, as far as there are figures for them."""
     recall = [cell for cell in summary.cells if cell.kind != LONG]
     drift = [cell for cell in summary.cells if cell.kind == LONG]
-    shown = [_recall_table(recall, summary, fps), _effective_table(summary, fps)] if recall else []
-    return shown + ([_drift_table(drift, summary, fps)] if drift else [])
+    mean = lambda name, spec: lambda cell: f"{cell.figures[name].mean:{spec}}"
+    interval = lambda name, spec: lambda cell: f"{cell.figures[name]:{spec}}"
+    difference = lambda name: lambda cell: _difference_to_first(cell, summary, name)
+    shown = []
+    if recall:
+        groups = {
+            "script": lambda cell: cell.kind,
+            "gap, frames": lambda cell: cell.at,
+            "gap, s": lambda cell: f"{latent_seconds(cell.at, fps):.2f}",
+        }
+        columns = {
+            "recall [95 %]": interval("recall", ".2f"),
+            "difference [95 %]": difference("recall"),
+            "as first seen [95 %]": interval("recall_first", ".2f"),
+            "shuffled": lambda cell: f"{cell.shuffled:.2f}",
+            "heading": mean("heading_accuracy", ".2f"),
+            "motion": mean("motion", ".2f"),
+            "change": mean("change", ".2f"),
+            "residual": mean("residual", ".3f"),
+            "PSNR": mean("psnr", ".1f"),
+        }
+        title = f"recall@gap (chance of a blind guess 1/{NUM_CLASSES}); difference: to the first row, paired"
+        shown += [_cell_table(title, recall, summary, groups, columns), _effective_table(summary, fps)]
+    if drift:
+        columns = {
+            "palette [95 %]": interval("palette", ".2f"),
+            "difference [95 %]": difference("palette"),
+            "residual [95 %]": interval("residual", ".3f"),
+            "reach, s": lambda cell: f"{latent_seconds(cell.figures['reach'].mean, fps):.1f}",
+            "heading [95 %]": interval("heading_accuracy", ".2f"),
+            "motion [95 %]": interval("motion", ".2f"),
+            "change [95 %]": interval("change", ".2f"),
+        }
+        title = "long rollouts by quarter; difference: to the first row, paired"
+        shown.append(_cell_table(title, drift, summary, {"quarter": lambda cell: cell.at}, columns))
+    return shown
 
 
 Column = Callable[[Cell], object]
 
 
-def _recall_table(cells: Sequence[Cell], summary: Summary, fps: float) -> Table:
-    groups: dict[str, Column] = {
-        "script": lambda cell: cell.kind,
-        "gap, frames": lambda cell: cell.at,
-        "gap, s": lambda cell: f"{latent_seconds(cell.at, fps):.2f}",
-    }
-    columns: dict[str, Column] = {
-        "recall [95 %]": lambda cell: f"{cell.figures['recall']:.2f}",
-        "difference [95 %]": lambda cell: _difference_to_first(cell, summary, "recall"),
-        "as first seen [95 %]": lambda cell: f"{cell.figures['recall_first']:.2f}",
-        "shuffled": lambda cell: f"{cell.shuffled:.2f}",
-        "heading": lambda cell: f"{cell.figures['heading_accuracy'].mean:.2f}",
-        "motion": lambda cell: f"{cell.figures['motion'].mean:.2f}",
-        "change": lambda cell: f"{cell.figures['change'].mean:.2f}",
-        "residual": lambda cell: f"{cell.figures['residual'].mean:.3f}",
-        "PSNR": lambda cell: f"{cell.figures['psnr'].mean:.1f}",
-    }
-    title = f"recall@gap (chance of a blind guess 1/{NUM_CLASSES}); difference: to the first row, paired"
-    return _cell_table(title, cells, summary, groups, columns)
-
-
-def _drift_table(cells: Sequence[Cell], summary: Summary, fps: float) -> Table:
-    columns: dict[str, Column] = {
-        "palette [95 %]": lambda cell: f"{cell.figures['palette']:.2f}",
-        "difference [95 %]": lambda cell: _difference_to_first(cell, summary, "palette"),
-        "residual [95 %]": lambda cell: f"{cell.figures['residual']:.3f}",
-        "reach, s": lambda cell: f"{latent_seconds(cell.figures['reach'].mean, fps):.1f}",
-        "heading [95 %]": lambda cell: f"{cell.figures['heading_accuracy']:.2f}",
-        "motion [95 %]": lambda cell: f"{cell.figures['motion']:.2f}",
-        "change [95 %]": lambda cell: f"{cell.figures['change']:.2f}",
-    }
-    title = "long rollouts by quarter; difference: to the first row, paired"
-    return _cell_table(title, cells, summary, {"quarter": lambda cell: cell.at}, columns)
-
-
 def _cell_table(
-    title: str, cells: Sequence[Cell], summary: Summary, groups: dict[str, Column], columns: dict[str, Column]
+    title: str, cells: Sequence[Cell], summary: Summary, groups: Mapping[str, Column], columns: Mapping[str, Column]
 ) -> Table:
     """A row per cell. `groups` are the columns that are shown once per script and gap, or per quarter."""
     table = Table(title=title)
@@ -279,16 +276,12 @@ def _effective_table(summary: Summary, fps: float) -> Table:
     table = Table(title=f"effective context, s: largest gap up to which recall stays at {BRIDGED} or more")
     for column in ("script", "who", "as last seen", "as first seen"):
         table.add_column(column, no_wrap=True)
+    seconds = lambda frames: f"{latent_seconds(frames, fps):.2f}"
     rows: dict[tuple, list[str]] = {}
     for each in summary.effective_context:
-        rows.setdefault((each.kind, row_name(each, summary)), []).append(_effective(each, fps))
+        text = ("at least " if each.is_bound else "") + seconds(each.frames) if each.frames else "less than measured"
+        beyond = f" (again at {seconds(each.again)}, not counted)" if each.again is not None else ""
+        rows.setdefault((each.kind, row_name(each, summary)), []).append(text + beyond)
     for row, both in rows.items():
         table.add_row(*row, *both)
     return table
-
-
-def _effective(each: EffectiveContext, fps: float) -> str:
-    seconds = f"{latent_seconds(each.frames, fps):.2f}"
-    text = ("at least " if each.is_bound else "") + seconds if each.frames else "less than measured"
-    beyond = f" (again at {latent_seconds(each.again, fps):.2f}, not counted)" if each.again is not None else ""
-    return text + beyond

@@ -16,55 +16,26 @@ _X = np.arange(RING_WIDTH, dtype=np.float32)[None, :]
 _Y = np.arange(VIEW_HEIGHT, dtype=np.float32)[:, None]
 _ANGLE = 2 * np.pi * _X / RING_WIDTH
 
-# (art column, height above the horizon, half width): one giant, a pair of twins, ranges and passes between.
-_PEAKS = (
-    (14, 9, 22),
-    (40, 6, 16),
-    (92, 5, 20),
-    (124, 10, 20),
-    (146, 8, 18),
-    (172, 6, 18),
-    (208, 16, 30),
-    (242, 8, 18),
-    (276, 13, 16),
-    (296, 13, 16),
-    (322, 7, 18),
-    (356, 10, 24),
-    (376, 6, 14),
-)
+# One giant, a pair of twins, ranges and passes between.
+_PEAK_COLUMNS = (14, 40, 92, 124, 146, 172, 208, 242, 276, 296, 322, 356, 376)
+_PEAK_HEIGHTS = (9, 6, 5, 10, 8, 6, 16, 8, 13, 13, 7, 10, 6)
+_PEAK_WIDTHS = (22, 16, 20, 20, 18, 18, 30, 18, 16, 16, 18, 24, 14)
 _SUN_COLUMN = 68
 # (art column, row of the flat bottom, half width)
 _CLEAR_CLOUDS = ((20, 6, 10), (112, 5, 8), (160, 7, 11), (250, 5, 9), (330, 6, 12))
-_OVERCAST_CLOUDS = (
-    (8, 6, 14),
-    (38, 8, 10),
-    (66, 4, 12),
-    (94, 7, 13),
-    (126, 4, 11),
-    (148, 8, 10),
-    (176, 6, 14),
-    (228, 5, 12),
-    (254, 8, 11),
-    (284, 4, 13),
-    (312, 7, 11),
-    (338, 4, 12),
-    (362, 8, 10),
+_OVERCAST_CLOUDS = tuple(
+    zip(
+        (8, 38, 66, 94, 126, 148, 176, 228, 254, 284, 312, 338, 362),
+        (6, 8, 4, 7, 4, 8, 6, 5, 8, 4, 7, 4, 8),
+        (14, 10, 12, 13, 11, 10, 14, 12, 11, 13, 11, 12, 10),
+    )
 )
-_CASTLE = (
-    "...kk...",
-    "...kk...",
-    "kk.kk.kk",
-    "kk.kk.kk",
-    "kkkyykkk",
-    "kkkyykkk",
-    "kkkkkkkk",
-    "kkkkkkkk",
-)
-_CASTLE_COLUMN = 88
+_CASTLE = ("...kk...", "kk.kk.kk", "kkkyykkk", "kkkkkkkk")
+"""k stone, y window; a row is two art pixels high."""
 
 
-def _ring_delta(column: float) -> np.ndarray:
-    """Signed art pixels from `column`, the short way round, [1, W]."""
+def _ring_delta(column: float | np.ndarray) -> np.ndarray:
+    """Signed art pixels from a column, or columns [N, 1], the short way round, [N, W]."""
     return (_X - column + RING_WIDTH / 2) % RING_WIDTH - RING_WIDTH / 2
 
 
@@ -118,30 +89,30 @@ def _clouds(canvas: np.ndarray, style: Style) -> None:
     table = palette.OVERCAST_CLOUD if overcast else palette.CLOUD
     top, bottom = (rgb(colour) for colour in table[style.time])
     for column, row, size in _OVERCAST_CLOUDS if overcast else _CLEAR_CLOUDS:
-        mask = np.zeros((VIEW_HEIGHT, RING_WIDTH), dtype=bool)
-        for shift, lift, scale in ((-0.55, 0.4, 0.42), (-0.05, 1.4, 0.5), (0.5, 0.6, 0.46)):
-            dx = _ring_delta(column + shift * size) / (size * scale)
-            mask |= np.hypot(dx, (_Y - row + lift) / (size * scale * 0.66)) < 1
-        mask &= _Y < row
+        puffs = [
+            np.hypot(_ring_delta(column + shift * size) / scale, (_Y - row + lift) / (scale * 0.66)) < 1
+            for shift, lift, scale in ((-0.55, 0.4, 0.42 * size), (-0.05, 1.4, 0.5 * size), (0.5, 0.6, 0.46 * size))
+        ]
         shade = np.clip((_Y - row + 4) / 3, 0, 1)[..., None]
-        _paint(canvas, mask, mix(top, bottom, np.round(shade * 2) / 2))
+        _paint(canvas, np.any(puffs, axis=0) & (_Y < row), mix(top, bottom, np.round(shade * 2) / 2))
 
 
 def _mountains(canvas: np.ndarray, style: Style) -> None:
     jag = np.round(_waves((29, 0.7, 1.0), (47, 0.6, 2.0), (71, 0.4, 0.0)))
-    heights = np.concatenate([peak * (1 - np.abs(_ring_delta(column)) / width) for column, peak, width in _PEAKS])
+    columns, peaks, widths = np.array([_PEAK_COLUMNS, _PEAK_HEIGHTS, _PEAK_WIDTHS], dtype=np.float32)[..., None]
+    deltas = _ring_delta(columns)
+    heights = peaks * (1 - np.abs(deltas) / widths)
     owner = heights.argmax(axis=0)
-    skyline = np.maximum(heights.max(axis=0)[None], 2.0) + 0.5 * jag
+    skyline = np.maximum(heights.max(axis=0), 2.0) + 0.5 * jag
     depth = _Y - (HORIZON - skyline)
     anchors = [rgb(colour) for colour in palette.MOUNTAIN]
     near = [np.clip(np.cos(_ANGLE - index * np.pi / 2), 0, 1)[..., None] ** 2 for index in range(4)]
     tone = np.sum([anchor * weight for anchor, weight in zip(anchors, near)], axis=0)
     if style.ground == "desert":
         tone = mix(tone, rgb((206, 132, 96)), 0.45)
-    delta = np.stack([_ring_delta(column)[0] for column, _, _ in _PEAKS])[owner, np.arange(RING_WIDTH)][None]
-    shaded = delta + jag > depth * 0.25
+    shaded = deltas[owner, np.arange(RING_WIDTH)] + jag > depth * 0.25
     body = np.where(shaded[..., None], tone * 0.80, tone * 1.06)
-    tall = np.array([peak for _, peak, _ in _PEAKS])[owner][None]
+    tall = peaks[owner, 0]
     cap = (depth < tall * 0.34 - 1 + jag) & (tall >= 10)
     body = np.where(cap[..., None], rgb(palette.SNOWCAP) * np.where(shaded, 0.84, 1.0)[..., None], body)
     # Haze: a share of the sky behind, larger towards the foot.
@@ -184,11 +155,11 @@ def _mesas(canvas: np.ndarray, style: Style) -> None:
 def _castle(canvas: np.ndarray, style: Style) -> None:
     stone = lit(rgb((124, 116, 150)), style)
     window = rgb(palette.WINDOW[style.time])
-    for offset_row, line in enumerate(_CASTLE):
-        for offset, key in enumerate(line):
+    for i, line in enumerate(_CASTLE):
+        for j, key in enumerate(line):
             if key != ".":
-                shade = 1.12 if offset < 4 else 0.88
-                canvas[HORIZON - 10 + offset_row, _CASTLE_COLUMN + offset] = window if key == "y" else stone * shade
+                top, shade = HORIZON - 10 + 2 * i, 1.12 if j < 4 else 0.88
+                canvas[top : top + 2, 88 + j] = window if key == "y" else stone * shade
 
 
 def _ground(canvas: np.ndarray, style: Style) -> None:
@@ -206,11 +177,11 @@ def _ground(canvas: np.ndarray, style: Style) -> None:
     # 24 divides the ring: worn patches have no seam.
     worn = (edge < width) & ((_X + 3 * _Y) % 24 < 5) & (centre > _Y)
     _paint(ground, worn, mix(path, light, 0.4))
-    _paint(canvas, np.broadcast_to(_Y >= HORIZON, (VIEW_HEIGHT, RING_WIDTH)), lit(ground, style))
+    _paint(canvas, _Y >= HORIZON, lit(ground, style))
 
 
 def _texture(ground: np.ndarray, dark: np.ndarray, light: np.ndarray, style: Style) -> None:
-    """Tufts, ripples or drifts fixed to the ring, which make the motion of the camera visible."""
+    """Tufts, ripples, drifts and flowers fixed to the ring, which make the motion of the camera visible."""
     rng = np.random.default_rng({"meadow": 1, "desert": 2, "snow": 3}[style.ground])
     for _ in range(230):
         row = HORIZON + 1 + int(rng.random() ** 0.8 * (VIEW_HEIGHT - HORIZON - 2))
@@ -222,16 +193,10 @@ def _texture(ground: np.ndarray, dark: np.ndarray, light: np.ndarray, style: Sty
         ground[row, columns] = mix(ground[row, columns], ink, 0.45)
         if style.ground == "meadow" and row > HORIZON + 3:
             ground[row - 1, columns[::2]] = mix(ground[row - 1, columns[::2]], ink, 0.35)
-    if style.ground == "meadow":
-        _flowers(ground, rng)
-
-
-def _flowers(ground: np.ndarray, rng: np.random.Generator) -> None:
-    for index in range(3 * NUM_STATIONS):
+    for index in range(3 * NUM_STATIONS if style.ground == "meadow" else 0):
         row = int(rng.integers(HORIZON + 3, VIEW_HEIGHT - 2))
         columns = (int(rng.integers(RING_WIDTH)) + np.arange(2)) % RING_WIDTH
-        colour = rgb(palette.FLOWERS[index % 3])
-        ground[row, columns] = mix(ground[row, columns], colour, 0.85)
+        ground[row, columns] = mix(ground[row, columns], rgb(palette.FLOWERS[index % 3]), 0.85)
 
 
 def _fog(canvas: np.ndarray, style: Style) -> None:

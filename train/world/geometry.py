@@ -18,3 +18,9 @@ ART_SCALE = 2
 """Video pixels per art pixel."""
 CHUNK = 3
 """Latent frames that share a prompt and a move."""
+
+
+def stations_in_view(heading: int) -> list[tuple[int, int]]:
+    """(station, view column) of every landmark in full view at a heading."""
+    columns = [(s, (s * STATION_COLUMNS - int(heading)) % RING_COLUMNS) for s in range(NUM_STATIONS)]
+    return [(station, column) for station, column in columns if column <= VIEW_COLUMNS - LANDMARK_COLUMNS]

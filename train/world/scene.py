@@ -6,7 +6,7 @@ from functools import cache, lru_cache
 import numpy as np
 
 from .background import background
-from .geometry import LANDMARK, LANDMARK_TOP, NUM_STATIONS, STATION_COLUMNS, TOKEN
+from .geometry import LANDMARK, LANDMARK_TOP, NUM_STATIONS, RING_WIDTH, STATION_COLUMNS, TOKEN
 from .palette import mix
 from .prompts import Style
 from .sprites import NUM_CLASSES, sprite
@@ -33,13 +33,22 @@ class Scene:
                 return cls(class_ids=tuple(class_ids.tolist()))
 
 
+_PLACES = tuple(
+    np.s_[LANDMARK_TOP : LANDMARK_TOP + LANDMARK, left : left + LANDMARK]
+    for left in range(0, RING_WIDTH, STATION_COLUMNS * TOKEN)
+)
+"""Rows and columns of the landmark of every station on the ring."""
+
+
 def _draw(class_id: int, style: Style, station: int) -> np.ndarray:
     """A landmark over its background, float32 [16, 16, 3]."""
-    if not 0 <= station < NUM_STATIONS:
-        raise ValueError(f"station: {station} must be from 0 to {NUM_STATIONS - 1}")
-    left = station * STATION_COLUMNS * TOKEN
-    behind = background(style)[LANDMARK_TOP : LANDMARK_TOP + LANDMARK, left : left + LANDMARK]
-    return mix(behind, *sprite(class_id, style))
+    return mix(background(style)[_PLACES[station]], *sprite(class_id, style))
+
+
+def _rounded(art: np.ndarray) -> np.ndarray:
+    pixels = np.round(art).astype(np.uint8)
+    pixels.setflags(write=False)
+    return pixels
 
 
 @lru_cache(maxsize=256)
@@ -47,17 +56,11 @@ def panorama(scene: Scene, style: Style) -> np.ndarray:
     """The whole ring in art pixels, uint8 [32, 384, 3], read-only."""
     ring = background(style).copy()
     for station, class_id in enumerate(scene.class_ids):
-        left = station * STATION_COLUMNS * TOKEN
-        ring[LANDMARK_TOP : LANDMARK_TOP + LANDMARK, left : left + LANDMARK] = _draw(class_id, style, station)
-    pixels = np.round(ring).astype(np.uint8)
-    pixels.setflags(write=False)
-    return pixels
+        ring[_PLACES[station]] = _draw(class_id, style, station)
+    return _rounded(ring)
 
 
 @cache
 def templates(style: Style, station: int) -> np.ndarray:
     """Pictures of all classes at `station`, uint8 [NUM_CLASSES, 16, 16, 3], read-only."""
-    crops = np.stack([_draw(class_id, style, station) for class_id in range(NUM_CLASSES)])
-    crops = np.round(crops).astype(np.uint8)
-    crops.setflags(write=False)
-    return crops
+    return _rounded(np.stack([_draw(class_id, style, station) for class_id in range(NUM_CLASSES)]))

@@ -9,17 +9,11 @@ from .camera import headings
 from .geometry import CHUNK, RING_COLUMNS, VIEW_COLUMNS
 from .prompts import CONCEPTS, Style, check_choice
 
-_LEAD = (0, 1, 1, 0)
-_AWAY = (1, 1, 1)
-_AFTER = (0, 0)
-_WANDER = (1, 1, -1, -1)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Script:
     """A camera path that shows targets, leaves them, and returns to exactly the same heading."""
 
-    kind: str
     moves: tuple[int, ...]
     """One move per chunk."""
     headings: tuple[int, ...]
@@ -33,35 +27,26 @@ class Script:
     """Latent frames in which no column of the target view is visible."""
 
 
-def _shares_columns(heading: int, other: int) -> bool:
-    distance = (heading - other) % RING_COLUMNS
-    return min(distance, RING_COLUMNS - distance) < VIEW_COLUMNS
-
-
 def benchmark_script(kind: str, gap_chunks: int, mirror: bool) -> Script:
     """S R R S, R R R, `gap_chunks` chunks elsewhere, L L L, S S; `mirror` swaps left and right.
 
     Elsewhere the camera stays ("dwell") or goes back and forth, R R L L ("wander").
     """
     check_choice("kind", kind, ("dwell", "wander"))
-    if gap_chunks < 0 or (kind == "wander" and gap_chunks % len(_WANDER)):
-        raise ValueError(f"gap_chunks: {gap_chunks} must be 0 or more, for 'wander' a multiple of {len(_WANDER)}")
-    gap = (0,) * gap_chunks if kind == "dwell" else _WANDER * (gap_chunks // len(_WANDER))
-    back = tuple(-move for move in _AWAY)
-    sign = -1 if mirror else 1
-    moves = tuple(sign * move for move in _LEAD + _AWAY + gap + back + _AFTER)
-    path = headings(moves).tolist()
-    target_frame = len(_LEAD) * CHUNK - 1
-    target = path[target_frame]
-    return_frame = next(frame for frame in range(target_frame + 2, len(path)) if path[frame] == target)
+    if gap_chunks < 0 or (kind == "wander" and gap_chunks % 4):
+        raise ValueError(f"gap_chunks: {gap_chunks} must be 0 or more, for 'wander' a multiple of 4")
+    gap = [0] * gap_chunks if kind == "dwell" else [1, 1, -1, -1] * (gap_chunks // 4)
+    moves = [-move if mirror else move for move in (0, 1, 1, 0, 1, 1, 1, *gap, -1, -1, -1, 0, 0)]
+    path, target_frame = headings(moves), 4 * CHUNK - 1
+    distance = (path - path[target_frame]) % RING_COLUMNS
+    is_hidden = np.minimum(distance, RING_COLUMNS - distance) >= VIEW_COLUMNS
     return Script(
-        kind=kind,
-        moves=moves,
-        headings=tuple(path),
-        target_heading=target,
+        moves=tuple(moves),
+        headings=tuple(path.tolist()),
+        target_heading=int(path[target_frame]),
         target_frame=target_frame,
-        return_frame=return_frame,
-        hidden_frames=tuple(frame for frame, heading in enumerate(path) if not _shares_columns(heading, target)),
+        return_frame=target_frame + 2 + distance[target_frame + 2 :].tolist().index(0),
+        hidden_frames=tuple(np.flatnonzero(is_hidden).tolist()),
     )
 
 
@@ -91,8 +76,6 @@ def _trip(rng: np.random.Generator, budget: int) -> list[int]:
 
 def random_script(rng: np.random.Generator, num_chunks: int) -> list[int]:
     """One move per chunk for training: after a random approach, trips away from a place and back to it."""
-    if num_chunks < 1:
-        raise ValueError(f"num_chunks: {num_chunks} must be 1 or more")
     approach = int(rng.integers(0, min(3, max(num_chunks - 8, 1))))
     script = [int(rng.choice((-1, 1)))] * approach
     while len(script) < num_chunks:
@@ -117,8 +100,6 @@ def random_style(rng: np.random.Generator) -> Style:
 
 def random_styles(rng: np.random.Generator, num_chunks: int) -> list[Style]:
     """One style per chunk: one style throughout (70 %), or one concept changes at a random chunk."""
-    if num_chunks < 1:
-        raise ValueError(f"num_chunks: {num_chunks} must be 1 or more")
     first = random_style(rng)
     if num_chunks == 1 or rng.random() < 0.7:
         return [first] * num_chunks

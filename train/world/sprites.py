@@ -12,10 +12,6 @@ SHAPES = ("house", "pine", "tower", "balloon")
 NUM_COLOURS = len(LANDMARK_RGB)
 NUM_CLASSES = len(SHAPES) * NUM_COLOURS
 
-OUTLINE, LIT_OUTLINE = 0.56, 0.74
-"""Brightness of the outline relative to the landmark's colour, on the shaded and on the lit (left) side. The codec
-reconstructs darker outlines badly."""
-
 # Own colour: o outline, d dark, m middle, l light, h pale. Others: w white, b wood, k dark, y window,
 # s shadow on whatever is behind, . nothing.
 _ART = {
@@ -100,8 +96,9 @@ def sprite(class_id: int, style: Style) -> tuple[np.ndarray, np.ndarray]:
     own = rgb(LANDMARK_RGB[class_id % NUM_COLOURS])
     white = rgb((255, 252, 240))
     inks = {
-        "i": own * LIT_OUTLINE,
-        "o": own * OUTLINE,
+        # The outline on the lit (left) side and on the shaded side. The codec reconstructs darker outlines badly.
+        "i": own * 0.74,
+        "o": own * 0.56,
         "d": own * 0.74,
         "m": own,
         "l": mix(own, white, 0.22),
