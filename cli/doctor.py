@@ -1,10 +1,10 @@
 """`context-forcing doctor`."""
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import typer
@@ -18,8 +18,8 @@ class Finding:
     """One line of the doctor's output."""
 
     name: str
-    ok: bool
     text: str
+    ok: bool = True
     required: bool = True
 
 
@@ -33,11 +33,6 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-def comfyui_path() -> Path:
-    """$COMFYUI_PATH, or the default workspace of comfy-cli."""
-    return Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI")
-
-
 def examine() -> list[Finding]:
     """Look for Python, torch, a device, attention backends, ffmpeg, the built-in weights and ComfyUI."""
     import torch
@@ -45,64 +40,55 @@ def examine() -> list[Finding]:
     from ..model.checkpoints.student import DEMO_STUDENT
     from ..model.codecs.demo_vae import DEMO_CODEC
 
-    device = f"CPU with {torch.get_num_threads()} threads, fp32 (no CUDA: enough for the demo student)"
+    device = f"CPU (threads: {torch.get_num_threads()}), fp32 (no CUDA: enough for the demo student)"
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         device = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, bf16"
     return [
-        Finding("Python", True, f"{platform.python_version()} on {platform.system()}"),
-        Finding("torch", True, torch.__version__),
-        Finding("device", True, device),
-        Finding("attention sdpa", True, "PyTorch's own, the default"),
-        _sage(),
+        Finding("Python", f"{platform.python_version()} on {platform.system()}"),
+        Finding("torch", torch.__version__),
+        Finding("device", device),
+        Finding("attention sdpa", "PyTorch's own, the default"),
+        _optional("attention sage", ["sageattention"], "sage", "attention sage"),
         _ffmpeg(),
         _file("demo student", DEMO_STUDENT),
         _file("demo codec", DEMO_CODEC),
-        _wan(),
+        _optional(
+            "Wan text", ["sentencepiece", "tokenizers", "ftfy"], "wan", "prompts of Wan students without ComfyUI"
+        ),
         _comfyui(),
     ]
 
 
-def _sage() -> Finding:
-    if importlib.util.find_spec("sageattention"):
-        version = importlib.metadata.version("sageattention")
-        return Finding("attention sage", True, f"sageattention {version}")
-    return Finding("attention sage", False, "optional; pip install sageattention to use it", required=False)
+def _optional(name: str, packages: list[str], extra: str, purpose: str) -> Finding:
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+        text = f"no {', '.join(missing)}; pip install 'context-forcing[{extra}]' for {purpose}"
+        return Finding(name, text, ok=False, required=False)
+    return Finding(name, ", ".join(f"{package} {version(package)}" for package in packages))
 
 
 def _ffmpeg() -> Finding:
     try:
         import imageio_ffmpeg
 
-        return Finding("ffmpeg", True, f"{imageio_ffmpeg.get_ffmpeg_version()} ({imageio_ffmpeg.get_ffmpeg_exe()})")
+        return Finding("ffmpeg", f"{imageio_ffmpeg.get_ffmpeg_version()} ({imageio_ffmpeg.get_ffmpeg_exe()})")
     except (ImportError, RuntimeError) as error:
-        return Finding("ffmpeg", False, f"{error}; pip install imageio-ffmpeg")
+        return Finding("ffmpeg", f"{error}; pip install imageio-ffmpeg", ok=False)
 
 
 def _file(name: str, path: Path) -> Finding:
     if path.is_file():
-        return Finding(name, True, f"{path.stat().st_size / 1e6:.1f} MB")
-    return Finding(name, False, f"{path} does not exist; reinstall the package")
-
-
-def _wan() -> Finding:
-    """The tokenizers for prompts of Wan students without ComfyUI."""
-    names = ("sentencepiece", "tokenizers", "ftfy")
-    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
-        text = (
-            f"no {', '.join(missing)}; pip install 'context-forcing[wan]' for prompts of Wan students without ComfyUI"
-        )
-        return Finding("Wan text", False, text, required=False)
-    return Finding("Wan text", True, f"{', '.join(names)}: prompts of Wan students can be encoded")
+        return Finding(name, f"{path.stat().st_size / 1e6:.1f} MB")
+    return Finding(name, f"{path} does not exist; reinstall the package", ok=False)
 
 
 def _comfyui() -> Finding:
-    path = comfyui_path()
+    """ComfyUI at $COMFYUI_PATH, or in the default workspace of comfy-cli."""
+    path = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI")
     if not (path / "main.py").is_file():
         text = f"none at {path}; set COMFYUI_PATH if it is elsewhere (only the nodes need it)"
-        return Finding("ComfyUI", False, text, required=False)
-    version = "unknown version"
-    version_file = path / "comfyui_version.py"
-    if version_file.is_file():
-        version = version_file.read_text(encoding="utf-8").partition('__version__ = "')[2].partition('"')[0]
-    return Finding("ComfyUI", True, f"{version} at {path}")
+        return Finding("ComfyUI", text, ok=False, required=False)
+    file = path / "comfyui_version.py"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    number = text.partition('__version__ = "')[2].partition('"')[0] or "unknown version"
+    return Finding("ComfyUI", f"{number} at {path}")

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,17 +107,21 @@ class Story:
         return ResolvedStory(segments=tuple(segments), size=size, fps=fps)
 
 
-def load_story(path: str | Path) -> Story:
-    """Read and check a story. Raises ValueError, one line, that names the field, the value and the remedy."""
+def load_story(path: str | Path, parse: Callable[[str], Story] | None = None) -> Story:
+    """Read a story from a text file: YAML, or what `parse` reads.
+
+    Raises ValueError, one line, that names the file, the field, the value and the remedy.
+    """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return parse(text) if parse else parse_story(yaml.safe_load(text))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text") from None
+    except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    try:
-        return parse_story(raw)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -12,7 +12,7 @@ Times are m:ss, h:mm:ss or seconds, optionally with a fraction. The last line is
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,16 +34,15 @@ MAXIMUM = {"seed": MAX_SEED, "blend": MAX_BLEND}
 
 @dataclass(frozen=True, kw_only=True)
 class StoryboardLine:
-    """One line: when a prompt begins, and how it replaces the one before."""
+    """One line: when a prompt begins, which, and how."""
 
     name: str
     """The number and text of the line, for messages."""
     begins: float
     """Seconds since the start of the storyboard."""
     prompt: str
-    seed: int | None = None
-    change: str = "keep"
-    blend: int = 0
+    options: Mapping[str, Any]
+    """The fields of its segment that are in brackets: `change`, `blend`, `seed`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,15 +90,7 @@ def chunk_story(storyboard: Storyboard, fps: float, chunk: int, seed: int = 0) -
             errors.append(
                 f"{line.name}: {ends - begins:g} s is too short for a whole chunk ({chunk_seconds:g} s); make it longer"
             )
-        segments.append(
-            SegmentSpec(
-                prompt=line.prompt,
-                seconds=(last - first) * chunk_seconds,
-                seed=line.seed,
-                change=line.change,
-                blend=line.blend,
-            )
-        )
+        segments.append(SegmentSpec(prompt=line.prompt, seconds=(last - first) * chunk_seconds, **line.options))
     _raise(errors)
     return Story(segments=tuple(segments), seed=seed)
 
@@ -118,17 +109,9 @@ def write_storyboard(story: Story) -> str:
 
 def read_story(path: str | Path, fps: float, chunk: int) -> Story:
     """A story in YAML, or a storyboard (.txt) for a student's fps and chunk. Raises ValueError, one line."""
-    path = Path(path)
-    if path.suffix.lower() != ".txt":
+    if Path(path).suffix.lower() != ".txt":
         return load_story(path)
-    try:
-        return chunk_story(parse_storyboard(path.read_text(encoding="utf-8")), fps, chunk)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return load_story(path, lambda text: chunk_story(parse_storyboard(text), fps, chunk))
 
 
 def _line(name: str, raw: str) -> StoryboardLine:
@@ -138,7 +121,7 @@ def _line(name: str, raw: str) -> StoryboardLine:
     begins, prompt = _seconds(match["time"]), match["prompt"]
     if match["options"] is None and prompt.startswith("["):
         raise ValueError("the bracket is not closed; put ] before the prompt")
-    return StoryboardLine(name=name, begins=begins, prompt=prompt, **_options(match["options"] or ""))
+    return StoryboardLine(name=name, begins=begins, prompt=prompt, options=_options(match["options"] or ""))
 
 
 def _seconds(text: str) -> float:
@@ -156,7 +139,7 @@ def _seconds(text: str) -> float:
 
 
 def _options(text: str) -> dict[str, Any]:
-    """Words in brackets -> fields of a StoryboardLine."""
+    """Words in brackets -> fields of a SegmentSpec."""
     options: dict[str, Any] = {}
     for word in text.split():
         match = NUMBER.fullmatch(word)

@@ -32,7 +32,11 @@ def refused(text, fps=16, chunk=3):
 
 
 def lines_of(text):
-    return [(line.begins, line.prompt, line.change, line.blend, line.seed) for line in parse_storyboard(text).lines]
+    option = lambda line, name: getattr(SegmentSpec(prompt="", seconds=1, **line.options), name)
+    return [
+        (line.begins, line.prompt, *(option(line, name) for name in ("change", "blend", "seed")))
+        for line in parse_storyboard(text).lines
+    ]
 
 
 def test_a_whole_storyboard():
@@ -210,5 +214,5 @@ def test_the_sample():
 def test_a_line_has_its_number_and_text():
     first = parse_storyboard(TEXT).lines[0]
     assert first == StoryboardLine(
-        name='line 4 ("0:00 A meadow. The camera pans right.")', begins=0, prompt=first.prompt
+        name='line 4 ("0:00 A meadow. The camera pans right.")', begins=0, prompt=first.prompt, options={}
     )
