@@ -62,17 +62,16 @@ class ContextForcingStoryboard(io.ComfyNode):
         cls, model: io.Model.Type, clip: io.Clip.Type, memory: MemoryHandle, text: str, seed: int, **options: str | bool
     ) -> io.NodeOutput:
         """`options` are inputs of the samplers."""
-        fps = StudentModel.of(model).card.fps
-        story = chunk_story(parse_storyboard(text), fps, memory.memory.config.chunk, seed)
+        card = StudentModel.of(model).card
+        story = chunk_story(parse_storyboard(text), card.fps, memory.memory.config.chunk, seed)
         # The samplers take links, not values: ComfyUI then finds the samplers of unchanged lines in its cache.
         links = cls.hidden.dynprompt.get_node(cls.hidden.unique_id)["inputs"]
         graph, end = GraphBuilder(), links["memory"]
-        for segment in story.segments:
+        for segment in story.resolve(card, memory.memory).segments:
             prompt = graph.node("CLIPTextEncode", clip=links["clip"], text=segment.prompt)
             sampler = graph.node(
                 "ContextForcingSampler", model=links["model"], positive=prompt.out(0), memory=end,
-                seconds=segment.seconds, seed=seed if segment.seed is None else segment.seed, change=segment.change,
-                blend=segment.blend, **options,
+                seconds=segment.seconds, seed=segment.seed, change=segment.change, blend=segment.blend, **options,
             )  # fmt: skip
             end = sampler.out(0)
         return io.NodeOutput(end, write_storyboard(story), expand=graph.finalize())
