@@ -85,7 +85,7 @@ def train(stage: Stage, name: str, resume: bool) -> Path:
                 path = stage.export(folder, step + 1, seconds, revision)
             if stopping:
                 if parallel.is_main:
-                    log.warning("SIGTERM: stopped after step %d; --resume goes on", step)
+                    log.warning("SIGTERM: stopped after step %d; continue with --resume", step)
                 break
     if start >= config.steps:
         path = stage.export(folder, start, seconds, revision)

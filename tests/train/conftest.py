@@ -1,9 +1,12 @@
+import shutil
+
 import pytest
 from safetensors.torch import save_file
 
 from context_forcing.model.config import PRESETS
 
 from .helpers import TINY
+from .videos import LENGTHS, film, world_frames
 
 
 @pytest.fixture
@@ -30,3 +33,17 @@ def trained_net(net):
     yield net
     net.zero_grad()
     net.requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def whole_videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    for seed, (name, length) in enumerate(LENGTHS.items()):
+        film(folder / name, world_frames(seed, length))
+    return folder
+
+
+@pytest.fixture
+def videos(whole_videos, tmp_path):
+    """Three good videos in a folder of one's own."""
+    return shutil.copytree(whole_videos, tmp_path / "videos")

@@ -178,7 +178,7 @@ def test_sigterm_writes_a_checkpoint_and_ends(tmp_path):
     wait_for(tmp_path / "log.jsonl")
     process.send_signal(signal.SIGTERM)
     _, message = process.communicate(timeout=120)
-    assert process.returncode == 0 and "--resume goes on" in message
+    assert process.returncode == 0 and "continue with --resume" in message
     steps = len(metrics_of(tmp_path))
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [f"step-{steps:08d}"]
     assert (tmp_path / "teacher.safetensors").exists()

@@ -35,7 +35,7 @@ def test_two_processes_equal_one(tmp_path, name):
     arguments = [name, "--config", "smoke", "steps=3", "batch=2", "sample_every=9"]
     arguments += {
         "pretrain": [],
-        "teacher": ["optim.lr=0.01", "recycling.share=0.0"],  # each process has an error bank of its own
+        "teacher": ["optim.lr=0.01", "recycling.share=0.0"],  # every process has its own error buffer
         "contextual": ["student_optim.lr=0.01", "critic_optim.lr=0.01", "critic_per_student=1"],
     }[name]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

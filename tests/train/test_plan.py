@@ -60,7 +60,7 @@ def test_arithmetic_is_what_torch_counts(monkeypatch):
     noise = seeded_noise(0, config.latent_size)
     memory = student.rollout(memory, 7, (1.0, 0.5), noise)
     assert len(memory.slots.all) == 18
-    # The count knows plain products, not the CPU's fused attention.
+    # FlopCounterMode counts plain products only, not the CPU's fused attention.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         student.rollout(memory, 1, (1.0, 0.8, 0.6, 0.4), noise)
     assert 5 * block_flop(sizes, 3 * 32, 21 * 32) == pytest.approx(counter.get_total_flops(), rel=0.05)

@@ -44,7 +44,7 @@ def write(folder, num_sources=7, clips_each=3, shard_bytes=4 * A_CLIP, header=HE
 
 
 def contents(folder):
-    """Everything a set says, whatever the order of its lines, and the bytes of its shards."""
+    """The lines of the manifest, sorted, and the bytes of the shards."""
     lines = sorted((folder / MANIFEST).read_text().splitlines())
     return lines, {path.name: path.read_bytes() for path in folder.glob("shard-*")}
 

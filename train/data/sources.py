@@ -81,7 +81,9 @@ def _from_table(path: Path) -> Iterator[Source]:
     for row in rows:
         where = f"{path}: line {rows.line_num}"
         if None in row or None in row.values():
-            raise ValueError(f"{where} has not as many fields as the header; quote fields that contain a delimiter")
+            raise ValueError(
+                f"{where} has another number of fields than the header; quote fields that contain a delimiter"
+            )
         start = _seconds(where, "start", row.get("start", "")) or 0.0
         end = _seconds(where, "end", row.get("end", ""))
         if end is not None and end <= start:

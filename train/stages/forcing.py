@@ -1,6 +1,6 @@
 """Teacher forcing over the Slow-Fast layout: all chunks of a clip in one pass (docs/method.md, Training).
 
-A pass contains every frame twice: clean (what is remembered) and noisy (what is learnt). Every chunk, clean or noisy,
+A pass contains every frame twice: clean (what is remembered) and noisy (the target). Every chunk, clean or noisy,
 attends to the clean keys of its remembered frames, at the positions they have in the memory, and to itself. It attends
 to no other noisy chunk and to no later one.
 

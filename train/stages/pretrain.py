@@ -71,7 +71,7 @@ def teacher_forced_flow(
 def column_weights(config: PretrainConfig, batch: Batch) -> Tensor:
     """Loss weight of each token column, [B, T, VIEW_COLUMNS].
 
-    Most columns are in fast frames and are learnt soon. The others get larger weights.
+    Fast frames show most columns, which are easy to learn. The other columns get larger weights.
     """
     weights = {ShownBy.FAST: 1.0, ShownBy.MEMORY: config.recall_weight, ShownBy.NOTHING: config.unseen_weight}
     return torch.tensor([weights[place] for place in ShownBy], device=batch.shown_by.device)[batch.shown_by]
