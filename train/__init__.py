@@ -12,24 +12,13 @@ def run_stage(stage: str, config_name: str, overrides: Sequence[str], resume: bo
     """Run one stage with named settings or those of a YAML file; returns the exported file. Raises ValueError."""
     from .config import ExportConfig
     from .loop import export_run, train
-    from .presets import config_from_json, load_config
+    from .presets import build_stage, config_from_json, load_config
 
     settings = load_config(stage, config_name, overrides)
     if isinstance(settings, ExportConfig):
-        build = lambda name, raw: _build(name, config_from_json(name, raw))
+        build = lambda name, raw: build_stage(name, config_from_json(name, raw))
         return export_run(Path(settings.run), Path(settings.out), build)
-    return train(_build(stage, settings), stage, resume)
-
-
-def _build(stage: str, settings: Any):
-    from .parallel import start_parallel
-    from .stages.codec import VaeStage
-    from .stages.distill import DistillStage
-    from .stages.pretrain import PretrainStage
-    from .stages.teacher import TeacherStage
-
-    kinds = {"vae": VaeStage, "pretrain": PretrainStage, "teacher": TeacherStage}
-    return kinds.get(stage, DistillStage)(settings, start_parallel(settings.device))
+    return train(build_stage(stage, settings), stage, resume)
 
 
 def plan_stage(stage: str, config_name: str, overrides: Sequence[str]) -> list[Any]:

@@ -12,7 +12,6 @@ from ..model.units import check_size, latent_size
 
 PRECISIONS = ("fp32", "bf16")
 """Compute dtypes of the networks. Master weights, optimiser states and losses are always float32."""
-TEACHER_SEES = ("memory", "recent", "nothing")
 
 
 def check_range(
@@ -127,22 +126,6 @@ class LoopConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VaeConfig(LoopConfig):
-    """Stage `vae`: the demo codec's statistics and its decoder."""
-
-    width: int = 96
-    num_blocks: int = 3
-    latent_noise: float = 0.05
-    """Standard deviation of the noise on the latents. It makes the decoder robust to small errors of a student."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-3, betas=(0.9, 0.999)))
-    out: str = "runs/vae"
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_range(self, "width", "num_blocks", above=0)
-
-
-@dataclass(frozen=True, kw_only=True)
 class NetworkConfig(LoopConfig):
     """Settings of every stage that trains a network in Wan's layout."""
 
@@ -202,104 +185,6 @@ class NetworkConfig(LoopConfig):
         """Tokens of a latent frame."""
         _, patch_rows, patch_columns = self.network.patch_size
         return self.latent_size[1] // patch_rows * (self.latent_size[2] // patch_columns)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig(NetworkConfig):
-    """Stage `pretrain`: teacher forcing over the Slow-Fast layout on the demo world (docs/method.md, Training)."""
-
-    init: str = ""
-    """The student file to start from; empty for new weights."""
-    num_chunks: int = 12
-    sample_steps: int = 8
-    """Number of denoising steps on the student card."""
-    context_noise: float = 0.3
-    """Highest noise level of remembered frames, which keep timestep 0. It keeps long rollouts from drifting."""
-    context_noise_share: float = 0.7
-    recall_weight: float = 5.0
-    """Loss weight of columns that only sink or slow frames show."""
-    unseen_weight: float = 2.0
-    """Loss weight of columns that no remembered frame shows."""
-    pacing: float = 0.5
-    """Share of clips whose camera moves back and forth, so that more has to be recalled."""
-    openings: int = 24
-    """Clips of one chunk in addition to the `batch` long ones. They train the start of a video."""
-    text_dropout: float = 0.05
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(kind="muon", lr=2e-3, betas=(0.9, 0.98), clip=1.0))
-    out: str = "runs/pretrain"
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_range(self, "num_chunks", "sample_steps", "recall_weight", "unseen_weight", above=0)
-        if self.data != "demo":
-            raise ValueError(f"data: {self.data!r} is not supported by stage pretrain; give demo")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherConfig(NetworkConfig):
-    """Stage `teacher`: a context teacher (docs/method.md, Teacher)."""
-
-    init: str = ""
-    """The network to start from, bidirectional or causal, in Wan's layout; empty for new weights."""
-    num_chunks: int = 27
-    """Chunks of a clip."""
-    target_chunks: int = 7
-    plain_share: float = 0.1
-    """Share of the iterations without a context. They keep the ability of plain generation."""
-    text_dropout: float = 0.1
-    recycling: RecyclingConfig = field(default_factory=RecyclingConfig)
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, betas=(0.9, 0.999), clip=1.0, ema=0.999))
-    out: str = "runs/teacher"
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_range(self, "target_chunks", least=1, most=self.num_chunks - 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillConfig(NetworkConfig):
-    """Stages `local` and `contextual` (docs/method.md, Distillation)."""
-
-    student: str = ""
-    """The student file to start from."""
-    teacher: str = ""
-    """The frozen teacher's file. The critic starts from it too."""
-    teacher_sees: str = "memory"
-    """What teacher and critic get of the context: `memory`, all that the student remembers; `recent`, the fast frames
-    only, as a short-window teacher (LongLive); `nothing`."""
-    denoising_steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
-    """The student's steps, before the shift."""
-    target_from: int = 7
-    """Chunks of the shortest target."""
-    target_chunks: int = 7
-    """Chunks of the longest target."""
-    score_chunks: int = 0
-    """Chunks of the target that are scored together, given what the student remembered when they began; 0 scores the
-    whole target together. 1 is for teachers that continue a video chunk by chunk."""
-    context_from: int = 7
-    """Chunks of the longest context at the first iteration. 0, with context_to 0, is a run without contexts."""
-    context_to: int = 33
-    """Chunks of the longest context after `context_ramp` iterations."""
-    context_ramp: int = 300
-    """Number of iterations in which the longest context grows."""
-    local_every: int = 5
-    """One in this many rounds of critic and student updates has no context; 0 for none."""
-    critic_per_student: int = 5
-    guidance: float = 3.0
-    """w of teacher + w (teacher - teacher without text); 0 is no guidance."""
-    student_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-6, ema=0.99, ema_from=20))
-    critic_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-7))
-    sample_chunks: int = 28
-    """Chunks of the rollout of the sample images."""
-    out: str = "runs/contextual"
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_range(self, "target_from", "critic_per_student", "sample_chunks", above=0)
-        check_choice(self, "teacher_sees", TEACHER_SEES)
-        check_range(self, "score_chunks", least=0, most=self.target_chunks)
-        check_range(self, "target_from", most=self.target_chunks)
-        check_range(self, "context_from", least=0, most=self.context_to)
 
 
 @dataclass(frozen=True, kw_only=True)

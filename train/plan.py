@@ -10,8 +10,11 @@ from rich.table import Table
 
 from ..model.config import WanConfig
 from ..model.wan import WanModel
-from .config import DistillConfig, NetworkConfig, OptimConfig, PretrainConfig, TeacherConfig
+from .config import NetworkConfig, OptimConfig
 from .lora import add_lora
+from .stages.distill import DistillConfig
+from .stages.pretrain import PretrainConfig
+from .stages.teacher import TeacherConfig
 
 FP32 = 4
 OPTIMIZER = 4 * FP32
@@ -56,7 +59,8 @@ def block_flop(sizes: WanConfig, queries: int, keys: int) -> float:
 
 def plan(config: NetworkConfig, world_size: int) -> Plan:
     """Costs of a stage at the longest rollout of the run."""
-    rows = {PretrainConfig: _pretrain, TeacherConfig: _teacher, DistillConfig: _distill}[type(config)]
+    stages = {PretrainConfig: _pretrain, TeacherConfig: _teacher, DistillConfig: _distill}
+    rows = stages.get(type(config), lambda *_: ())
     return Plan((*_weights(config, world_size), *rows(config, math.ceil(config.batch / world_size), world_size)))
 
 

@@ -6,8 +6,21 @@ from typing import Any
 
 from ..memory.config import MemoryConfig
 from ..model.settings import parse_overrides, read_settings, with_settings
-from .config import DistillConfig, ExportConfig, LoopConfig, OptimConfig, PretrainConfig, TeacherConfig, VaeConfig
+from .config import ExportConfig, LoopConfig, OptimConfig
+from .parallel import start_parallel
+from .stage import Stage
+from .stages.codec import VaeConfig, VaeStage
+from .stages.distill import DistillConfig, DistillStage
+from .stages.pretrain import PretrainConfig, PretrainStage
+from .stages.teacher import TeacherConfig, TeacherStage
 
+STAGES: dict[str, type[Stage]] = {
+    "vae": VaeStage,
+    "pretrain": PretrainStage,
+    "teacher": TeacherStage,
+    "local": DistillStage,
+    "contextual": DistillStage,
+}
 Settings = dict[str, Any]
 StageConfig = LoopConfig | ExportConfig
 
@@ -101,3 +114,8 @@ def load_config(stage: str, name: str, overrides: Sequence[str] = ()) -> StageCo
 def config_from_json(stage: str, raw: dict) -> StageConfig:
     """The settings that a checkpoint's `run.json` contains."""
     return with_settings(next(iter(CONFIGS[stage].values())), raw)
+
+
+def build_stage(stage: str, settings: Any) -> Stage:
+    """A stage with its settings, on the device and among the processes of this run."""
+    return STAGES[stage](settings, start_parallel(settings.device))

@@ -77,7 +77,7 @@ class Container:
             way.append(name)
             tree = tree[name]
         if not any(isinstance(value, Tensor) for value in tree.values()):
-            sets = ", ".join(self.sets) or "no tensors"
+            sets = ", ".join(name if name.isprintable() else repr(name) for name in self.sets) or "no tensors"
             if "lora" in sets:
                 raise ValueError(f"{self.path}: a LoRA ({sets}); give its student, and this file as --lora")
             raise ValueError(f"{self.path}: holds {sets}; a student is expected under {', '.join(names)}")

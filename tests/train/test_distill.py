@@ -8,10 +8,9 @@ import torch
 from context_forcing.model.checkpoints.student import StudentSource
 from context_forcing.model.sampler import seeded_generator
 from context_forcing.train import run_stage
-from context_forcing.train.config import TEACHER_SEES
 from context_forcing.train.presets import load_config
 from context_forcing.train.stages import distill
-from context_forcing.train.stages.distill import DistillStage, x0_given_context
+from context_forcing.train.stages.distill import TEACHER_SEES, DistillStage, x0_given_context
 from context_forcing.video.pipeline import Pipeline
 
 from .helpers import ALONE

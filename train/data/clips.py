@@ -15,7 +15,7 @@ from ...memory.policy import Slots, advance
 from ...model.codecs.backbone import DEMO, backbone_of
 from ...model.codecs.demo_text import TEXT_DIM, canonical_words, concept_embedding
 from ...model.codecs.demo_vae import DemoCodec, load_demo_codec
-from ..config import NetworkConfig, TeacherConfig
+from ..config import NetworkConfig
 from ..world.camera import headings, render_latent_frames
 from ..world.geometry import CHUNK, RING_COLUMNS, VIEW_COLUMNS
 from ..world.prompts import Style, caption
@@ -219,9 +219,9 @@ class DemoClips(DemoPrompts):
         return f"demo world, drawn on the fly; clips of {self.num_chunks * self.chunk} latent frames"
 
 
-def open_clips(config: TeacherConfig) -> DemoClips | EncodedSet:
+def open_clips(config: NetworkConfig, num_chunks: int) -> DemoClips | EncodedSet:
     """The clips that the teacher learns from."""
-    num_chunks, chunk = config.num_chunks, config.memory.chunk
+    chunk = config.memory.chunk
     if config.data == "demo":
         codec = load_demo_codec(config.codec_path)
         return DemoClips(seed=config.data_seed, codec=codec, num_chunks=num_chunks, chunk=chunk)

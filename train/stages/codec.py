@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from ...model.codecs.demo_vae import NUM_CHROMA, NUM_LUMA, DemoCodec
 from ...model.config import CARD_KEY
 from ...model.sampler import seeded_generator
 from ...model.units import FRAMES_PER_LATENT
-from ..config import VaeConfig
+from ..config import LoopConfig, OptimConfig, check_range
 from ..parallel import ParallelState
 from ..stage import Stage
 from ..trained_network import TrainedNetwork
@@ -28,6 +29,22 @@ STYLE_CHANGES = 0.1
 """Share of samples in which weather, ground or time changes with the latent frame."""
 AC_SCALE = 2.0
 """Divisor of the alternating coefficients, which are less visible than the means."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeConfig(LoopConfig):
+    """Stage `vae`: the demo codec's statistics and its decoder."""
+
+    width: int = 96
+    num_blocks: int = 3
+    latent_noise: float = 0.05
+    """Standard deviation of the noise on the latents. It makes the decoder robust to small errors of a student."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-3, betas=(0.9, 0.999)))
+    out: str = "runs/vae"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_range(self, "width", "num_blocks", above=0)
 
 
 def random_steps(rng: np.random.Generator, size: int) -> tuple[torch.Tensor, torch.Tensor]:

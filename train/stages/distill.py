@@ -4,6 +4,8 @@ The student generates a context, then a target with gradients. The frozen teache
 the noised target given the same remembered frames. The difference is the direction of the student's update.
 """
 
+from dataclasses import dataclass, field
+
 import torch
 from PIL import Image
 from torch import Tensor
@@ -15,7 +17,7 @@ from ...model.flow import add_noise, shift_sigma, warped_sigmas, x0_from_flow
 from ...model.network import Network
 from ...model.sampler import seeded_generator, seeded_noise
 from ...video.frames import film_strip
-from ..config import DistillConfig
+from ..config import NetworkConfig, OptimConfig, check_choice, check_range
 from ..data.clips import open_prompts
 from ..parallel import ParallelState
 from ..stage import Stage
@@ -26,6 +28,55 @@ MIN_SIGMA, MAX_SIGMA = 0.02, 0.98
 """Range of noise levels of a scored target."""
 Loss = tuple[Tensor, dict[str, float]]
 """A loss and metrics."""
+
+
+TEACHER_SEES = ("memory", "recent", "nothing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(NetworkConfig):
+    """Stages `local` and `contextual` (docs/method.md, Distillation)."""
+
+    student: str = ""
+    """The student file to start from."""
+    teacher: str = ""
+    """The frozen teacher's file. The critic starts from it too."""
+    teacher_sees: str = "memory"
+    """What teacher and critic get of the context: `memory`, all that the student remembers; `recent`, the fast frames
+    only, as a short-window teacher (LongLive); `nothing`."""
+    denoising_steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
+    """The student's steps, before the shift."""
+    target_from: int = 7
+    """Chunks of the shortest target."""
+    target_chunks: int = 7
+    """Chunks of the longest target."""
+    score_chunks: int = 0
+    """Chunks of the target that are scored together, given what the student remembered when they began; 0 scores the
+    whole target together. 1 is for teachers that continue a video chunk by chunk."""
+    context_from: int = 7
+    """Chunks of the longest context at the first iteration. 0, with context_to 0, is a run without contexts."""
+    context_to: int = 33
+    """Chunks of the longest context after `context_ramp` iterations."""
+    context_ramp: int = 300
+    """Number of iterations in which the longest context grows."""
+    local_every: int = 5
+    """One in this many rounds of critic and student updates has no context; 0 for none."""
+    critic_per_student: int = 5
+    guidance: float = 3.0
+    """w of teacher + w (teacher - teacher without text); 0 is no guidance."""
+    student_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-6, ema=0.99, ema_from=20))
+    critic_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-7))
+    sample_chunks: int = 28
+    """Chunks of the rollout of the sample images."""
+    out: str = "runs/contextual"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_range(self, "target_from", "critic_per_student", "sample_chunks", above=0)
+        check_choice(self, "teacher_sees", TEACHER_SEES)
+        check_range(self, "score_chunks", least=0, most=self.target_chunks)
+        check_range(self, "target_from", most=self.target_chunks)
+        check_range(self, "context_from", least=0, most=self.context_to)
 
 
 class DistillStage(Stage):

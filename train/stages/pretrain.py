@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -13,7 +13,7 @@ from ...model.config import StudentCard
 from ...model.flow import TIMESTEPS, add_noise, shift_sigma, x0_from_flow
 from ...model.network import Network
 from ...model.units import FRAMES_PER_LATENT
-from ..config import PretrainConfig
+from ..config import NetworkConfig, OptimConfig, check_range
 from ..data.clips import Batch, ShownBy, make_batch
 from ..parallel import ParallelState
 from ..stage import Stage
@@ -22,6 +22,37 @@ from .forcing import TeacherForcing, interleave, noisy_part
 
 VALIDATION_SIGMA = 0.95
 """The target is almost pure noise, so that a low error requires the memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(NetworkConfig):
+    """Stage `pretrain`: teacher forcing over the Slow-Fast layout on the demo world (docs/method.md, Training)."""
+
+    init: str = ""
+    """The student file to start from; empty for new weights."""
+    num_chunks: int = 12
+    sample_steps: int = 8
+    """Number of denoising steps on the student card."""
+    context_noise: float = 0.3
+    """Highest noise level of remembered frames, which keep timestep 0. It keeps long rollouts from drifting."""
+    context_noise_share: float = 0.7
+    recall_weight: float = 5.0
+    """Loss weight of columns that only sink or slow frames show."""
+    unseen_weight: float = 2.0
+    """Loss weight of columns that no remembered frame shows."""
+    pacing: float = 0.5
+    """Share of clips whose camera moves back and forth, so that more has to be recalled."""
+    openings: int = 24
+    """Clips of one chunk in addition to the `batch` long ones. They train the start of a video."""
+    text_dropout: float = 0.05
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(kind="muon", lr=2e-3, betas=(0.9, 0.98), clip=1.0))
+    out: str = "runs/pretrain"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_range(self, "num_chunks", "sample_steps", "recall_weight", "unseen_weight", above=0)
+        if self.data != "demo":
+            raise ValueError(f"data: {self.data!r} is not supported by stage pretrain; give demo")
 
 
 @dataclass(frozen=True)

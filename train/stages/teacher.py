@@ -1,6 +1,7 @@
 """Stage `teacher`: a network learns to continue a video from remembered frames (docs/method.md, Teacher)."""
 
 import dataclasses
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from ...memory.memory import Memory, empty_memory
 from ...model.config import StudentCard
 from ...model.flow import add_noise, shift_sigma
 from ...model.sampler import seeded_generator
-from ..config import TeacherConfig
+from ..config import NetworkConfig, OptimConfig, RecyclingConfig, check_range
 from ..data.clips import open_clips
 from ..parallel import ParallelState
 from ..stage import Stage
@@ -21,6 +22,27 @@ POLICIES = ("novel", "clean", "uniform", "fifo")
 """Contexts come from all policies, so that one teacher serves students of each."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig(NetworkConfig):
+    """Stage `teacher`: a context teacher (docs/method.md, Teacher)."""
+
+    init: str = ""
+    """The network to start from, bidirectional or causal, in Wan's layout; empty for new weights."""
+    num_chunks: int = 27
+    """Chunks of a clip."""
+    target_chunks: int = 7
+    plain_share: float = 0.1
+    """Share of the iterations without a context. They keep the ability of plain generation."""
+    text_dropout: float = 0.1
+    recycling: RecyclingConfig = field(default_factory=RecyclingConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, betas=(0.9, 0.999), clip=1.0, ema=0.999))
+    out: str = "runs/teacher"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_range(self, "target_chunks", least=1, most=self.num_chunks - 1)
+
+
 class TeacherStage(Stage):
     """One network, its clips and its prediction errors."""
 
@@ -29,7 +51,7 @@ class TeacherStage(Stage):
     def __init__(self, config: TeacherConfig, parallel: ParallelState):
         super().__init__(config, parallel)
         self.network = self.load_network(config.init, "teacher", config.optim)
-        self.clips = open_clips(config)
+        self.clips = open_clips(config, config.num_chunks)
         self.errors = ErrorBuffer(config.recycling)
 
     def step(self, step: int) -> dict[str, float]:
