@@ -31,7 +31,7 @@ def make_tiny_wan(folder):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-    vae = AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1)
+    vae = AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2)
     vae.save_pretrained(folder / "vae")
     sizes = dict(vocab_size=32, d_model=4096, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
     UMT5EncoderModel(UMT5Config(**sizes, feed_forward_proj="gated-gelu")).save_pretrained(folder / "text_encoder")
@@ -107,7 +107,7 @@ def test_a_wan_folder_with_something_else_in_it_is_refused(tiny_wan, whole_video
     refused(other, "latents_mean is not that of Wan 2.1's VAE")
     (other / "vae" / "config.json").write_text(json.dumps(config))
     weights.write_bytes(weights.read_bytes()[:1000])
-    refused(other, "not a whole safetensors file")
+    refused(other, "not a complete safetensors file")
     save_file(state, weights)
     small = UMT5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     UMT5EncoderModel(small).save_pretrained(other / "text_encoder")
