@@ -66,13 +66,9 @@ def _rows(student: StudentFile) -> Iterator[tuple[str, str]]:
         expected = WanModel(config).state_dict()
     fitting = sum(key in expected and tensor.shape == expected[key].shape for key, tensor in named.tensors.items())
     yield "tensors", f"{fitting} of {len(expected)}" + (f", {len(named.scales)} scaled" if named.scales else "")
-    yield (
-        "size",
-        (
-            f"{published_size(config) or 'no published size'}: {sum(x.numel() for x in expected.values()) / 1e6:,.1f} M"
-            f" parameters, width {config.dim}, {config.num_layers} layers of {config.num_heads} heads"
-        ),
-    )
+    millions = sum(x.numel() for x in expected.values()) / 1e6
+    shape = f"width {config.dim}, {config.num_layers} layers of {config.num_heads} heads"
+    yield "size", f"{published_size(config) or 'no published size'}: {millions:,.1f} M parameters, {shape}"
     student.check()
     for lora in student.loras:
         yield "LoRA", f"{lora.path}: {len(lora.pairs) + len(lora.wholes)} weights, strength {lora.strength:g}"
@@ -82,12 +78,7 @@ def _rows(student: StudentFile) -> Iterator[tuple[str, str]]:
     first = f", first chunk {numbers(card.first_steps)}" if card.first_steps else ""
     yield "card", f"{card.name} ({student.card_choice.reason})"
     yield "", f"{card.base}: steps {steps}{first}, shift {card.shift:g}, {card.solver}"
-    yield (
-        "",
-        (
-            f"chunk {memory.chunk}; memory: {memory.sink} sink, {memory.slow} slow, {memory.fast} fast in a window of"
-            f" {memory.window}, policy {memory.policy}"
-        ),
-    )
+    parts = f"{memory.sink} sink, {memory.slow} slow, {memory.fast} fast in a window of {memory.window}"
+    yield "", f"chunk {memory.chunk}; memory: {parts}, policy {memory.policy}"
     if student.note:
         yield "note", student.note

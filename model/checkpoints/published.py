@@ -19,86 +19,57 @@ FOUR_STEPS = (1000.0, 750.0, 500.0, 250.0)
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedStudent:
-    """A published student."""
+    """A published student; docs/students.md lists its repository and file."""
 
-    published: str
-    """Hugging Face repository and file."""
     card: StudentCard
-    weights: str = "generator_ema"
+    weights: str
     """The set of weights that its authors run, where a file has two."""
-    hints: tuple[str, ...] = ()
+    hints: tuple[str, ...]
     """Parts of a path that suggest this student; for messages only."""
-    differs: str = ""
+    differs: str
     """How the authors' own code differs from this package."""
 
 
-def _card(name: str, memory: MemoryConfig = LONGER, **fields) -> StudentCard:
-    return StudentCard(name=name, stage="published", memory=memory, **fields)
+def _student(name: str, memory: MemoryConfig, *hints: str, weights="generator_ema", differs="", **fields):
+    card = StudentCard(**{"name": name, "stage": "published", "memory": memory, **fields})
+    return PublishedStudent(card=card, weights=weights, hints=hints, differs=differs)
 
 
 FRAMEWISE = dataclasses.replace(LONGER, chunk=1)
 BASE = "wan2.1-base"
 
-PUBLISHED: Mapping[str, PublishedStudent] = {
-    "self-forcing": PublishedStudent(
-        published="gdhe17/Self-Forcing: checkpoints/self_forcing_dmd.pt; wlsaidhi/SFWan2.1-T2V-1.3B-Diffusers",
-        card=_card("self-forcing"), hints=("self_forcing", "self-forcing", "sfwan"),
-    ),
-    "causal-forcing": PublishedStudent(
-        published="zhuhz22/Causal-Forcing: chunkwise/causal_forcing.pt", card=_card("causal-forcing"),
-        weights="generator", hints=("causal_forcing", "causal-forcing"),
-    ),
-    "causal-forcing-framewise": PublishedStudent(
-        published="zhuhz22/Causal-Forcing: framewise/causal_forcing.pt",
-        card=_card("causal-forcing-framewise", FRAMEWISE), hints=("framewise",),
-    ),
-    "causal-forcing-2step": PublishedStudent(
-        published="zhuhz22/Causal-Forcing: causal-forcing++/framewise-2step.pt",
-        card=_card("causal-forcing-2step", FRAMEWISE, steps=(1000.0, 500.0), first_steps=FOUR_STEPS),
-        hints=("2step",),
-    ),
-    "causal-forcing-1step": PublishedStudent(
-        published="zhuhz22/Causal-Forcing: causal-forcing++/framewise-1step.pt",
-        card=_card("causal-forcing-1step", FRAMEWISE, steps=(1000.0,), first_steps=FOUR_STEPS), hints=("1step",),
-    ),
-    "longlive": PublishedStudent(
-        published="Efficient-Large-Model/LongLive-1.3B: models/longlive_base.pt, with models/lora.pt",
-        card=_card("longlive", MEMORY_PRESETS["longlive"]), weights="generator", hints=("longlive",),
+_STUDENTS = (
+    _student("self-forcing", LONGER, "self_forcing", "self-forcing", "sfwan"),
+    _student("causal-forcing", LONGER, "causal_forcing", "causal-forcing", weights="generator"),
+    _student("causal-forcing-framewise", FRAMEWISE, "framewise"),
+    _student("causal-forcing-2step", FRAMEWISE, "2step", steps=(1000.0, 500.0), first_steps=FOUR_STEPS),
+    _student("causal-forcing-1step", FRAMEWISE, "1step", steps=(1000.0,), first_steps=FOUR_STEPS),
+    _student(
+        "longlive", MEMORY_PRESETS["longlive"], "longlive", weights="generator",
         differs="positions are ranks in the memory; the original uses absolute positions",
     ),
-    "infinite-forcing": PublishedStudent(
-        published="SOTAMak1r/Infinite-Forcing: ema_model.pt",
-        card=_card("infinite-forcing", MEMORY_PRESETS["infinity-rope"]), hints=("infinite", "infinity"),
-    ),
-    "reward-forcing": PublishedStudent(
-        published="daydreamlive/Reward-Forcing-T2V-1.3B: rewardforcing.pt",
-        card=_card("reward-forcing", MemoryConfig(slow=0, fast=6, window=9, policy="fifo")), hints=("reward",),
+    _student("infinite-forcing", MEMORY_PRESETS["infinity-rope"], "infinite", "infinity"),
+    _student(
+        "reward-forcing", MemoryConfig(slow=0, fast=6, window=9, policy="fifo"), "reward",
         differs="the sink is fixed; the original adds 0.001 of every frame that leaves",
     ),
-    "memflow": PublishedStudent(
-        published="daydreamlive/MemFlow: base.pt, with lora.pt",
-        card=_card("memflow", MemoryConfig(slow=3, fast=9, window=15, policy="uniform", uniform_stride=9)),
-        weights="generator", hints=("memflow",),
+    _student(
+        "memflow", MemoryConfig(slow=3, fast=9, window=15, policy="uniform", uniform_stride=9), "memflow",
+        weights="generator",
         differs="slow memory keeps the last frame of every third chunk; the original those that match the prompt",
     ),
-    "krea-14b": PublishedStudent(
-        published="krea/krea-realtime-video: krea-realtime-video-14b.safetensors",
-        card=_card("krea-14b", MemoryConfig(sink=0, slow=0, fast=6, window=6, policy="fifo"), base="wan2.1-14b"),
-        hints=("krea",), differs="remembered frames are not encoded again for every chunk",
+    _student(
+        "krea-14b", MemoryConfig(sink=0, slow=0, fast=6, window=6, policy="fifo"), "krea", base="wan2.1-14b",
+        differs="remembered frames are not encoded again for every chunk",
     ),
-    "context-forcing": PublishedStudent(
-        published="ShuoChen20/context_forcing: model.pt",
-        card=_card("context-forcing", MEMORY_PRESETS["released"]), hints=("context_forcing", "context-forcing"),
+    _student("context-forcing", MEMORY_PRESETS["released"], "context_forcing", "context-forcing"),
+    _student(
+        BASE, LONGER, "wan2.1", "wan2_1", stage="bidirectional", shift=8.0, solver="euler",
+        steps=tuple(float(step) for step in range(1000, 0, -20)),
+        differs="it is not a causal student, so long videos degrade",
     ),
-    BASE: PublishedStudent(
-        published="Wan-AI/Wan2.1-T2V-1.3B, -14B, and their Diffusers and ComfyUI editions",
-        card=StudentCard(
-            name=BASE, stage="bidirectional", steps=tuple(float(step) for step in range(1000, 0, -20)), shift=8.0,
-            solver="euler", memory=LONGER,
-        ),
-        hints=("wan2.1", "wan2_1"), differs="it is not a causal student, so long videos degrade",
-    ),
-}  # fmt: skip
+)  # fmt: skip
+PUBLISHED: Mapping[str, PublishedStudent] = {student.card.name: student for student in _STUDENTS}
 """By name: what `--card` takes."""
 DEFAULT = "self-forcing"
 CARDS = ("auto", *PUBLISHED)

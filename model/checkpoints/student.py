@@ -31,10 +31,7 @@ WEIGHTS = ("auto", "generator", "generator_ema")
 CHARACTERISTIC = {
     "patch_embedding.weight": 5,
     "head.modulation": 3,
-    "head.head.weight": 2,
-    "blocks.0.ffn.0.weight": 2,
-    "text_embedding.0.weight": 2,
-    "time_embedding.0.weight": 2,
+    **{f"{name}.weight": 2 for name in ("head.head", "blocks.0.ffn.0", "text_embedding.0", "time_embedding.0")},
 }
 """Tensors that every Wan 2.1 network has, with their number of dims."""
 
@@ -85,7 +82,6 @@ class StudentFile:
 
     @cached_property
     def container(self) -> Container:
-        """The tensors in the file, as stored."""
         return open_container(self.source.path or DEMO_STUDENT)
 
     @cached_property
@@ -103,15 +99,14 @@ class StudentFile:
 
     @cached_property
     def named(self) -> Named:
-        """The tensors under Wan's names."""
         return name_tensors(self.weights[1], self.container.metadata, self.container.path)
 
     @cached_property
     def config(self) -> WanConfig:
         """The sizes of the network."""
         metadata, config = transformer_config(self.container.metadata), self.container.config
-        keys = ((metadata, "num_heads"), (config, "num_attention_heads"), (config, "num_heads"))
-        num_heads = next((settings[key] for settings, key in keys if settings.get(key) is not None), None)
+        values = metadata.get("num_heads"), config.get("num_attention_heads"), config.get("num_heads")
+        num_heads = next((value for value in values if value is not None), None)
         if num_heads is not None and (type(num_heads) is not int or num_heads < 1):
             raise ValueError(f"{self.container.path}: num_heads: {num_heads!r} is not a number of heads")
         return infer_config(self.named.tensors, num_heads, self.container.path)
@@ -136,7 +131,6 @@ class StudentFile:
 
     @cached_property
     def loras(self) -> tuple[Lora, ...]:
-        """The LoRAs to merge."""
         shapes = {name: tuple(tensor.shape) for name, tensor in self.named.tensors.items()}
         return tuple(read_lora(file, shapes, strength) for file, strength in self.source.loras)
 

@@ -61,9 +61,8 @@ def concept_embedding(concept: str) -> Tensor:
 
 def encode_demo_text(prompt: str) -> Tensor:
     """Prompt -> text embeddings [1, 512, 4096]; prompts with the same concepts give the same embeddings."""
-    concepts = sorted(set(canonical_words(prompt)))
     rows = torch.zeros(1, TEXT_LEN, TEXT_DIM)
-    for i, concept in enumerate(concepts):
+    for i, concept in enumerate(sorted(set(canonical_words(prompt)))):
         rows[0, i] = concept_embedding(concept)
     return rows
 

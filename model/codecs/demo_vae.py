@@ -21,8 +21,6 @@ from ..checkpoints.student import ASSETS, check_tensors
 from .base import VAE, check_pixels, denormalise, normalise
 
 DEMO_CODEC = ASSETS / "demo_codec.safetensors"
-
-
 ART_PIXEL = 2
 """Pixels per side of an art pixel: the demo world is drawn at half size and doubled."""
 BLOCK = 4
@@ -99,8 +97,7 @@ class DemoCodec(VAE):
     def encode(self, pixels_BCTHW: Tensor) -> Tensor:
         """Raises ValueError unless T = 1 + 4k and H, W are multiples of 8."""
         check_pixels(pixels_BCTHW)
-        last = pixels_BCTHW[:, :, ::4]
-        art = F.avg_pool3d(last, (1, ART_PIXEL, ART_PIXEL))
+        art = F.avg_pool3d(pixels_BCTHW[:, :, ::4], (1, ART_PIXEL, ART_PIXEL))
         return denormalise(self.encode_art(art.movedim(1, -1)))
 
     def decode_stream(self, raw_chunks: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -23,7 +23,6 @@ from ...video.consistency import ConsistencyCurve, FeatureExtractor, draw_consis
 from ...video.reading import VideoError, read_frames
 
 RESULTS = "consistency.json"
-QUARTERS = 4
 _ARCHITECTURES = {
     "clip": {"CLIPModel": "projected", "CLIPVisionModelWithProjection": "projected", "CLIPVisionModel": "pooled"},
     "dino": {"Dinov2Model": "class token"},
@@ -130,7 +129,7 @@ def as_table(curves: Mapping[str, ConsistencyCurve]) -> Table:
         shown = [name, f"{curve.num_frames / curve.fps:.1f}", str(len(curve.times))]
         for figure, values in {**curve.similarity, "motion": curve.motion}.items():
             # The first frame is the reference of the others.
-            quarters = np.array_split(np.array(values[1:]), QUARTERS)
+            quarters = np.array_split(np.array(values[1:]), 4)
             means = [f"{part.mean():.3f}" if len(part) else "" for part in quarters]
             table.add_row(*shown, figure, *means, f"{np.mean(values[1:]):.3f}", f"{min(values[1:]):.3f}")
             shown = ["", "", ""]

@@ -39,7 +39,6 @@ from .summary import KINDS, LONG, Record, sum_up, tables
 
 log = logging.getLogger("context_forcing")
 
-NO_SLOW = "none"
 RESULTS = "recall.json"
 FORMAT = 3
 """Version of the results file. It changes when the meaning of a figure changes."""
@@ -261,7 +260,7 @@ def long_paths(plan: Plan, fps: float) -> dict[tuple[int, int], list[int]]:
 
 
 def _settings(policy: str) -> dict:
-    return {"slow": 0} if policy == NO_SLOW else {"policy": policy}
+    return {"slow": 0} if policy == "none" else {"policy": policy}
 
 
 def _header(plan: Plan, pipelines: dict[str, Pipeline]) -> dict:

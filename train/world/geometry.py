@@ -14,8 +14,6 @@ LANDMARK_COLUMNS = 2
 LANDMARK = LANDMARK_COLUMNS * TOKEN
 """Art pixels a landmark is wide and high."""
 LANDMARK_TOP = 8
-ART_SCALE = 2
-"""Video pixels per art pixel."""
 CHUNK = 3
 """Latent frames that share a prompt and a move."""
 
