@@ -45,7 +45,6 @@ DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
-"""dtypes of weights, as safetensors names them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -192,8 +192,13 @@ def evaluate(plan: Plan, device: str, dtype: str, out: Path) -> list[Table]:
             rollouts = [_run_long(camera, world, memory, paths[seed, scene], run)]
         else:
             rollouts = _run_gaps(camera, world, memory, plan.gaps, run)
-        if (seed, scene) == (plan.seeds[0], 0):
-            _save_strips(world, rollouts, out, len(plan.students) > 1)
+        for record, end in rollouts if (seed, scene) == (plan.seeds[0], 0) else ():
+            parts = [student.replace("/", "-")] * (len(plan.students) > 1) + [
+                record.kind,
+                str(record.gap_frames),
+                policy,
+            ]
+            film_strip(world.codec, end.latent_chunks, scale=1).save(out / f"{'-'.join(parts)}.png")
         results.add([record for record, _ in rollouts])
     return _report(results, plan, first.card.fps, out)
 
@@ -288,12 +293,6 @@ def _header(plan: Plan, pipelines: dict[str, Pipeline]) -> dict:
         "device": first.device.type,
         "dtype": str(first.network.dtype),
     }
-
-
-def _save_strips(world: World, rollouts: Sequence[tuple[Record, Memory]], out: Path, several: bool) -> None:
-    for record, memory in rollouts:
-        parts = [record.student.replace("/", "-")] * several + [record.kind, str(record.gap_frames), record.policy]
-        film_strip(world.codec, memory.latent_chunks, scale=1).save(out / f"{'-'.join(parts)}.png")
 
 
 def _report(results: Results, plan: Plan, fps: float, out: Path) -> list[Table]:

@@ -103,12 +103,10 @@ def _lines(
         if not own:
             continue
         figures = [cell.figures[figure] for cell in own]
-        mean = unit * np.array([each.mean for each in figures])
-        below = mean - unit * np.array([each.low for each in figures])
-        above = unit * np.array([each.high for each in figures]) - mean
+        mean, low, high = unit * np.array([(each.mean, each.low, each.high) for each in figures]).T
         at = scale * np.array([cell.at for cell in own]) + width * (i - (len(names) - 1) / 2)
         ax.errorbar(
-            at, mean, yerr=np.maximum(0, [below, above]), label=name, color=COLOURS[i % len(COLOURS)],
+            at, mean, yerr=np.maximum(0, [mean - low, high - mean]), label=name, color=COLOURS[i % len(COLOURS)],
             marker=MARKERS[i % len(MARKERS)], markersize=5, linewidth=1.6, elinewidth=1.1, capsize=3,
         )  # fmt: skip
 
@@ -117,11 +115,9 @@ def _shuffled(ax: Axes, cells: Sequence[Cell], scale: float) -> None:
     """The band of match rates of unrelated rollouts, over all rows: the recall without memory."""
     gaps = sorted({cell.at for cell in cells})
     rates = [[cell.shuffled for cell in cells if cell.at == gap and cell.shuffled is not None] for gap in gaps]
-    low, high = [min(each) for each in rates], [max(each) for each in rates]
-    at = [scale * gap for gap in gaps]
     # Constant outside of the measured gaps, so that a single gap gives a band too.
-    at, low, high = [0, *at, 2 * at[-1]], [low[0], *low, low[-1]], [high[0], *high, high[-1]]
-    ax.fill_between(at, low, high, color=_FAINT, alpha=0.7, linewidth=1)
+    at, rates = scale * np.array([0, *gaps, 2 * gaps[-1]]), [rates[0], *rates, rates[-1]]
+    ax.fill_between(at, list(map(min, rates)), list(map(max, rates)), color=_FAINT, alpha=0.7, linewidth=1)
 
 
 def _rollouts(cells: Sequence[Cell]) -> str:
@@ -132,7 +128,6 @@ def _rollouts(cells: Sequence[Cell]) -> str:
 def _save(canvas: Canvas, ax: Axes, title: str, path: Path) -> None:
     """Add the legend of one panel for all, and the title."""
     handles, labels = ax.get_legend_handles_labels()
-    columns = min(4, max(1, len(labels)))
-    canvas.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    canvas.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=9)
     canvas.suptitle(title, fontsize=11, color=_INK)
     canvas.savefig(path, dpi=110)
