@@ -11,14 +11,28 @@ from typing import Any
 def run_stage(stage: str, config_name: str, overrides: Sequence[str], resume: bool) -> Path:
     """Run one stage with named settings or those of a YAML file; returns the exported file. Raises ValueError."""
     from .config import ExportConfig
-    from .loop import export_run, train
-    from .presets import build_stage, config_from_json, load_config
+    from .loop import train
+    from .presets import build_stage, load_config
 
     settings = load_config(stage, config_name, overrides)
     if isinstance(settings, ExportConfig):
-        build = lambda name, raw: build_stage(name, config_from_json(name, raw))
-        return export_run(Path(settings.run), Path(settings.out), build)
+        return _export(Path(settings.run), Path(settings.out))
     return train(build_stage(stage, settings), stage, resume)
+
+
+def _export(folder: Path, out: Path) -> Path:
+    """Export a run's newest checkpoint to another folder. Raises ValueError for a folder without a checkpoint."""
+    from ..model.checkpoints.containers import read_json
+    from .checkpoints import Checkpoints, newest_checkpoint
+    from .presets import build_stage, config_from_json
+
+    path = newest_checkpoint(folder)
+    if path is None:
+        raise ValueError(f"run: {folder} has no checkpoint; give the folder of a run")
+    run = read_json(path / "run.json")
+    stage = build_stage(run["stage"], config_from_json(run["stage"], run["config"]))
+    Checkpoints(folder, stage, run["stage"]).load(extra_state=False)
+    return stage.export(out, run["step"], run["seconds"], run["revision"])
 
 
 def plan_stage(stage: str, config_name: str, overrides: Sequence[str]) -> list[Any]:

@@ -81,25 +81,6 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecyclingConfig:
-    """Error recycling of the teacher (docs/method.md, Teacher)."""
-
-    bins: int = 10
-    """Number of ranges of noise levels that errors are kept for."""
-    entries: int = 64
-    """Errors per bin; a full bin replaces a random one. An error is one chunk of latent frames in bfloat16."""
-    share: float = 0.9
-    """Share of the contexts that get an error."""
-    clean_share: float = 0.2
-    """Share of the samples that stay clean whatever `share` is."""
-    learn_clean_share: float = 0.1
-    """Share of the errors measured on clean contexts that are kept."""
-
-    def __post_init__(self):
-        check_range(self, "bins", "entries", least=1)
-
-
-@dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     """Settings of the training loop, for every stage (train/loop.py)."""
 

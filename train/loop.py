@@ -3,10 +3,8 @@
 import logging
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-from ..model.checkpoints.containers import read_json
 from .checkpoints import Checkpoints, newest_checkpoint
 from .log import RunLog
 from .stage import Stage, git_revision
@@ -27,20 +25,6 @@ class StopSignal:
 
     def _catch(self, number: int, frame) -> None:
         self.caught = True
-
-
-def export_run(folder: Path, out: Path, build: Callable[[str, dict], Stage]) -> Path:
-    """Export a run's newest checkpoint to another folder. `build` makes a stage from its name and settings.
-
-    Raises ValueError for a folder without a checkpoint.
-    """
-    path = newest_checkpoint(folder)
-    if path is None:
-        raise ValueError(f"run: {folder} holds no checkpoint of a run")
-    run = read_json(path / "run.json")
-    stage = build(run["stage"], run["config"])
-    Checkpoints(folder, stage, run["stage"]).load(extra_state=False)
-    return stage.export(out, run["step"], run["seconds"], run["revision"])
 
 
 def train(stage: Stage, name: str, resume: bool) -> Path:

@@ -140,7 +140,7 @@ def test_an_export_equals_the_file_of_the_run(tiny, tmp_path, name, settings):
 
 
 def test_an_export_needs_a_run(tmp_path):
-    with pytest.raises(ValueError, match="holds no checkpoint"):
+    with pytest.raises(ValueError, match="run: .* has no checkpoint"):
         run_stage("export", "demo", [f"run={tmp_path}"], False)
 
 

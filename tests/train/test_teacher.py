@@ -4,9 +4,8 @@ import torch
 
 from context_forcing.model.sampler import seeded_generator
 from context_forcing.train import run_stage
-from context_forcing.train.config import RecyclingConfig
 from context_forcing.train.presets import load_config
-from context_forcing.train.stages.recycling import ErrorBuffer
+from context_forcing.train.stages.recycling import ErrorBuffer, RecyclingConfig
 from context_forcing.train.stages.teacher import TeacherStage
 
 from .helpers import ALONE, metrics_of, random

@@ -220,7 +220,7 @@ class DemoClips(DemoPrompts):
 
 
 def open_clips(config: NetworkConfig, num_chunks: int) -> DemoClips | EncodedSet:
-    """The clips that the teacher learns from."""
+    """Training clips of `num_chunks` chunks."""
     chunk = config.memory.chunk
     if config.data == "demo":
         codec = load_demo_codec(config.codec_path)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ...memory.files import atomic_path
 from ...model.codecs.demo_vae import NUM_CHROMA, NUM_LUMA, DemoCodec
@@ -47,9 +48,12 @@ class VaeConfig(LoopConfig):
         check_range(self, "width", "num_blocks", above=0)
 
 
-def random_steps(rng: np.random.Generator, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Art pixels in [-1, 1]: the four frames of a latent frame [B, 4, H, W, 3], and the one before [B, H, W, 3]."""
-    clips = []
+def random_steps(size: int, *seed: int) -> tuple[Tensor, Tensor]:
+    """Random pairs of successive latent frames of the demo world, in art pixels in [-1, 1].
+
+    The last pixel frame of both, [B, 2, H, W, 3], and all four pixel frames of the second, [B, 4, H, W, 3].
+    """
+    rng, clips = np.random.default_rng(seed), []
     for _ in range(size):
         scene, style = Scene.sample(rng), random_style(rng)
         after = panorama(scene, style)
@@ -58,20 +62,20 @@ def random_steps(rng: np.random.Generator, size: int) -> tuple[torch.Tensor, tor
         step = move * TOKEN // FRAMES_PER_LATENT
         clips.append([view(before, offset)] + [view(after, offset + step * (k + 1)) for k in range(FRAMES_PER_LATENT)])
     clip = torch.from_numpy(np.array(clips)).float() / 127.5 - 1
-    return clip[:, 0], clip[:, 1:]
+    return clip[:, [0, -1]], clip[:, 1:]
 
 
 def fit_statistics(codec: DemoCodec, seed: int) -> None:
     """Set mean and scale of every coefficient from random scenes."""
-    _, frames = random_steps(np.random.default_rng((seed, 0)), STATISTICS_CLIPS)
+    _, frames = random_steps(STATISTICS_CLIPS, seed, 0)
     coefficients = codec.encode_art(frames[:, -1:]).flatten(2).transpose(1, 2).flatten(0, 1)
-    codec.get_buffer("mean").copy_(coefficients.mean(0))
     scale = coefficients.std(0) * AC_SCALE
     scale[[0, NUM_LUMA, NUM_LUMA + NUM_CHROMA]] /= AC_SCALE
+    codec.get_buffer("mean").copy_(coefficients.mean(0))
     codec.get_buffer("scale").copy_(scale)
 
 
-def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+def psnr(a: Tensor, b: Tensor) -> float:
     """Decibels between frames in [-1, 1]."""
     return (10 * torch.log10(4 / F.mse_loss(a, b))).item()
 
@@ -91,26 +95,26 @@ class VaeStage(Stage):
         self.trained = {"codec": TrainedNetwork(self.codec, config.optim, parallel)}
 
     def step(self, step: int) -> dict[str, float]:
-        """One update on random pairs of frames."""
+        """One update on random steps."""
         config, device = self.config, self.parallel.device
-        before, frames = random_steps(np.random.default_rng((config.data_seed, 1, step)), config.batch)
-        latents = self.codec.encode_art(torch.stack([before, frames[:, -1]], dim=1).to(device))
+        pair, frames = (pixels.to(device) for pixels in random_steps(config.batch, config.data_seed, 1, step))
+        latents = self.codec.encode_art(pair)
         noise = torch.randn(latents.shape, generator=seeded_generator(config.seed, step)).to(device)
         decoded = self._decode(latents + config.latent_noise * noise)
-        loss = F.l1_loss(decoded, frames.to(device))
+        loss = F.l1_loss(decoded, frames)
         loss.backward()
-        metrics = {"loss": loss.item(), "psnr": psnr(decoded.detach(), frames.to(device))}
+        metrics = {"loss": loss.item(), "psnr": psnr(decoded.detach(), frames)}
         return {**metrics, **self.trained["codec"].update(loss.item(), self.lr_factor(step))}
 
-    def _decode(self, latents_BCthw: torch.Tensor) -> torch.Tensor:
+    def _decode(self, latents_BCthw: Tensor) -> Tensor:
         return self.codec.draw_frames(latents_BCthw[:, :, 0], latents_BCthw[:, :, 1])
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """PSNR in decibels on frames that are not trained on."""
-        before, frames = random_steps(np.random.default_rng((self.config.data_seed, 2)), 64)
-        latents = self.codec.encode_art(torch.stack([before, frames[:, -1]], dim=1).to(self.parallel.device))
-        return {"psnr": round(psnr(self._decode(latents).cpu(), frames), 2)}
+        pair, frames = random_steps(64, self.config.data_seed, 2)
+        decoded = self._decode(self.codec.encode_art(pair.to(self.parallel.device)))
+        return {"psnr": round(psnr(decoded.cpu(), frames), 2)}
 
     def export(self, folder: Path, step: int, seconds: float, revision: str) -> Path:
         """The codec with its card."""

@@ -1,9 +1,30 @@
 """Error recycling: a buffer of the teacher's own prediction errors (docs/method.md, Teacher)."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ..config import RecyclingConfig
+from ..config import check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecyclingConfig:
+    """How many errors are kept, and how often they are added."""
+
+    bins: int = 10
+    """Number of ranges of noise levels that errors are kept for."""
+    entries: int = 64
+    """Errors per bin; a full bin replaces a random one. An error is one chunk of latent frames in bfloat16."""
+    share: float = 0.9
+    """Share of the contexts that get an error."""
+    clean_share: float = 0.2
+    """Share of the samples that stay clean whatever `share` is."""
+    learn_clean_share: float = 0.1
+    """Share of the errors measured on clean contexts that are kept."""
+
+    def __post_init__(self):
+        check_range(self, "bins", "entries", least=1)
 
 
 class ErrorBuffer:

@@ -10,11 +10,11 @@ from ...memory.memory import Memory, empty_memory
 from ...model.config import StudentCard
 from ...model.flow import add_noise, shift_sigma
 from ...model.sampler import seeded_generator
-from ..config import NetworkConfig, OptimConfig, RecyclingConfig, check_range
+from ..config import NetworkConfig, OptimConfig, check_range
 from ..data.clips import open_clips
 from ..parallel import ParallelState
 from ..stage import Stage
-from .recycling import ErrorBuffer
+from .recycling import ErrorBuffer, RecyclingConfig
 from .score import flow_given_context
 from .student import Student
 
