@@ -148,12 +148,13 @@ def open_job(request: GenerateRequest) -> Iterator[GenerateJob]:
         )
         pipeline = Pipeline.load(student, *where, codecs, request.offload)
         use_cpu_threads(pipeline.network.net)
-        settings = dict(request.settings)
-        if request.memory is not None:
-            settings = dataclasses.asdict(named_memory(request.memory, card.memory)) | settings
+        preset = {} if request.memory is None else dataclasses.asdict(named_memory(request.memory, card.memory))
+        settings = preset | dict(request.settings)
         if request.memory_in is not None:
             memory = load_memory(request.memory_in, pipeline.fingerprint)
-            check_settings(memory, settings)
+            for name, value in settings.items():
+                if (own := getattr(memory.config, name)) != value:
+                    raise ValueError(f"{name}: {value} requested, the memory has {own}; a memory keeps its settings")
         else:
             memory = pipeline.empty_memory(story.size, **settings)
         resolved = story.resolve(card, memory)
@@ -180,10 +181,3 @@ def open_job(request: GenerateRequest) -> Iterator[GenerateJob]:
         yield GenerateJob(
             request=request, pipeline=pipeline, options=options, story=resolved, memory=memory, journal=journal
         )
-
-
-def check_settings(memory: Memory, settings: Mapping[str, object]) -> None:
-    """Raises ValueError if a memory was made with other settings."""
-    for name, value in settings.items():
-        if (own := getattr(memory.config, name)) != value:
-            raise ValueError(f"{name}: {value} requested, the memory has {own}; a memory keeps its settings")

@@ -36,16 +36,11 @@ class SegmentSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResolvedSegment:
-    """One segment with every default filled in."""
+class ResolvedSegment(SegmentSpec):
+    """One segment with every default filled in; `seconds` are those of its whole chunks."""
 
-    prompt: str
-    seconds: float
-    """Of its whole chunks."""
+    seed: int = 0
     num_chunks: int
-    seed: int
-    change: str
-    blend: int
 
 
 @dataclass(frozen=True, kw_only=True)
