@@ -1,6 +1,7 @@
 """Prompts in API format, built and read back by host tests."""
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from .host import Host, Run
+from .host import ONE_THREAD, Host, Run
 
 PROMPTS = (
     "A meadow under a clear sky by day. The camera pans right.",
@@ -125,4 +126,5 @@ def interrupt_at(host: Host, event: str, node: str, value: int | None = None):
 def command_line(folder: Path, *arguments: object) -> subprocess.CompletedProcess:
     """The command `context-forcing`, in another process."""
     command = [sys.executable, "-c", "from context_forcing.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=300)
+    env = os.environ | ONE_THREAD
+    return subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True, text=True, timeout=300)

@@ -22,6 +22,8 @@ from PIL import Image
 CHECKOUT = Path(__file__).parents[2]
 PACK = "My-Pack_v1.0"
 """An awkward folder name, no Python identifier. Without a space: ComfyUI serves no files of folders that have one."""
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""Sums depend on the number of CPU threads: the host and the command line are compared at one thread."""
 BOOT_SECONDS = 180
 RUN_SECONDS = 300
 PREVIEW_WITH_METADATA = 4
@@ -124,7 +126,9 @@ class Host:
             "--database-url", "sqlite:///:memory:", "--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK,
         ]  # fmt: skip
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(command, cwd=self.comfyui.path, stdout=log, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                command, cwd=self.comfyui.path, env=os.environ | ONE_THREAD, stdout=log, stderr=subprocess.STDOUT
+            )
         deadline = time.monotonic() + BOOT_SECONDS
         while True:
             try:
