@@ -3,7 +3,9 @@
 Shapes: B batch, T latent frames, C latent channels, H W latent rows and columns, L text tokens, M remembered frames.
 """
 
+import dataclasses
 import enum
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +22,7 @@ from ..world.camera import headings, render_latent_frames
 from ..world.geometry import CHUNK, RING_COLUMNS, VIEW_COLUMNS
 from ..world.prompts import Style, caption
 from ..world.scene import Scene
-from ..world.scripts import pacing_script, random_script, random_styles
+from ..world.scripts import long_trip_script, pacing_script, random_script, random_styles
 from .shards import EncodedSet
 
 
@@ -50,13 +52,19 @@ class Clip:
         return render_latent_frames(self.scene, self.styles, self.moves, self.chunk, self.start)
 
 
-def random_clip(rng: np.random.Generator, num_chunks: int, chunk: int, pacing: float) -> Clip:
-    """A clip whose camera leaves places and returns; in a share `pacing` of the clips it moves back and forth.
+def random_clip(
+    rng: np.random.Generator, num_chunks: int, chunk: int, pacing: float, long_trips: float = 0.0
+) -> Clip:
+    """A clip whose camera leaves places and returns.
+
+    In a share `long_trips` of the clips it goes straight out and back; in a share `pacing` of the others it moves back
+    and forth over a few views.
 
     The first view is at a random place of the ring. Rotary positions are relative, so the columns of a fixed first view
     could not be told apart.
     """
-    script = pacing_script if rng.random() < pacing else random_script
+    script = long_trip_script if long_trips and rng.random() < long_trips else None
+    script = script or (pacing_script if rng.random() < pacing else random_script)
     return Clip(
         scene=Scene.sample(rng),
         styles=tuple(random_styles(rng, num_chunks)),
@@ -82,33 +90,74 @@ def to_text(captions: list[str]) -> Tensor:
     return rows
 
 
+LAYOUTS = {"full": 0.8, "sink and fast": 0.1, "fast": 0.1}
+"""Parts of the memory that a clip has, with the share of clips."""
+RULES = {"recall": 0.45, "cover": 0.2, "novel": 0.12, "clean": 0.1, "uniform": 0.05, "random": 0.08}
+"""How the slow frames of a clip are chosen, with the share of clips that have slow memory."""
+COVER_THRESHOLDS = (0.97, 0.92, 0.85)
+COLUMN_SIMILARITY = 0.045
+"""Two views lose this much similarity per column between them."""
+STYLE_SIMILARITY = 0.12
+
+
 def memory_layout(rng: np.random.Generator, clip: Clip, config: MemoryConfig) -> list[tuple[int, ...]]:
     """The frames that each chunk of a clip remembers, in the order of their positions.
 
-    Layouts are mixed, so that a student works with any policy: 70 % the full memory, 15 % sink and fast, 15 % fast
-    only; slow frames by real policies (60 %), one per chunk (20 %) or at random (20 %) (docs/method.md, Training).
-    Two frames are similar if the world shows the same view.
+    Layouts are mixed, so that a student works with any policy (docs/method.md, Training). The similarity of two frames
+    is that of their views in the world.
     """
-    views = [(heading, clip.styles[t // clip.chunk]) for t, heading in enumerate(clip.headings)]
-    same_view = lambda frame, others: [1.0 if views[frame] == views[other] else 0.8 for other in others]
-    at_random = lambda frame, others: [float(rng.integers(2)) for _ in others]
-    layout = rng.choice(["full", "sink and fast", "fast"], p=[0.7, 0.15, 0.15])
-    rule = str(rng.choice(["novel", "clean", "uniform", "random"], p=[0.3, 0.3, 0.2, 0.2]))
-    config = MemoryConfig(
+    layout, rule = _draw(rng, LAYOUTS), _draw(rng, RULES)
+    config = dataclasses.replace(
+        config,
         sink=0 if layout == "fast" else config.sink,
         slow=config.slow if layout == "full" else 0,
-        fast=config.fast,
-        chunk=config.chunk,
-        window=config.window,
-        policy="clean" if rule == "random" else rule,
+        policy={"recall": "fifo", "cover": "novel", "random": "clean"}.get(rule, rule),
+        eviction="redundant" if rule == "cover" else config.eviction,
         uniform_stride=config.chunk,
     )
+    if rule == "cover":
+        config = dataclasses.replace(config, slow_similarity_threshold=float(rng.choice(COVER_THRESHOLDS)))
+    heading = clip.headings
+    style = np.array([clip.styles.index(clip.styles[t // clip.chunk]) for t in range(len(heading))])
+
+    def distance(frame: int, others: Sequence[int]) -> np.ndarray:
+        columns = (heading[list(others)] - heading[frame]) % RING_COLUMNS
+        return np.minimum(columns, RING_COLUMNS - columns)
+
+    def similarity(frame: int, others: Sequence[int]) -> list[float]:
+        other_style = style[list(others)] != style[frame]
+        return (1 - COLUMN_SIMILARITY * distance(frame, others) - STYLE_SIMILARITY * other_style).clip(0).tolist()
+
+    at_random = lambda frame, others: [float(rng.integers(2)) for _ in others]
+    blur = float(rng.choice((0, 1, 3)))
     slots, remembered = Slots(), []
-    for first in range(0, len(views), clip.chunk):
-        remembered.append(slots.all)
+    for first in range(0, len(heading), clip.chunk):
         frames = range(first, first + clip.chunk)
-        slots, _ = advance(slots, config, frames, at_random if rule == "random" else same_view)
+        slow = slots.slow
+        if rule == "recall" and config.slow and first:
+            archive = [t for t in range(first) if t not in slots.sink + slots.fast]
+            # Around the latest frame, as the policy sees it, or around the coming views.
+            around = first - 1 if rng.random() < 0.5 else first + clip.chunk - 1
+            slow = _nearest(rng, archive, distance(around, archive), heading, config.slow, blur) if archive else ()
+        remembered.append(slots.sink + slow + slots.fast)
+        slots, _ = advance(slots, config, frames, at_random if rule == "random" else similarity)
     return remembered
+
+
+def _draw(rng: np.random.Generator, shares: Mapping[str, float]) -> str:
+    return str(rng.choice(list(shares), p=list(shares.values())))
+
+
+def _nearest(
+    rng: np.random.Generator, archive: list[int], distance: np.ndarray, heading: np.ndarray, count: int, blur: float
+) -> tuple[int, ...]:
+    """Frames of the nearest views, one per view, in the order of the film; `blur` is an error in columns."""
+    order = np.argsort(distance + blur * rng.standard_normal(len(archive)), kind="stable")
+    by_view: dict[int, int] = {}
+    for place in order:
+        frame = archive[place]
+        by_view.setdefault(int(heading[frame]) % RING_COLUMNS, frame)
+    return tuple(sorted(list(by_view.values())[:count]))
 
 
 class ShownBy(enum.IntEnum):
@@ -160,10 +209,11 @@ def make_batch(
     num_chunks: int,
     text_dropout: float = 0.0,
     pacing: float = 0.0,
+    long_trips: float = 0.0,
 ) -> Batch:
     """The batch of a seed; a resumed run gets the same data."""
     rng = np.random.default_rng(seed)
-    clips = [random_clip(rng, num_chunks, config.chunk, pacing) for _ in range(size)]
+    clips = [random_clip(rng, num_chunks, config.chunk, pacing, long_trips) for _ in range(size)]
     slots = torch.full((size, num_chunks, config.capacity), -1)
     for b, clip in enumerate(clips):
         for c, frames in enumerate(memory_layout(rng, clip, config)):

@@ -42,6 +42,8 @@ class PretrainConfig(NetworkConfig):
     """Loss weight of columns that no remembered frame shows."""
     pacing: float = 0.5
     """Share of clips whose camera moves back and forth, so that more has to be recalled."""
+    long_trips: float = 0.0
+    """Share of clips whose camera goes straight out by up to 30 columns and back."""
     openings: int = 24
     """Clips of one chunk in addition to the `batch` long ones. They train the start of a video."""
     text_dropout: float = 0.05
@@ -159,14 +161,14 @@ class PretrainStage(Stage):
         self.network = self.load_network(config.init, "student", config.optim)
         codec = load_demo_codec(config.codec_path)
         self.make = functools.partial(make_batch, codec, config.memory, num_chunks=config.num_chunks)
-        validation = self.make(seed=(config.data_seed, 0), size=4 * config.batch)
+        validation = self.make(seed=(config.data_seed, 0), size=4 * config.batch, long_trips=config.long_trips)
         self.validation = take(validation, range(4 * config.batch), parallel.device)
 
     def step(self, step: int) -> dict[str, float]:
         """One update on long clips and on openings."""
         config = self.config
         make = functools.partial(self.make, text_dropout=config.text_dropout)
-        batch = make(seed=(config.data_seed, 1, step), size=config.batch, pacing=config.pacing)
+        batch = make(seed=(config.data_seed, 1, step), size=config.batch, pacing=config.pacing, long_trips=config.long_trips)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         loss = self._backward(batch, generator)
         if config.openings:

@@ -83,6 +83,18 @@ def random_script(rng: np.random.Generator, num_chunks: int) -> list[int]:
     return script[:num_chunks]
 
 
+def long_trip_script(rng: np.random.Generator, num_chunks: int) -> list[int]:
+    """One move per chunk for training: straight out by 3 to 10 chunks and straight back, with short stays between."""
+    script: list[int] = []
+    while num_chunks - len(script) >= 8:
+        room = num_chunks - len(script)
+        before, out = int(rng.integers(0, 3)), int(rng.choice((-1, 1)))
+        reach = int(rng.integers(3, min(10, (room - before) // 2) + 1))
+        stay = int(rng.integers(0, 3)) if room - before - 2 * reach > 2 else 0
+        script += [0] * before + [out] * reach + [0] * stay + [-out] * reach + [0]
+    return (script + [0] * num_chunks)[:num_chunks]
+
+
 def pacing_script(rng: np.random.Generator, num_chunks: int) -> list[int]:
     """One move per chunk for training: back and forth over the same few views, so that most views are repeated."""
     out, reach = int(rng.choice((-1, 1))), int(rng.integers(2, 5))
