@@ -11,7 +11,7 @@ from .console import say
 def train(
     stage: Annotated[str, Argument(help="vae, pretrain, teacher, local, contextual, in this order; export.")],
     overrides: Annotated[list[str] | None, Argument(help="key=value, for example steps=100.")] = None,
-    config: Annotated[str, Option(help="demo, smoke, wan2.1-1.3b (from teacher on), or a YAML file.")] = "demo",
+    config: Annotated[str, Option(help="demo, smoke, wan2.1-1.3b (all but vae), or a YAML file.")] = "demo",
     resume: Annotated[bool, Option("--resume", help="Continue from the last checkpoint of the run.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Print the settings and the costs; do not train.")] = False,
 ) -> None:

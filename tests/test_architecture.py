@@ -21,7 +21,7 @@ PACKAGES = {
     "video": {"torch", "numpy", "safetensors", "yaml", "PIL", "imageio_ffmpeg"},
     "train": {"torch", "safetensors", "numpy", "yaml", "tqdm", "rich", "PIL", "peft"},
     "train/stages": {"torch", "einops", "safetensors", "numpy", "PIL"},
-    "train/data": {"torch", "safetensors", "numpy"},
+    "train/data": {"torch", "einops", "safetensors", "numpy"},
     "train/evaluation": {"torch", "numpy", "rich", "PIL", "matplotlib", "transformers"},
     "train/world": {"numpy"},
     "nodes": {"torch", "numpy", "PIL", "comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview"},

@@ -87,9 +87,13 @@ def _weights(config: NetworkConfig, world_size: int) -> Iterator[Row]:
 def _pretrain(config: PretrainConfig, samples: int, world_size: int) -> Iterator[Row]:
     sizes, chunk = config.network, config.memory.chunk * config.frame_tokens
     clip = 2 * config.num_chunks * chunk  # clean and noisy frames
+    together = min(samples, config.clips_per_pass or samples)
     passes = samples * block_flop(sizes, clip, config.memory.capacity * config.frame_tokens + chunk)
     passes += config.openings / world_size * block_flop(sizes, 2 * chunk, chunk)
-    yield _activations(config, samples * clip)
+    # Each stream of a chunk has keys and values of its own.
+    frames = 2 * together * config.num_chunks * config.memory.num_slots / (sizes.num_layers if config.recompute else 1)
+    yield "bytes", "keys and values that chunks attend to", frames * _frame_bytes(config)
+    yield _activations(config, together * clip)
     yield "flop", "forward and backward", (4 if config.recompute else 3) * passes
 
 

@@ -45,6 +45,10 @@ CONFIGS: dict[str, dict[str, StageConfig]] = {
         ),
     },
     "pretrain": {
+        "wan2.1-1.3b": PretrainConfig(
+            data="data/clips", init=WAN_TEACHER, steps=5000, batch=16, openings=16, clips_per_pass=1, sample_steps=50,
+            optim=OptimConfig(lr=1e-5, betas=(0.9, 0.999), clip=1.0, ema=0.999),
+        ),
         "demo": PretrainConfig(
             **DEMO, steps=4000, warmup=50, decay=0.4, checkpoint_every=100, sample_every=100
         ),

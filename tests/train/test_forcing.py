@@ -8,6 +8,7 @@ import torch
 from context_forcing.memory import MemoryConfig, empty_memory
 from context_forcing.model.causal import causal_forward, embed_text
 from context_forcing.model.sampler import CausalSampler
+from context_forcing.train.stages import forcing
 from context_forcing.train.stages.forcing import CLEAN, TeacherForcing, interleave, noisy_part
 from context_forcing.train.stages.pretrain import teacher_forced_flow
 
@@ -24,6 +25,13 @@ SETTINGS = [
 
 def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.fixture(params=["together", "one by one"])
+def ways(request, monkeypatch):
+    """Both ways to attend: all chunks under a mask, and each by itself."""
+    if request.param == "one by one":
+        monkeypatch.setattr(forcing, "MASK_BYTES", 0)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +69,7 @@ def padded(layouts, capacity):
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
-def test_a_teacher_forced_pass_is_the_samplers(net, clips, settings):
+def test_a_teacher_forced_pass_is_the_samplers(net, clips, settings, ways):
     """Clean and noisy flows of every chunk, two clips with layouts of their own, within 1e-5."""
     clean, noisy, sigma, text = clips
     (slots_a, clean_a, noisy_a), (slots_b, clean_b, noisy_b) = (
@@ -88,7 +96,7 @@ def test_a_teacher_forced_pass_is_the_samplers(net, clips, settings):
     assert relative(clean_part[:1], clean_a) < 1e-5 and relative(clean_part[1:], clean_b) < 1e-5
 
 
-def test_what_a_chunk_must_not_see_does_not_change_it(make_net, clips):
+def test_what_a_chunk_must_not_see_does_not_change_it(make_net, clips, ways):
     """One layer, so that a frame's keys come from its own pixels: only remembered frames and the chunk itself count."""
     net, (clean, noisy, sigma, text) = make_net(num_layers=1), clips
     layout, *_ = by_memory(net, clips, 0, SETTINGS[0])
@@ -119,7 +127,7 @@ def test_what_a_chunk_must_not_see_does_not_change_it(make_net, clips):
     assert torch.equal(flow(other_clip, noisy), before)
 
 
-def test_the_future_changes_nothing_at_any_depth(net, clips):
+def test_the_future_changes_nothing_at_any_depth(net, clips, ways):
     clean, noisy, sigma, text = clips
     layout, *_ = by_memory(net, clips, 0, SETTINGS[0])
     slots = padded([layout, layout], capacity=5)

@@ -8,7 +8,9 @@ from context_forcing.memory import MemoryConfig
 from context_forcing.model.codecs.demo_vae import load_demo_codec
 from context_forcing.model.config import WanConfig
 from context_forcing.model.wan import WanModel
-from context_forcing.train.data.clips import make_batch, memory_layout, random_clip
+from context_forcing.train.data.batches import make_batch
+from context_forcing.train.data.clips import random_clip
+from context_forcing.train.data.layouts import memory_layout
 from context_forcing.train.optim import build_optimizers
 from context_forcing.train.presets import load_config
 from context_forcing.train.stages.pretrain import LossNoise, column_weights, training_loss
@@ -24,7 +26,7 @@ def test_layouts_hold_what_a_memory_can(config):
     kinds = set()
     for _ in range(60):
         clip = random_clip(rng, 14, config.chunk, pacing=0.5)
-        layout = memory_layout(rng, clip, config)
+        layout = memory_layout(rng, clip.views, config)
         assert len(layout) == 14 and layout[0] == ()
         for c, frames in enumerate(layout):
             assert len(frames) <= config.capacity

@@ -297,8 +297,8 @@ class EncodedSet:
     def sample(self, number: int) -> tuple[Tensor, Tensor]:
         """Latents [1, C, T, H, W] of the first `num_frames` frames, and the text [1, L, D]; float32."""
         entry = self.entry(number)
-        latents = self.open(entry.shard).get_tensor(f"{entry.key}.latents").float()
-        return latents[None, :, : self.num_frames], self.text(number)
+        latents = self.open(entry.shard).get_slice(f"{entry.key}.latents")[:, : self.num_frames]
+        return latents.float()[None], self.text(number)
 
     def text(self, number: int, num_chunks: int = 1) -> Tensor:
         """The text of all chunks, [1, L, D] float32; at least one row."""

@@ -16,6 +16,8 @@ from ...model.attention import Attention, sdpa
 from ...model.rope import rotary_table, rotate
 
 CLEAN, NOISY = 0, 1
+MASK_BYTES = 2**28
+"""Chunks attend together under a mask of this size at most; larger ones, those of Wan, attend one after the other."""
 
 
 def interleave(clean_BCTHW: Tensor, noisy_BCTHW: Tensor, chunk: int) -> Tensor:
@@ -30,41 +32,51 @@ def noisy_part(flow_BCTHW: Tensor, chunk: int) -> Tensor:
 
 
 class TeacherForcing:
-    """Self-attention of a teacher-forced pass. `slots` [B, K, M] are each chunk's remembered frames, -1 for none."""
+    """Self-attention of a teacher-forced pass. `slots` [B, K, M] are each chunk's remembered frames, then -1."""
 
     def __init__(self, slots: Tensor, chunk: int, grid: tuple[int, int], head_dim: int, attention: Attention = sdpa):
         batch, num_chunks, capacity = slots.shape
         tokens = grid[0] * grid[1]
-        self.num_chunks, self.chunk, self.attention = num_chunks, chunk, attention
+        self.chunk, self.attention = chunk, attention
         # Frame f of clip b is row b * K * n + f of the flattened clean keys.
         rows = slots.clamp(min=0) + torch.arange(batch, device=slots.device)[:, None, None] * num_chunks * chunk
-        self.rows = rows.flatten()
+        self.rows = rows.flatten(0, 1)
         present = slots >= 0
         self.memory_table = rotary_table(torch.arange(capacity, device=slots.device), *grid, head_dim)
         first = present.sum(-1)
         own = first[:, :, None] + torch.arange(chunk, device=slots.device)
         self.own_table = rotary_table(own, *grid, head_dim)[:, :, None]
-        seen = present.repeat_interleave(tokens, -1)[:, :, None, :].expand(-1, -1, 2 * chunk * tokens, -1)
-        stream = torch.arange(2, device=slots.device).repeat_interleave(chunk * tokens)
-        own_seen = (stream[:, None] == stream[None]).expand(batch, num_chunks, -1, -1)
-        self.mask = torch.cat([seen, own_seen], dim=-1).flatten(0, 1)[:, None]
+        queries, self.counts, self.mask = 2 * chunk * tokens, first.flatten().tolist(), None
+        if batch * num_chunks * queries * (capacity * tokens + queries) <= MASK_BYTES:
+            seen = present.repeat_interleave(tokens, -1)[:, :, None, :].expand(-1, -1, queries, -1)
+            stream = torch.arange(2, device=slots.device).repeat_interleave(chunk * tokens)
+            own_seen = (stream[:, None] == stream[None]).expand(batch, num_chunks, -1, -1)
+            self.mask = torch.cat([seen, own_seen], dim=-1).flatten(0, 1)[:, None]
 
     def __call__(self, layer: int, q_BTPNE: Tensor, k_BTPNE: Tensor, v_BTPNE: Tensor) -> Tensor:
         q, k, v = (
             rearrange(x, "B (K s n) P N E -> B K s n P N E", s=2, n=self.chunk) for x in (q_BTPNE, k_BTPNE, v_BTPNE)
         )
-        batch = q.shape[0]
+        clean_k, clean_v = (rearrange(x[:, :, CLEAN], "B K n P N E -> (B K n) P N E") for x in (k, v))
+        q, own_k = rotate(q, self.own_table), rotate(k, self.own_table)
+        attend = self._one_by_one if self.mask is None else self._together
+        return attend(q, own_k, v, clean_k, clean_v).reshape(q_BTPNE.shape)
 
-        def remembered(x: Tensor) -> Tensor:
-            clean = rearrange(x[:, :, CLEAN], "B K n P N E -> (B K n) P N E")
-            return clean.index_select(0, self.rows).view(batch * self.num_chunks, -1, *clean.shape[1:])
+    def _together(self, q: Tensor, own_k: Tensor, own_v: Tensor, clean_k: Tensor, clean_v: Tensor) -> Tensor:
+        """All chunks in one call; the mask hides empty places and the other stream."""
+        tokens = lambda x: rearrange(x, "B K s n P N E -> (B K) (s n P) N E")
+        remembered = lambda x: x.index_select(0, self.rows.flatten()).unflatten(0, self.rows.shape)
+        keys = torch.cat([rotate(remembered(clean_k), self.memory_table).flatten(1, 2), tokens(own_k)], dim=1)
+        values = torch.cat([remembered(clean_v).flatten(1, 2), tokens(own_v)], dim=1)
+        return self.attention(tokens(q), keys, values, self.mask)
 
-        def tokens(x: Tensor) -> Tensor:
-            return rearrange(x, "B K s n P N E -> (B K) (s n P) N E")
-
-        keys = torch.cat(
-            [rotate(remembered(k), self.memory_table).flatten(1, 2), tokens(rotate(k, self.own_table))], dim=1
-        )
-        values = torch.cat([remembered(v).flatten(1, 2), tokens(v)], dim=1)
-        out = self.attention(tokens(rotate(q, self.own_table)), keys, values, self.mask)
-        return out.reshape(q_BTPNE.shape)
+    def _one_by_one(self, q: Tensor, own_k: Tensor, own_v: Tensor, clean_k: Tensor, clean_v: Tensor) -> Tensor:
+        """A call per chunk and stream, which needs no mask."""
+        streams = lambda x: rearrange(x, "B K s n P N E -> (B K) s 1 (n P) N E")
+        out = []
+        for places, count, *own in zip(self.rows, self.counts, streams(q), streams(own_k), streams(own_v)):
+            past_k = rotate(clean_k[places[:count]], self.memory_table[:count]).flatten(0, 1)[None]
+            past_v = clean_v[places[:count]].flatten(0, 1)[None]
+            for queries, keys, values in zip(*own):
+                out.append(self.attention(queries, torch.cat([past_k, keys], 1), torch.cat([past_v, values], 1)))
+        return torch.cat(out)

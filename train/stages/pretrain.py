@@ -1,23 +1,20 @@
 """Stage `pretrain`: a causal student by teacher forcing over the Slow-Fast layout (docs/method.md, Training)."""
 
 import dataclasses
-import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ...model.codecs.demo_vae import load_demo_codec
 from ...model.config import StudentCard
 from ...model.flow import TIMESTEPS, add_noise, shift_sigma, x0_from_flow
 from ...model.network import Network
-from ...model.units import FRAMES_PER_LATENT
 from ..config import NetworkConfig, OptimConfig, check_range
-from ..data.clips import Batch, ShownBy, make_batch
+from ..data.batches import Batch, ShownBy, open_batches
 from ..parallel import ParallelState
 from ..stage import Stage
-from ..world.geometry import VIEW_COLUMNS
 from .forcing import TeacherForcing, interleave, noisy_part
 
 VALIDATION_SIGMA = 0.95
@@ -26,10 +23,14 @@ VALIDATION_SIGMA = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(NetworkConfig):
-    """Stage `pretrain`: teacher forcing over the Slow-Fast layout on the demo world (docs/method.md, Training)."""
+    """Stage `pretrain`: teacher forcing over the Slow-Fast layout (docs/method.md, Training).
+
+    The demo world has true views. Clips of an encoded set have none: every column has weight 1, and layouts follow from
+    the latents.
+    """
 
     init: str = ""
-    """The student file to start from; empty for new weights."""
+    """The network to start from, bidirectional or causal, in any layout; empty for new weights."""
     num_chunks: int = 12
     sample_steps: int = 8
     """Number of denoising steps on the student card."""
@@ -37,15 +38,17 @@ class PretrainConfig(NetworkConfig):
     """Highest noise level of remembered frames, which keep timestep 0. It keeps long rollouts from drifting."""
     context_noise_share: float = 0.7
     recall_weight: float = 5.0
-    """Loss weight of columns that only sink or slow frames show."""
+    """Loss weight of columns that only sink or slow frames show (demo world only)."""
     unseen_weight: float = 2.0
-    """Loss weight of columns that no remembered frame shows."""
+    """Loss weight of columns that no remembered frame shows (demo world only)."""
     pacing: float = 0.5
-    """Share of clips whose camera moves back and forth, so that more has to be recalled."""
+    """Share of clips whose camera moves back and forth, so that more has to be recalled (demo world only)."""
     long_trips: float = 0.0
-    """Share of clips whose camera goes straight out by up to 30 columns and back."""
+    """Share of clips whose camera goes straight out by up to 30 columns and back (demo world only)."""
     openings: int = 24
     """Clips of one chunk in addition to the `batch` long ones. They train the start of a video."""
+    clips_per_pass: int = 0
+    """Clips that a process computes in one pass; 0 is all its clips of the step."""
     text_dropout: float = 0.05
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(kind="muon", lr=2e-3, betas=(0.9, 0.98), clip=1.0))
     out: str = "runs/pretrain"
@@ -53,8 +56,7 @@ class PretrainConfig(NetworkConfig):
     def __post_init__(self):
         super().__post_init__()
         check_range(self, "num_chunks", "sample_steps", "recall_weight", "unseen_weight", above=0)
-        if self.data != "demo":
-            raise ValueError(f"data: {self.data!r} is not supported by stage pretrain; give demo")
+        check_range(self, "openings", "clips_per_pass", least=0)
 
 
 @dataclass(frozen=True)
@@ -96,31 +98,31 @@ def teacher_forced_flow(
     num_chunks = batch.slots.shape[1]
     attend = TeacherForcing(batch.slots, chunk, network.grid((channels, height, width)), network.head_dim)
     sigma_KSn = torch.stack([torch.zeros_like(sigma_BT), sigma_BT], dim=1).unflatten(-1, (num_chunks, chunk))
-    text = network.embed_text(batch.text.flatten(0, 1), num_chunks)
+    text = network.embed_text(batch.text.flatten(0, 1), batch.text.shape[1])
     flow = network.flow(interleave(context, noisy, chunk), sigma_KSn.transpose(1, 2).flatten(1), text, attend)
     return noisy_part(flow, chunk)
 
 
 def column_weights(config: PretrainConfig, batch: Batch) -> Tensor:
-    """Loss weight of each token column, [B, T, VIEW_COLUMNS].
+    """Loss weight of each column, [B, T, columns].
 
     Fast frames show most columns, which are easy to learn. The other columns get larger weights.
     """
-    weights = {ShownBy.FAST: 1.0, ShownBy.MEMORY: config.recall_weight, ShownBy.NOTHING: config.unseen_weight}
-    return torch.tensor([weights[place] for place in ShownBy], device=batch.shown_by.device)[batch.shown_by]
+    weights = {ShownBy.MEMORY: config.recall_weight, ShownBy.NOTHING: config.unseen_weight}
+    return torch.tensor([weights.get(place, 1.0) for place in ShownBy], device=batch.shown_by.device)[batch.shown_by]
 
 
 def training_loss(network: Network, config: PretrainConfig, batch: Batch, noise: LossNoise) -> Tensor:
     """Weighted sum of squared flow errors; to be divided by the sum of `column_weights`."""
     noisy = add_noise(batch.latents, noise.noise, noise.sigma_BT[:, None, :, None, None])
     flow = teacher_forced_flow(network, batch, noise.context, noisy, noise.sigma_BT, config.memory.chunk)
-    error_BTC = by_column((flow - (noise.noise - batch.latents)).square().mean((1, 3)))
+    error_BTC = by_column(flow - (noise.noise - batch.latents), batch)
     return (error_BTC * column_weights(config, batch)).sum()
 
 
-def by_column(error_BTW: Tensor) -> Tensor:
-    """Mean over the latents of each token column, [B, T, VIEW_COLUMNS]."""
-    return error_BTW.unflatten(-1, (VIEW_COLUMNS, -1)).mean(-1)
+def by_column(error_BCTHW: Tensor, batch: Batch) -> Tensor:
+    """Mean square over the latents of each column, [B, T, columns]."""
+    return error_BCTHW.square().mean((1, 3)).unflatten(-1, (batch.shown_by.shape[-1], -1)).mean(-1)
 
 
 def fast_only(batch: Batch, num_fast: int, chunk: int) -> Batch:
@@ -133,68 +135,85 @@ def fast_only(batch: Batch, num_fast: int, chunk: int) -> Batch:
 
 
 @torch.no_grad()
-def recall_error(network: Network, config: PretrainConfig, batch: Batch) -> dict[str, float]:
-    """Error of x0 from almost pure noise, by `ShownBy`. `blind` is `memory` without sink and slow frames.
+def recall_error(network: Network, config: PretrainConfig, batch: Batch, noise: Tensor) -> dict[str, Tensor]:
+    """Squared errors of x0 from almost pure noise, of each column by `ShownBy`; `all` if that is unknown.
 
-    `memory` below `blind` is the earliest sign that the student recalls from memory.
+    `blind` is `memory`, or `all`, without sink and slow frames. `memory` below `blind` is the earliest sign that the
+    student recalls from memory.
     """
     chunk, latents = config.memory.chunk, batch.latents
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents.device)
     sigma_BT = torch.full((latents.shape[0], latents.shape[2]), VALIDATION_SIGMA, device=latents.device)
     noisy = add_noise(latents, noise, VALIDATION_SIGMA)
 
     def errors(batch: Batch) -> Tensor:
         flow = teacher_forced_flow(network, batch, latents, noisy, sigma_BT, chunk)
-        return by_column((x0_from_flow(noisy, flow, VALIDATION_SIGMA) - latents).square().mean((1, 3)))
+        return by_column(x0_from_flow(noisy, flow, VALIDATION_SIGMA) - latents, batch)
 
     columns, blind = errors(batch), errors(fast_only(batch, config.memory.fast - chunk, chunk))
+    if (batch.shown_by == ShownBy.UNKNOWN).all():
+        return {"all": columns.flatten(), "blind": blind.flatten()}
     names = {"fast": ShownBy.FAST, "memory": ShownBy.MEMORY, "unseen": ShownBy.NOTHING}
-    means = {name: columns[batch.shown_by == place].mean().item() for name, place in names.items()}
-    return {**means, "blind": blind[batch.shown_by == ShownBy.MEMORY].mean().item()}
+    by_place = {name: columns[batch.shown_by == place] for name, place in names.items()}
+    return {**by_place, "blind": blind[batch.shown_by == ShownBy.MEMORY]}
 
 
 class PretrainStage(Stage):
-    """A causal student and clips of the demo world."""
+    """A causal student and its clips."""
 
     def __init__(self, config: PretrainConfig, parallel: ParallelState):
         super().__init__(config, parallel)
+        self.batches = open_batches(config, config.num_chunks, config.text_dropout, config.pacing, config.long_trips)
+        self.validation = self.batches.validation(4 * config.batch)
         self.network = self.load_network(config.init, "student", config.optim)
-        codec = load_demo_codec(config.codec_path)
-        self.make = functools.partial(make_batch, codec, config.memory, num_chunks=config.num_chunks)
-        validation = self.make(seed=(config.data_seed, 0), size=4 * config.batch, long_trips=config.long_trips)
-        self.validation = take(validation, range(4 * config.batch), parallel.device)
 
     def step(self, step: int) -> dict[str, float]:
         """One update on long clips and on openings."""
         config = self.config
-        make = functools.partial(self.make, text_dropout=config.text_dropout)
-        batch = make(seed=(config.data_seed, 1, step), size=config.batch, pacing=config.pacing, long_trips=config.long_trips)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        loss = self._backward(batch, generator)
+        loss = self._backward(self.batches.long(step, config.batch), generator)
         if config.openings:
-            openings = make(seed=(config.data_seed, 2, step), size=config.openings, num_chunks=1)
-            self._backward(openings, generator)
+            self._backward(self.batches.openings(step, config.openings), generator)
         frames = (config.batch * config.num_chunks + config.openings) * config.memory.chunk
         metrics = {"loss": loss, **self.trained["student"].update(loss, self.lr_factor(step))}
         return {**metrics, "tokens": frames * config.frame_tokens}
 
+    def _passes(self, size: int) -> Iterator[range]:
+        """This rank's clips of `size` clips, in pieces of `clips_per_pass`."""
+        clips = self.parallel.samples(size)
+        each = self.config.clips_per_pass or max(1, len(clips))
+        yield from (clips[first : first + each] for first in range(0, len(clips), each))
+
     def _backward(self, batch: Batch, generator: torch.Generator) -> float:
         """Add the gradients of this rank's clips; returns the loss of the whole batch."""
         config, parallel = self.config, self.parallel
-        clips, weights = parallel.samples(len(batch.latents)), column_weights(config, batch).sum()
+        weights, total = column_weights(config, batch).sum(), 0.0
         noise = LossNoise.draw(config, batch, generator)
-        part = take(batch, clips, parallel.device)
-        loss = training_loss(self.network, config, part, take(noise, clips, parallel.device))
-        # Gradients are averaged over ranks, and each rank has a part of the batch's mean.
-        (loss * parallel.world_size / weights).backward()
-        return parallel.mean(loss.item() * parallel.world_size / weights.item())
+        for clips in self._passes(len(batch.latents)):
+            part = take(batch, clips, parallel.device)
+            loss = training_loss(self.network, config, part, take(noise, clips, parallel.device))
+            # Gradients are averaged over ranks, and each rank has a part of the batch's mean.
+            (loss * parallel.world_size / weights).backward()
+            total += loss.item()
+        return parallel.mean(total * parallel.world_size / weights.item())
 
     def validate(self) -> dict[str, float]:
-        return recall_error(self.network, self.config, self.validation)
+        """Mean errors of the validation clips (recall_error)."""
+        config, parallel, batch = self.config, self.parallel, self.validation
+        noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
+        errors: dict[str, list[Tensor]] = {}
+        for clips in self._passes(len(batch.latents)):
+            part = take(batch, clips, parallel.device)
+            for name, values in recall_error(self.network, config, part, noise[clips].to(parallel.device)).items():
+                errors.setdefault(name, []).append(values)
+        means = {}
+        for name, values in errors.items():
+            total, count = (parallel.mean(sum(part)) for part in zip(*((v.sum().item(), len(v)) for v in values)))
+            if count:
+                means[name] = total / count
+        return means
 
     def card(self) -> StudentCard:
-        config, frames = self.config, self.config.num_chunks * self.config.memory.chunk
+        config = self.config
         steps = tuple(TIMESTEPS * (1 - k / config.sample_steps) for k in range(config.sample_steps))
-        data = f"demo world, drawn on the fly; clips of {frames} latent frames, {FRAMES_PER_LATENT} pixel frames each"
         name = f"{config.preset} student, teacher forced"
-        return StudentCard(name=name, stage="pretrain", steps=steps, solver="euler", data=data)
+        return StudentCard(name=name, stage="pretrain", steps=steps, solver="euler", data=self.batches.clips.describe())
