@@ -14,6 +14,9 @@ def train(
     config: Annotated[str, Option(help="demo, smoke, wan2.1-1.3b (all but vae), or a YAML file.")] = "demo",
     resume: Annotated[bool, Option("--resume", help="Continue from the last checkpoint of the run.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Print the settings and the costs; do not train.")] = False,
+    tflops: Annotated[
+        float | None, Option(min=1e-9, help="Measured TFLOP/s of a GPU, for the GPU hours of --dry-run.")
+    ] = None,
 ) -> None:
     """Train the demo codec (`vae`), a causal student (`pretrain`), a `teacher` that continues from memory, and the
     student by distribution matching on its own short (`local`) and long (`contextual`) rollouts.
@@ -23,7 +26,7 @@ def train(
     from ..train import plan_stage, run_stage
 
     if dry_run:
-        for part in plan_stage(stage, config, overrides or []):
+        for part in plan_stage(stage, config, overrides or [], tflops):
             # Settings contain brackets of their own; those of tables are rich's.
             Console().print(part, highlight=False, markup=not isinstance(part, str))
         return

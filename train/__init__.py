@@ -35,8 +35,11 @@ def _export(folder: Path, out: Path) -> Path:
     return stage.export(out, run["step"], run["seconds"], run["revision"])
 
 
-def plan_stage(stage: str, config_name: str, overrides: Sequence[str]) -> list[Any]:
-    """What a dry run prints: the settings, and a table of the costs of one process if there is a network to train."""
+def plan_stage(stage: str, config_name: str, overrides: Sequence[str], tflops: float | None = None) -> list[Any]:
+    """What a dry run prints: the settings, and a table of the costs of one process if there is a network to train.
+
+    `tflops` is a measured rate of a GPU in TFLOP per second, for GPU hours.
+    """
     import yaml
 
     from .config import NetworkConfig
@@ -48,5 +51,5 @@ def plan_stage(stage: str, config_name: str, overrides: Sequence[str]) -> list[A
     parts: list[Any] = [f"{stage}, {config_name}", yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)]
     if isinstance(settings, NetworkConfig):
         world_size = int(os.environ.get("WORLD_SIZE", 1))
-        parts.append(plan(settings, world_size).table(f"one of {world_size} processes, an iteration"))
+        parts.append(plan(settings, world_size).table(f"one of {world_size} processes, an iteration", tflops))
     return parts

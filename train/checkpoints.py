@@ -15,7 +15,16 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from ..model.checkpoints.containers import read_json
 from .stage import Stage
 
-MAY_CHANGE = ("steps", "checkpoint_every", "sample_every", "max_skipped", "device", "recompute", "out")
+MAY_CHANGE = (
+    "steps",
+    "checkpoint_every",
+    "sample_every",
+    "max_skipped",
+    "device",
+    "recompute",
+    "clips_per_pass",
+    "out",
+)
 """Settings that a resumed run may change."""
 MAY_CHANGE_IN_PARTS = ("lr", "clip", "spike")
 """The same of optimisers."""

@@ -81,8 +81,8 @@ def start_parallel(device: str = "auto") -> ParallelState:
 def shard_network(net: nn.Module, parallel: ParallelState, dtype: torch.dtype) -> nn.Module:
     """Move a network to the device and shard it block by block (FSDP2): float32 shards, gathered in `dtype`.
 
-    Passes must run modules with `module_runner`: the modules' hooks gather the shards. Gathered weights stay until
-    `reshard`, because a rollout makes hundreds of passes with the same weights.
+    Passes must run modules with `module_runner`: the modules' hooks gather the shards. A pass does not free them,
+    because a rollout makes hundreds of passes with the same weights. `Gathered` frees those of idle networks.
     """
     net = net.to(parallel.device)
     if parallel.mesh is None:
@@ -105,13 +105,29 @@ def reshard(net: nn.Module) -> None:
             module.reshard()
 
 
-def module_runner(net: nn.Module, recompute: bool = False) -> ModuleRunner:
+class Gathered:
+    """The only network of a stage whose weights are gathered."""
+
+    def __init__(self):
+        self.net: nn.Module | None = None
+
+    def only(self, net: nn.Module) -> None:
+        """Free the weights of any other network. Call it on all ranks before a pass or a backward pass of `net`."""
+        if self.net is not None and self.net is not net:
+            reshard(self.net)
+        self.net = net
+
+
+def module_runner(net: nn.Module, recompute: bool = False, gathered: Gathered | None = None) -> ModuleRunner:
     """Runs modules through their hooks; with `recompute`, blocks keep only their inputs for the backward pass.
 
-    A recomputed block sees the same values, because memories are immutable.
+    A recomputed block sees the same values, because memories are immutable. Passes free the weights of the other
+    networks of `gathered`.
     """
 
     def run(module: nn.Module, function: Callable, *args):
+        if module is net and gathered:
+            gathered.only(net)
         if not recompute or module is net or not torch.is_grad_enabled():
             return module(function, *args)
         return checkpoint(module, function, *args, use_reentrant=False)

@@ -1,6 +1,5 @@
 """The costs of a run, estimated before it starts: parameters, memory and operations of one process."""
 
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from rich.table import Table
 
-from ..model.config import WanConfig
+from ..model.config import PRESETS, WanConfig
 from ..model.wan import WanModel
 from .config import NetworkConfig, OptimConfig
 from .lora import add_lora
@@ -20,9 +19,32 @@ FP32 = 4
 OPTIMIZER = 4 * FP32
 """Bytes per trained parameter: weight, gradient, two moments of Adam."""
 UNITS = {"parameters": ("M", 1e6), "bytes": ("GB", 1e9), "flop": ("TFLOP", 1e12)}
+SCORE_COPIES = 1.5
+"""Keys as computed, keys at their positions, and values, in units of keys and values."""
 
-Row = tuple[str, str, float]
-"""Kind (a key of UNITS), label, figure."""
+
+@dataclass(frozen=True)
+class Row:
+    """One cost."""
+
+    kind: str
+    """A key of UNITS."""
+    label: str
+    most: float
+    """In an iteration with the longest rollout."""
+    mean: float
+    """Mean over the iterations of the run."""
+
+
+def with_unit(kind: str, figure: float) -> str:
+    """A figure in the unit of its kind."""
+    unit, scale = UNITS[kind]
+    return f"{figure / scale:,.2f} {unit}"
+
+
+def constant(kind: str, label: str, figure: float) -> Row:
+    """A cost that is the same in every iteration."""
+    return Row(kind, label, figure, figure)
 
 
 @dataclass(frozen=True)
@@ -30,22 +52,39 @@ class Plan:
     """Costs of one process and one iteration."""
 
     rows: tuple[Row, ...]
+    iterations: int
+    world_size: int
 
     def total(self, kind: str) -> float:
-        """Sum of the figures of a kind."""
-        return sum(figure for row, _, figure in self.rows if row == kind)
+        """Sum of the largest figures of a kind."""
+        return sum(row.most for row in self.rows if row.kind == kind)
 
-    def table(self, title: str) -> Table:
+    @property
+    def run_flop(self) -> float:
+        """Operations of the whole run, all processes."""
+        return sum(row.mean for row in self.rows if row.kind == "flop") * self.iterations * self.world_size
+
+    def hours(self, tflops: float) -> float:
+        """GPU hours of the run at a rate of so many TFLOP per second and GPU."""
+        return self.run_flop / (tflops * 1e12) / 3600
+
+    def table(self, title: str, tflops: float | None = None) -> Table:
         """A table for the terminal."""
         table = Table("", "", title=title)
-        table.add_column("", justify="right")
-        for kind, (unit, scale) in UNITS.items():
-            for row, label, figure in self.rows:
-                if row == kind:
-                    table.add_row(kind, label, f"{figure / scale:,.2f} {unit}")
+        for column in ("longest", "mean"):
+            table.add_column(column, justify="right")
+        for kind in UNITS:
+            rows = [row for row in self.rows if row.kind == kind]
             if kind != "parameters":
-                table.add_row(f"[bold]{kind}", "[bold]total", f"[bold]{self.total(kind) / scale:,.2f} {unit}")
+                rows.append(Row(kind, "total", self.total(kind), sum(row.mean for row in rows)))
+            for row in rows:
+                mean = "" if row.mean == row.most else with_unit(kind, row.mean)
+                table.add_row(kind, row.label, with_unit(kind, row.most), mean, style="bold" * (row.label == "total"))
             table.add_section()
+        processes = f"{self.world_size} process{'es' * (self.world_size > 1)}"
+        table.add_row("run", f"{self.iterations:,} iterations, {processes}", "", f"{self.run_flop / 1e18:,.2f} EFLOP")
+        if tflops:
+            table.add_row("run", f"GPU hours at {tflops:g} TFLOP/s", "", f"{self.hours(tflops):,.1f} h")
         return table
 
 
@@ -58,30 +97,46 @@ def block_flop(sizes: WanConfig, queries: int, keys: int) -> float:
 
 
 def plan(config: NetworkConfig, world_size: int) -> Plan:
-    """Costs of a stage at the longest rollout of the run."""
+    """Costs of a stage. Memories count as full."""
     stages = {PretrainConfig: _pretrain, TeacherConfig: _teacher, DistillConfig: _distill}
     rows = stages.get(type(config), lambda *_: ())
-    return Plan((*_weights(config, world_size), *rows(config, math.ceil(config.batch / world_size), world_size)))
+    samples = math.ceil(config.batch / world_size)
+    return Plan((*_weights(config, world_size), *rows(config, samples, world_size)), config.steps, world_size)
 
 
 def _weights(config: NetworkConfig, world_size: int) -> Iterator[Row]:
-    with torch.device("meta"):
-        net = WanModel(config.network)
-    total, itemsize = sum(p.numel() for p in net.parameters()), config.dtype.itemsize
-    trained = sum(p.numel() for p in add_lora(net, config.lora, 0).parameters() if p.requires_grad)
+    """Trained networks by the field of their optimiser, then a frozen one."""
     optims = {
-        name.removesuffix("optim"): value for name, value in vars(config).items() if isinstance(value, OptimConfig)
+        name.removesuffix("optim").rstrip("_"): value
+        for name, value in vars(config).items()
+        if isinstance(value, OptimConfig)
     }
-    has_teacher = isinstance(config, DistillConfig)
-    yield "parameters", f"of a {config.preset} network", total
-    yield "parameters", "trained, of each network", trained
+    scored_by = config.scored_by if isinstance(config, DistillConfig) else config.preset
+    presets = {name: scored_by if name == "critic" else config.preset for name in optims}
+    sizes, itemsize = {preset: _parameters(config, preset) for preset in presets.values()}, config.dtype.itemsize
+    for preset, (total, trained) in sizes.items():
+        yield constant("parameters", f"of a {preset} network", total)
+        yield constant(
+            "parameters", "trained, of each network" if len(sizes) == 1 else f"trained, of {preset}", trained
+        )
     for name, optim in optims.items():
+        total, trained = sizes[presets[name]]
         size = trained * (OPTIMIZER + (FP32 if optim.ema else 0)) + (total - trained) * FP32
-        yield "bytes", f"{name.rstrip('_') or 'network'}: weights, gradients, Adam, average", size / world_size
-    if has_teacher:
-        yield "bytes", "teacher, frozen", total * itemsize / world_size
+        yield constant("bytes", f"{name or 'network'}: weights, gradients, Adam, average", size / world_size)
+    if isinstance(config, DistillConfig):
+        yield constant("bytes", "teacher, frozen", sizes[scored_by][0] * itemsize / world_size)
     if world_size > 1 or itemsize < FP32:
-        yield "bytes", "weights gathered for passes", (len(optims) + has_teacher) * total * itemsize
+        # The weights of idle networks are freed (parallel.Gathered).
+        largest = max(total for total, _ in sizes.values())
+        yield constant("bytes", "weights gathered for passes, one network", largest * itemsize)
+
+
+def _parameters(config: NetworkConfig, preset: str) -> tuple[int, int]:
+    """Parameters of a network, and those that are trained."""
+    with torch.device("meta"):
+        net = WanModel(PRESETS[preset])
+    total = sum(p.numel() for p in net.parameters())
+    return total, sum(p.numel() for p in add_lora(net, config.lora, 0).parameters() if p.requires_grad)
 
 
 def _pretrain(config: PretrainConfig, samples: int, world_size: int) -> Iterator[Row]:
@@ -92,58 +147,96 @@ def _pretrain(config: PretrainConfig, samples: int, world_size: int) -> Iterator
     passes += config.openings / world_size * block_flop(sizes, 2 * chunk, chunk)
     # Each stream of a chunk has keys and values of its own.
     frames = 2 * together * config.num_chunks * config.memory.num_slots / (sizes.num_layers if config.recompute else 1)
-    yield "bytes", "keys and values that chunks attend to", frames * _frame_bytes(config)
-    yield _activations(config, together * clip)
-    yield "flop", "forward and backward", (4 if config.recompute else 3) * passes
+    yield constant("bytes", "keys and values that chunks attend to", frames * _frame_bytes(config, sizes))
+    yield constant("bytes", "for the backward pass", _activations(config, sizes, together * clip))
+    yield constant("flop", "forward and backward", _passes(config) * passes)
 
 
 def _teacher(config: TeacherConfig, samples: int, world_size: int) -> Iterator[Row]:
-    frames = config.memory.capacity + config.memory.chunk
-    yield "bytes", f"keys and values of {frames} frames", frames * _frame_bytes(config)
-    chunk, score = _passes(config, config.target_chunks)
-    frames = config.memory.capacity + config.target_chunks * config.memory.chunk
-    yield _activations(config, frames * config.frame_tokens)
-    yield "flop", "commits of contexts", samples * (config.num_chunks - config.target_chunks) * chunk
-    yield "flop", "forward and backward", samples * (4 if config.recompute else 3) * score
+    sizes, capacity, target = config.network, config.memory.capacity, config.target_chunks
+    yield constant(
+        "bytes",
+        f"keys and values of {config.memory.num_slots} frames",
+        config.memory.num_slots * _frame_bytes(config, sizes),
+    )
+    yield constant(
+        "bytes", "keys and values of the scored context", SCORE_COPIES * capacity * _frame_bytes(config, sizes)
+    )
+    tokens = (capacity + target * config.memory.chunk) * config.frame_tokens
+    yield constant("bytes", "for the backward pass", _activations(config, sizes, tokens))
+    most, commit = config.num_chunks - target, samples * _chunk_flop(config, sizes)
+    # Contexts have 1 to `most` chunks, a share has none.
+    mean = (1 - config.plain_share) * (1 + most) / 2
+    yield Row("flop", "commits of contexts", most * commit, mean * commit)
+    yield constant(
+        "flop", "forward and backward", samples * _passes(config) * _score_flop(config, sizes, target, target)
+    )
 
 
 def _distill(config: DistillConfig, samples: int, world_size: int) -> Iterator[Row]:
-    capacity, target, passes = config.memory.capacity, config.target_chunks, 4 if config.recompute else 3
+    sizes, scored_by, capacity = config.network, PRESETS[config.scored_by], config.memory.capacity
+    frame, target = _frame_bytes(config, sizes), config.target_chunks * config.memory.chunk
     # The memory before the target and all keys of the target stay until the backward pass.
-    frames = capacity + target * config.memory.chunk
-    yield "bytes", f"keys and values of {frames} frames", frames * _frame_bytes(config)
+    yield constant("bytes", f"keys and values of the rollout, {capacity + target} frames", (capacity + target) * frame)
     if not config.recompute:
-        yield "bytes", "views of the memory, one per chunk of the target", target * capacity * _frame_bytes(config)
-    yield _activations(config, frames * config.frame_tokens)
-    chunk, score = _passes(config, config.score_chunks or target)
-    rollout = (config.context_to + target) * (len(config.denoising_steps) + 1) * chunk
-    share = samples / config.critic_per_student
-    yield "flop", "critic: rollouts", samples * rollout
-    yield "flop", "critic: forward and backward", samples * passes * score
-    yield "flop", "student, its share: rollouts", share * rollout
-    yield "flop", "student, its share: scores", share * score * (2 + bool(config.guidance))
-    yield "flop", "student, its share: backward", share * (passes - 1) * target * chunk
+        yield constant(
+            "bytes", "views of the memory, one per chunk of the target", config.target_chunks * capacity * frame
+        )
+    context = SCORE_COPIES * capacity * _frame_bytes(config, scored_by)
+    yield constant("bytes", f"keys and values of a scored context, {capacity} frames", context)
+    tokens = (capacity + target) * config.frame_tokens
+    backward = max(_activations(config, sizes, tokens) for sizes in (sizes, scored_by))
+    yield constant("bytes", "for the backward pass", backward)
+    most = _distill_flop(config, samples, config.context_to, config.target_chunks)
+    contexts = [config.longest_context(step) for step in range(config.steps)]
+    context = sum((longest + 1) / 2 for longest in contexts if longest) / config.steps
+    targets = [
+        _distill_flop(config, samples, context, chunks)
+        for chunks in range(config.target_from, config.target_chunks + 1)
+    ]
+    for label, figure in most.items():
+        yield Row("flop", label, figure, sum(flop[label] for flop in targets) / len(targets))
 
 
-def _passes(config: TeacherConfig | DistillConfig, score_chunks: int) -> tuple[float, float]:
-    """Operations of a pass over one chunk and a full memory, and of a network's passes over context and target.
+def _distill_flop(config: DistillConfig, samples: int, context: float, target: int) -> dict[str, float]:
+    """Operations of an iteration with `context` and `target` chunks."""
+    sizes, passes, share = config.network, _passes(config), samples / config.critic_per_student
+    chunk = _chunk_flop(config, sizes)
+    rollout = (context + target) * (len(config.denoising_steps) + 1) * chunk
+    score = _score_flop(config, PRESETS[config.scored_by], target, config.score_chunks or target)
+    return {
+        "critic: rollouts": samples * rollout,
+        "critic: forward and backward": samples * passes * score,
+        "student, its share: rollouts": share * rollout,
+        "student, its share: scores": share * score * (2 + bool(config.guidance)),
+        "student, its share: backward": share * (passes - 1) * target * chunk,
+    }
 
-    `score_chunks` chunks of the target are scored together.
-    """
-    context, chunk = config.memory.capacity * config.frame_tokens, config.memory.chunk * config.frame_tokens
-    flop, piece = functools.partial(block_flop, config.network), score_chunks * chunk
-    score = flop(context, context) + flop(piece, context + piece)
-    return flop(chunk, context + chunk), score * config.target_chunks / score_chunks
+
+def _passes(config: NetworkConfig) -> int:
+    """A forward and a backward pass, in forward passes."""
+    return 4 if config.recompute else 3
 
 
-def _frame_bytes(config: NetworkConfig) -> float:
+def _chunk_flop(config: NetworkConfig, sizes: WanConfig) -> float:
+    """Operations of a pass over one chunk and a full memory."""
+    chunk = config.memory.chunk * config.frame_tokens
+    return block_flop(sizes, chunk, config.memory.capacity * config.frame_tokens + chunk)
+
+
+def _score_flop(config: NetworkConfig, sizes: WanConfig, target: int, together: int) -> float:
+    """Operations of a network's passes over context and target, `together` chunks of `target` in each."""
+    context, piece = config.memory.capacity * config.frame_tokens, together * config.memory.chunk * config.frame_tokens
+    return (block_flop(sizes, context, context) + block_flop(sizes, piece, context + piece)) * target / together
+
+
+def _frame_bytes(config: NetworkConfig, sizes: WanConfig) -> float:
     """Keys and values of a latent frame."""
-    return 2 * config.network.num_layers * config.network.dim * config.dtype.itemsize * config.frame_tokens
+    return 2 * sizes.num_layers * sizes.dim * config.dtype.itemsize * config.frame_tokens
 
 
-def _activations(config: NetworkConfig, tokens: int) -> Row:
+def _activations(config: NetworkConfig, sizes: WanConfig, tokens: int) -> float:
     """Kept for a backward pass: all of every block, or with `recompute` the inputs of blocks and all of one block."""
-    sizes = config.network
     inputs, inside = tokens * sizes.dim, tokens * (14 * sizes.dim + 2 * sizes.ffn_dim)
     kept = sizes.num_layers * inputs + inside if config.recompute else sizes.num_layers * inside
-    return "bytes", "for the backward pass", kept * config.dtype.itemsize
+    return kept * config.dtype.itemsize

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ..model.checkpoints.published import BASE
 from ..model.checkpoints.student import StudentSource, check_tensors, write_student
-from ..model.config import CARD_KEY, StudentCard
+from ..model.config import CARD_KEY, PRESETS, StudentCard
 from ..model.network import Network
 from ..model.wan import WanModel
 from .config import OptimConfig
 from .lora import add_lora, merge_lora, save_lora
-from .parallel import ParallelState, module_runner, shard_network
+from .parallel import Gathered, ParallelState, module_runner, shard_network
 from .trained_network import TrainedNetwork
 
 
@@ -44,16 +44,18 @@ class Stage(ABC):
         parallel.samples(config.batch)  # raises for a batch that does not divide
         self.config, self.parallel = config, parallel
         self.trained: dict[str, TrainedNetwork] = {}
+        self.gathered = Gathered()
         self.init_card: StudentCard | None = None
         """The card of the file that the exported network starts from."""
 
-    def load_network(self, path: str, name: str = "", optim: OptimConfig | None = None) -> Network:
+    def load_network(self, path: str, name: str = "", optim: OptimConfig | None = None, preset: str = "") -> Network:
         """A sharded network from a file of any published layout, or with new weights if `path` is empty.
 
-        It is trained as `name` with `optim`; without, it is frozen and in the compute dtype.
-        Raises ValueError for a file of another size.
+        It is trained as `name` with `optim`; without, it is frozen and in the compute dtype. Its sizes are those of
+        `preset`, or of the stage's preset. Raises ValueError for a file of another size.
         """
-        config, net, card = self.config, WanModel(self.config.network), None
+        config, card = self.config, None
+        net = WanModel(PRESETS[preset or config.preset])
         if path:
             # Any network can be trained further: the card of a file without one is not used.
             student = StudentSource(path, card=BASE).open()
@@ -68,7 +70,7 @@ class Stage(ABC):
             self.trained[name] = TrainedNetwork(net, optim, self.parallel)
         if name == self.exported:
             self.init_card = card
-        return Network(net, self.parallel.device, config.dtype, run=module_runner(net, config.recompute))
+        return Network(net, self.parallel.device, config.dtype, run=module_runner(net, config.recompute, self.gathered))
 
     @abstractmethod
     def step(self, step: int) -> dict[str, float]:

@@ -4,16 +4,18 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from context_forcing.model.checkpoints.student import StudentSource
+from context_forcing.model.config import PRESETS, WanConfig
 from context_forcing.model.sampler import seeded_generator
-from context_forcing.train import run_stage
+from context_forcing.train import parallel, run_stage
 from context_forcing.train.presets import load_config
 from context_forcing.train.stages import distill
 from context_forcing.train.stages.distill import TEACHER_SEES, DistillStage, x0_given_context
 from context_forcing.video.pipeline import Pipeline
 
-from .helpers import ALONE
+from .helpers import ALONE, TINY
 
 
 @pytest.mark.parametrize("sees", TEACHER_SEES)
@@ -109,3 +111,52 @@ def test_a_distilled_student_goes_straight_into_the_pipeline(tmp_path):
     assert (card.solver, card.shift, card.steps) == ("renoise", 3.0, (1000.0, 750.0, 500.0, 250.0))
     assert (card.memory.sink, card.memory.slow, card.memory.fast, card.memory.window) == (3, 0, 9, 12)
     assert pipeline.empty_memory().config == card.memory
+
+
+def test_teacher_and_critic_can_have_another_size(monkeypatch, tmp_path, make_net):
+    """A large teacher of a small student: both score, both learn, and the student's file has the student's size."""
+    text = dict(text_dim=4096, text_len=512)
+    large, name_14b = dict(dim=64, ffn_dim=96, num_heads=2, num_layers=3, **text), "wan2.1-14b"
+    monkeypatch.setitem(PRESETS, "wan2.1-1.3b", TINY)
+    monkeypatch.setitem(PRESETS, name_14b, WanConfig(**large))
+    paths = {}
+    for seed, (name, sizes) in enumerate({"student": dict(vars(TINY)), "teacher": large}.items()):
+        paths[name] = tmp_path / f"{name}.safetensors"
+        state = make_net(seed, **sizes).state_dict()
+        save_file({key: value.contiguous() for key, value in state.items()}, paths[name])
+    settings = [
+        "preset=wan2.1-1.3b", *(f"{name}={path}" for name, path in paths.items()), f"out={tmp_path / 'run'}", "steps=2",
+        "critic_per_student=1", "guidance=3", f"teacher_preset={name_14b}", "precision=fp32", "lora.rank=0",
+    ]  # fmt: skip
+    config = load_config("contextual", "smoke", settings)
+    stage = DistillStage(config, ALONE)
+    assert {stage.teacher.net.config, stage.critic.net.config} == {WanConfig(**large)}
+    assert stage.student.net.config == TINY
+    before = {name: trained.weights() for name, trained in stage.trained.items()}
+    stage.step(0)
+    for name, trained in stage.trained.items():
+        assert any(not torch.equal(before[name][key], value) for key, value in trained.weights().items())
+    path = run_stage("contextual", "smoke", settings, False)
+    assert StudentSource(path).open().load().config.num_layers == TINY.num_layers
+    with pytest.raises(ValueError, match="student.safetensors"):
+        DistillStage(dataclasses.replace(config, teacher=str(paths["student"])), ALONE)
+
+
+@pytest.mark.parametrize("preset", ["demo", "huge"])
+def test_a_teacher_of_another_kind_is_refused(preset):
+    with pytest.raises(ValueError, match=f"teacher_preset: '?{preset}"):
+        load_config("contextual", "wan2.1-1.3b", [f"teacher_preset={preset}"])
+
+
+def test_weights_of_one_network_are_gathered_at_a_time(tiny, monkeypatch):
+    """Before each pass and each backward pass the weights of the other networks are freed, of every rank alike."""
+    stage, freed = DistillStage(load_config("contextual", "smoke", ["guidance=3", "steps=4"]), ALONE), []
+    names = {id(getattr(stage, name).net): name for name in ("student", "critic", "teacher")}
+    monkeypatch.setattr(parallel, "reshard", lambda net: freed.append(names[id(net)]))
+    stage.step(0)
+    # Two samples: the rollout, then the critic; the critic stays gathered for its backward pass.
+    assert freed == ["student", "critic", "student"]
+    freed.clear()
+    stage._update(1, "student")
+    # Rollout, critic, teacher, and the student's backward pass.
+    assert freed == ["critic", "student", "critic", "teacher", "student", "critic", "teacher"]

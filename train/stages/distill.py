@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from ...memory.memory import Memory, empty_memory
+from ...model.codecs.backbone import backbone_of
 from ...model.codecs.demo_vae import load_demo_codec
-from ...model.config import StudentCard
+from ...model.config import PRESETS, StudentCard
 from ...model.flow import add_noise, shift_sigma, warped_sigmas, x0_from_flow
 from ...model.network import Network
 from ...model.sampler import seeded_generator, seeded_noise
@@ -41,6 +42,8 @@ class DistillConfig(NetworkConfig):
     """The student file to start from."""
     teacher: str = ""
     """The frozen teacher's file. The critic starts from it too."""
+    teacher_preset: str = ""
+    """Sizes of teacher and critic, if they are not those of the student."""
     teacher_sees: str = "memory"
     """What teacher and critic get of the context: `memory`, all that the student remembers; `recent`, the fast frames
     only, as a short-window teacher (LongLive); `nothing`."""
@@ -74,9 +77,32 @@ class DistillConfig(NetworkConfig):
         super().__post_init__()
         check_range(self, "target_from", "critic_per_student", "sample_chunks", above=0)
         check_choice(self, "teacher_sees", TEACHER_SEES)
+        check_choice(self, "teacher_preset", ("", *PRESETS))
+        if backbone_of(self.scored_by) is not backbone_of(self.preset):
+            raise ValueError(
+                f"teacher_preset: {self.scored_by} and preset {self.preset} have different latents and texts; give two"
+                " sizes of Wan 2.1"
+            )
         check_range(self, "score_chunks", least=0, most=self.target_chunks)
         check_range(self, "target_from", most=self.target_chunks)
         check_range(self, "context_from", least=0, most=self.context_to)
+
+    @property
+    def scored_by(self) -> str:
+        """The preset of teacher and critic."""
+        return self.teacher_preset or self.preset
+
+    def longest_context(self, step: int) -> int:
+        """Chunks of the longest context of an iteration.
+
+        It grows from `context_from` to `context_to` over `context_ramp` iterations. Every `local_every`-th round has no
+        context, to keep the quality of short videos.
+        """
+        round_number = step // self.critic_per_student
+        if self.local_every and (round_number + 1) % self.local_every == 0:
+            return 0
+        ramp = min(1.0, step / self.context_ramp) if self.context_ramp else 1.0
+        return self.context_from + round((self.context_to - self.context_from) * ramp)
 
 
 class DistillStage(Stage):
@@ -85,8 +111,8 @@ class DistillStage(Stage):
     def __init__(self, config: DistillConfig, parallel: ParallelState):
         super().__init__(config, parallel)
         self.student = self.load_network(config.student, "student", config.student_optim)
-        self.critic = self.load_network(config.teacher, "critic", config.critic_optim)
-        self.teacher = self.load_network(config.teacher)
+        self.critic = self.load_network(config.teacher, "critic", config.critic_optim, config.scored_by)
+        self.teacher = self.load_network(config.teacher, preset=config.scored_by)
         self.prompts = open_prompts(config)
         self.sigmas = warped_sigmas(config.denoising_steps, config.shift)
         # Only the demo world has sample images: no other VAE is loaded.
@@ -111,6 +137,7 @@ class DistillStage(Stage):
             rollout = self.rollout(text, context_chunks, target_chunks, exit_step, sample, is_student)
             generator = seeded_generator(config.seed, 0, step, number, is_student)
             loss, metrics = self.loss(name, rollout, text, generator)
+            self.gathered.only(self.trained[name].net)
             (loss / len(samples)).backward()
             metrics = {"loss": loss.item(), "promoted": promotion_rate(rollout.memory), **metrics}
             means = {key: means.get(key, 0.0) + value / len(samples) for key, value in metrics.items()}
@@ -120,22 +147,13 @@ class DistillStage(Stage):
         return {**means, **update, "rollout": frames, "tokens": config.batch * frames * config.frame_tokens}
 
     def draw_lengths(self, step: int, is_student: bool) -> tuple[int, int, int]:
-        """Chunks of context, chunks of target and exit step: a function of the step, the same on every rank.
-
-        The longest context grows from `context_from` to `context_to` chunks over `context_ramp` iterations. Every
-        `local_every`-th round has no context, to keep the quality of short videos.
-        """
+        """Chunks of context, chunks of target and exit step: a function of the step, the same on every rank."""
         config, generator = self.config, seeded_generator(self.config.seed, 1, step, is_student)
         pick = lambda low, high: int(torch.randint(low, high + 1, (), generator=generator))
         exit_step = pick(0, len(self.sigmas) - 1)
         target = pick(config.target_from, config.target_chunks)
-        ramp = min(1.0, step / config.context_ramp) if config.context_ramp else 1.0
-        longest = config.context_from + round((config.context_to - config.context_from) * ramp)
-        context = pick(min(1, longest), longest)
-        round_number = step // config.critic_per_student
-        if config.local_every and (round_number + 1) % config.local_every == 0:
-            context = 0
-        return context, target, exit_step
+        longest = config.longest_context(step)
+        return pick(min(1, longest), longest), target, exit_step
 
     def rollout(
         self, text: Tensor, context_chunks: int, target_chunks: int, exit_step: int, sample: int, has_grad: bool
