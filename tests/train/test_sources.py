@@ -76,3 +76,15 @@ def test_prompts(tmp_path):
     assert {entry.caption for entry in entries} == {"A meadow by day", "snow at night", "dragons"}
     prompts.write_text(prompts.read_text() + "fog\n")
     assert run(prompts, tmp_path / "set").new_clips == 1
+
+
+def test_a_published_list_has_a_caption_per_line(tmp_path):
+    """As vidprom_filtered_extended.txt: long lines with commas, quotes and any script; Windows line ends, a BOM."""
+    captions = [
+        'A cat, "Tom", runs; the camera pans left.',
+        "\u96ea\u5c71, at night " + "very " * 200 + "dark",
+        "it's 1,000 birds",
+    ]
+    lines = tmp_path / "vidprom_filtered_extended.txt"
+    lines.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(["a\u2028b", *captions]).encode())
+    assert [source.caption for source in list_sources(lines)] == ["a b", *captions]
