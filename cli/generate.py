@@ -13,7 +13,8 @@ STORY = """YAML: `segments`, each with `prompt` and `seconds`; optional `size`, 
 a time and a prompt per line."""
 MEMORY = "Memory by name: slow-fast, context-forcing, released, longlive, infinity-rope. Default: the student's."
 POLICY = "What slow memory keeps: novel, clean, fifo, uniform, released. Default: the student's."
-COMMIT_ATTENDS = "What a finished chunk attends to while it is written to the memory: all, no sink, fast only."
+COMMIT_ATTENDS = """What a finished chunk attends to while it is written to the memory: all, no sink, fast only, itself.
+Default: the story's, or else the student's."""
 KV_PLACEMENT = "Where keys and values are for a chunk: at once (fastest), by layer, from RAM (least video memory)."
 COMPACT = "Write --memory-out without keys and values: small; its continuation is close to exact."
 SCALE = "Nearest-neighbour enlargement. Default: the shorter side gets 360 pixels or more."
@@ -39,7 +40,7 @@ def generate(
     dtype: Dtype = "auto",
     offload: Annotated[bool, Option("--offload", help="Keep the student in CPU memory: larger than VRAM.")] = False,
     attention: Annotated[str, Option(help="sdpa, or sage (needs sageattention and CUDA).")] = "sdpa",
-    commit_attends: Annotated[str, Option(help=COMMIT_ATTENDS)] = "all",
+    commit_attends: Annotated[str | None, Option(help=COMMIT_ATTENDS)] = None,
     kv_placement: Annotated[str, Option(help=KV_PLACEMENT)] = "at once",
     memory_in: Annotated[Path | None, Option(help="Memory to continue; its video is the start of this one.")] = None,
     memory_out: Annotated[Path | None, Option(help="File for the memory at the end.")] = None,

@@ -12,8 +12,14 @@ from torch import Tensor
 Rotate = Callable[[Tensor], Tensor]
 """Raw keys [B, M, P, N, E] -> keys rotated to temporal positions 0 .. M - 1."""
 
-ATTENDS = ("all", "no sink", "fast only")
-"""Parts of a memory that a pass can attend to."""
+ATTENDS = ("all", "no sink", "fast only", "itself")
+"""Parts of a memory that a pass can attend to; `itself` is none, so a chunk sees only its own frames."""
+
+
+def num_hidden(attends: str, num_frames: int, num_sink: int, num_slow: int) -> int:
+    """Number of the first remembered frames that a pass which attends to one of ATTENDS does not see."""
+    hidden = {"all": 0, "no sink": num_sink, "fast only": num_sink + num_slow, "itself": num_frames}[attends]
+    return min(hidden, num_frames)
 
 
 class LazyLayers(Sequence):
@@ -48,9 +54,11 @@ class MemoryView:
 
     def restrict_to(self, part: str) -> "MemoryView":
         """The frames of one of ATTENDS, at unchanged positions."""
-        hidden = {"all": 0, "no sink": self.num_sink, "fast only": self.num_sink + self.num_slow}[part]
+        hidden = num_hidden(part, self.num_frames, self.num_sink, self.num_slow)
         if not self.keys or not hidden:
             return self
+        if hidden == self.num_frames:
+            return dataclasses.replace(self, keys=(), values=())
         cut = lambda tensor: tensor[:, hidden * (tensor.shape[1] // self.num_frames) :]
         return dataclasses.replace(
             self,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ..memory.config import MemoryConfig
 from ..memory.fields import checked_fields, json_object
+from ..memory.view import ATTENDS
 from .flow import SOLVERS, warped_sigmas
 from .units import LATENT_CHANNELS, check_size
 
@@ -64,6 +65,8 @@ class StudentCard:
     solver: str = "renoise"
     """`renoise` for distilled students, `euler` for flow-matching ones (flow.SOLVERS)."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    commit_attends: str = "all"
+    """What the commit pass over a finished chunk attends to (view.ATTENDS)."""
     fps: int = 16
     size: tuple[int, int] = (832, 480)
     """Width and height in pixels of the training videos."""
@@ -88,6 +91,8 @@ class StudentCard:
         check_size(*self.size)
         if self.solver not in SOLVERS:
             raise ValueError(f"solver: {self.solver!r} is not one of {', '.join(SOLVERS)}")
+        if self.commit_attends not in ATTENDS:
+            raise ValueError(f"commit_attends: {self.commit_attends!r} is not one of {', '.join(ATTENDS)}")
         for steps in (self.steps, self.first_steps or self.steps):
             warped_sigmas(steps, self.shift)
 

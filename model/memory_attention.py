@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..memory.layer_store import LayerSlots, LayerView
-from ..memory.view import MemoryView
+from ..memory.view import MemoryView, num_hidden
 from .attention import Attention, plain
 from .rope import rotate
 
@@ -52,9 +52,8 @@ class LayerAttention:
 
     def __call__(self, layer: int, q_BTPNE: Tensor, k_BTPNE: Tensor, v_BTPNE: Tensor) -> Tensor:
         slots = self.view.take(layer, plain(k_BTPNE), plain(v_BTPNE))
-        num_slots, num_frames, num_sink = len(slots.entries), q_BTPNE.shape[1], self.view.config.sink
-        hidden = {"all": 0, "no sink": num_sink, "fast only": num_sink + slots.num_slow}[self.attends]
-        hidden = min(hidden, num_slots - num_frames)  # the chunk itself is always visible
+        num_slots, num_frames = len(slots.entries), q_BTPNE.shape[1]
+        hidden = num_hidden(self.attends, num_slots - num_frames, self.view.config.sink, slots.num_slow)
         entries = slots.entries[hidden:]
         k = torch.stack([entry.keys.to(q_BTPNE.device) for entry in entries], dim=1)
         v = torch.stack([entry.values.to(q_BTPNE.device) for entry in entries], dim=1)

@@ -37,17 +37,18 @@ class SamplerOptions:
 
     attention: str | Attention = "sdpa"
     """One of attention.ATTENTIONS, or an attention function."""
-    commit_attends: str = "all"
-    """What the pass over clean latents attends to while it computes their keys: `all`, `no sink`, `fast only`."""
+    commit_attends: str | None = None
+    """One of COMMIT_ATTENDS; None: as the student's card says."""
     kv_placement: str = "at once"
     """One of stores.KV_PLACEMENTS."""
     check_finite: bool = True
     """Whether a chunk with NaN or infinity raises NotFiniteError."""
 
     def __post_init__(self):
-        for name, choices in (("commit_attends", COMMIT_ATTENDS), ("kv_placement", KV_PLACEMENTS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(choices)}")
+        if self.commit_attends not in (None, *COMMIT_ATTENDS):
+            raise ValueError(f"commit_attends: {self.commit_attends!r} is not one of {', '.join(COMMIT_ATTENDS)}")
+        if self.kv_placement not in KV_PLACEMENTS:
+            raise ValueError(f"kv_placement: {self.kv_placement!r} is not one of {', '.join(KV_PLACEMENTS)}")
 
 
 def make_sampler(
@@ -65,6 +66,7 @@ def make_sampler(
         options=options,
         solver=card.solver,
         first_sigmas=card.first_sigmas,
+        commit_attends=options.commit_attends or card.commit_attends,
         student=student,
     )
 
@@ -102,6 +104,8 @@ class CausalSampler:
     """One of flow.SOLVERS."""
     first_sigmas: tuple[float, ...] = ()
     """Noise levels of a chunk generated while nothing is remembered; empty: those of all chunks."""
+    commit_attends: str = "all"
+    """What the pass over clean latents attends to while it computes their keys: one of COMMIT_ATTENDS."""
     student: str = ""
     """Fingerprint of the network. It marks memories, and memories of other students are refused; empty: no check."""
 
@@ -180,8 +184,8 @@ class CausalSampler:
         return done
 
     def _keys(self, memory: Memory, x0_BCTHW: Tensor, view: Any) -> ChunkAttention:
-        attends, num_frames = self.options.commit_attends, x0_BCTHW.shape[2]
-        attend_self = self.network.attend(view, num_frames, memory.latent_size, attends, keep=True)
+        num_frames = x0_BCTHW.shape[2]
+        attend_self = self.network.attend(view, num_frames, memory.latent_size, self.commit_attends, keep=True)
         self.network.flow(x0_BCTHW, 0.0, self.text, attend_self)
         return attend_self
 

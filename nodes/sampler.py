@@ -27,6 +27,7 @@ from .save_load import keep_memory, write_autosave
 from .shared import ADVANCED, CATEGORY, attention_input, log, seed_input, storage_inputs
 
 PREVIEW_SIDE = 512
+AS_CARD = "card"
 
 
 def text_of(positive: io.Conditioning.Type) -> Tensor:
@@ -73,14 +74,16 @@ def make_room(student: StudentModel, memory: Memory, layout: str) -> None:
 
 
 def prepare_sampler(
-    student: StudentModel, memory: Memory, attention: str = "sdpa", layout: str = "at once", commit_attends: str = "all"
-) -> Callable[[Tensor], CausalSampler]:
-    """Load the student for a memory. The result makes a sampler of a prompt's embedding."""
+    student: StudentModel, memory: Memory, attention: str = "sdpa", layout: str = "at once",
+    commit_attends: str = AS_CARD,
+) -> Callable[[Tensor], CausalSampler]:  # fmt: skip
+    """Load the student for a memory. The result makes a sampler of a prompt's embedding (SamplerOptions)."""
     if ignored := sorted(set(ignored_patches(student.model))):
         log.warning("model: these patches have no effect in this sampler: %s", ", ".join(ignored))
     make_room(student, memory, layout)
     function = attention_of(student.model, attention)
-    options = SamplerOptions(attention=function, commit_attends=commit_attends, kv_placement=layout)
+    attends = None if commit_attends == AS_CARD else commit_attends
+    options = SamplerOptions(attention=function, commit_attends=attends, kv_placement=layout)
     return lambda text: make_sampler(student.network, student.card, text, options, student.fingerprint)
 
 
@@ -100,8 +103,9 @@ class ContextForcingSampler(io.ComfyNode):
                     tooltip="Length of this segment, rounded up to whole chunks (0.75 s at 16 frames per second)."),
                 seed_input("Noise depends on the seed and the place in the video. Use one seed for the whole chain."),
                 attention_input(),
-                io.Combo.Input("commit_attends", options=list(COMMIT_ATTENDS), default="all", **ADVANCED,
-                    tooltip="Which remembered frames a finished chunk attends to while its keys are computed."),
+                io.Combo.Input("commit_attends", options=[AS_CARD, *COMMIT_ATTENDS], default=AS_CARD, **ADVANCED,
+                    tooltip="Which remembered frames a finished chunk attends to while its keys are computed. card: as"
+                    " the student's card says. no sink: slow and fast. fast only: fast. itself: none."),
                 io.Combo.Input("change", options=list(CHANGES), default="keep", optional=True,
                     tooltip="What happens to the remembered frames when this prompt begins. keep: nothing. recache:"
                     " their keys and values are computed again under the new prompt. flush: only the video's first"
@@ -121,7 +125,7 @@ class ContextForcingSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls, model: io.Model.Type, positive: io.Conditioning.Type, memory: MemoryHandle, seconds: float, seed: int,
-        attention: str = "sdpa", commit_attends: str = "all", change: str = "keep", blend: int = 0,
+        attention: str = "sdpa", commit_attends: str = AS_CARD, change: str = "keep", blend: int = 0,
         keep_in: str = "RAM", autosave: bool = False, layout: str = "at once",
     ) -> io.NodeOutput:  # fmt: skip
         student, text, before = StudentModel.of(model), text_of(positive), memory.memory

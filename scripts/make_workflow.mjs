@@ -19,7 +19,7 @@ const saveVideo = (id, memory, x, y, filename_prefix = 'video/context_forcing', 
     height]
 const prompt = (id, title, text, x, y) => [id, 'CLIPTextEncode', { clip: ['1', 1], text }, x, y, 340, 130, title]
 const sampler = (id, title, positive, memory, x, y, inputs = {}) => [id, 'ContextForcingSampler', { model: ['1', 0],
-  positive: [`${positive}`, 0], memory: [`${memory}`, 0], seconds: 3, seed: 7, attention: 'sdpa', commit_attends: 'all',
+  positive: [`${positive}`, 0], memory: [`${memory}`, 0], seconds: 3, seed: 7, attention: 'sdpa', commit_attends: 'card',
   ...inputs }, x, y, 340, 534, title, 'cyan']
 const report = (id, memory, x, y) => [id, 'ContextForcingMemoryReport', { memory, vae: ['1', 2], fps: 16 }, x, y, 560,
   440]

@@ -77,7 +77,7 @@ def make_sampler():
             text = torch.randn(1, 5, net.config.text_dim, generator=torch.Generator().manual_seed(prompt))
         pick = lambda *names: {name: options.pop(name) for name in names if name in options}
         network = Network(net, torch.device("cpu"), dtype, **pick("attention", "run", "on_pass"))
-        how = SamplerOptions(**pick("commit_attends", "kv_placement", "check_finite"))
+        how = SamplerOptions(**pick("kv_placement", "check_finite"))
         return CausalSampler(network=network, text=network.embed_text(text), options=how, **options)
 
     return make

@@ -15,6 +15,7 @@ from ..memory.snapshot import fingerprint_memory, load_memory, save_memory
 from ..model.attention import load_attention
 from ..model.checkpoints.student import StudentSource
 from ..model.codecs.backbone import backbone_of
+from ..model.config import StudentCard
 from ..model.device import pick_device, use_cpu_threads
 from ..model.fingerprint import fingerprint
 from ..model.sampler import SamplerOptions
@@ -24,7 +25,7 @@ from .journal import Journal, journal_path
 from .mp4 import default_scale, hold_output, write_video
 from .pipeline import Pipeline
 from .report import draw_report, summary
-from .story import ResolvedStory
+from .story import ResolvedStory, Story
 from .storyboard import read_story
 
 
@@ -48,7 +49,8 @@ class GenerateRequest:
     dtype: str = "auto"
     offload: bool = False
     attention: str = "sdpa"
-    commit_attends: str = "all"
+    commit_attends: str | None = None
+    """What the commit pass attends to; None: as the story, or else the student's card, says."""
     kv_placement: str = "at once"
     memory_in: Path | None = None
     memory_out: Path | None = None
@@ -107,8 +109,9 @@ class GenerateJob:
 
     @property
     def summary(self) -> str:
-        """The memory in words."""
-        return summary(self.memory, self.story.fps)
+        """The memory in words, and what its commit passes attended to."""
+        attends = self.options.commit_attends or self.story.commit_attends
+        return f"{summary(self.memory, self.story.fps)}\ncommit pass attends to: {attends}"
 
     def _latents(self, on_chunk: Callable[[int, str], None]) -> Iterator[Tensor]:
         """The chunks of the video so far, then every new one as soon as it is kept."""
@@ -169,15 +172,21 @@ def open_job(request: GenerateRequest) -> Iterator[GenerateJob]:
             "device": pipeline.device.type,
             "dtype": str(pipeline.network.dtype),
             "loras": request.loras,
-            "story": dataclasses.asdict(story),
-            "card": dataclasses.asdict(card),
+            "story": _without_commit_attends(story),
+            "card": _without_commit_attends(card),
             "memory": fingerprint_memory(memory),
         }
         # Only if they are not the defaults: older journals do not have them.
         inputs |= {"attention": request.attention} if request.attention != "sdpa" else {}
-        inputs |= {"commit attends": request.commit_attends} if request.commit_attends != "all" else {}
+        commit_attends = options.commit_attends or resolved.commit_attends
+        inputs |= {"commit attends": commit_attends} if commit_attends != "all" else {}
         folder, num_chunks = journal_path(request.output), resolved.num_chunks
         journal = Journal(folder, inputs, request.resume, num_chunks=num_chunks, shape=memory.chunk_shape)
         yield GenerateJob(
             request=request, pipeline=pipeline, options=options, story=resolved, memory=memory, journal=journal
         )
+
+
+def _without_commit_attends(value: Story | StudentCard) -> dict:
+    """The fields of a story or card in a journal, where the choice that is in effect is an input of its own."""
+    return {name: field for name, field in dataclasses.asdict(value).items() if name != "commit_attends"}

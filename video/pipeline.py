@@ -82,7 +82,12 @@ class Pipeline:
         options: SamplerOptions | None = None,
         finished: Iterable[Tensor] = (),
     ) -> Iterator[Memory]:
-        """Continue a memory by a story; yields the memory after every chunk. `finished` are x0 of an earlier run."""
+        """Continue a memory by a story; yields the memory after every chunk. `finished` are x0 of an earlier run.
+
+        What the commit pass attends to is that of `options`, or else the story's.
+        """
+        options = options or SamplerOptions()
+        options = dataclasses.replace(options, commit_attends=options.commit_attends or story.commit_attends)
         finished = iter(finished)
         for segment in story.segments:
             for memory in generate_segment(

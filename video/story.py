@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import yaml
 
 from ..memory.fields import check_keys, checked_fields
 from ..memory.memory import CHANGES, Memory
+from ..memory.view import ATTENDS
 from ..model.config import StudentCard
 from ..model.sampler import chunks_for
 from ..model.units import check_size, latent_seconds, pixel_size
@@ -51,6 +52,8 @@ class ResolvedStory:
     size: tuple[int, int]
     """Width and height in pixels."""
     fps: float
+    commit_attends: str
+    """What the commit pass attends to (view.ATTENDS)."""
 
     @property
     def num_chunks(self) -> int:
@@ -67,6 +70,8 @@ class Story:
     fps: int | None = None
     """None: that of the student's training."""
     seed: int = 0
+    commit_attends: str | None = None
+    """What the commit pass attends to (view.ATTENDS); None: as the student's card says."""
 
     def with_seed(self, seed: int) -> "Story":
         """The same story with one seed for all segments."""
@@ -99,7 +104,8 @@ class Story:
             seed = self.seed if segment.seed is None else segment.seed
             values = {**vars(segment), "seed": seed, "seconds": seconds}
             segments.append(ResolvedSegment(**values, num_chunks=num_chunks))
-        return ResolvedStory(segments=tuple(segments), size=size, fps=fps)
+        commit_attends = self.commit_attends or card.commit_attends
+        return ResolvedStory(segments=tuple(segments), size=size, fps=fps, commit_attends=commit_attends)
 
 
 def load_story(path: str | Path, parse: Callable[[str], Story] | None = None) -> Story:
@@ -132,18 +138,20 @@ def parse_story(raw: object) -> Story:
         size=_size(values["size"]) if "size" in values else None,
         fps=_integer("fps", values["fps"], 1, 240) if "fps" in values else None,
         seed=_integer("seed", values.get("seed", 0), 0, MAX_SEED),
+        commit_attends=_choice("commit_attends", values["commit_attends"], ATTENDS)
+        if "commit_attends" in values
+        else None,
     )
 
 
 def _segment(where: str, raw: object) -> SegmentSpec:
     values = checked_fields(SegmentSpec, raw, where)
-    prompt, seconds, change = values["prompt"], values["seconds"], values.get("change", "keep")
+    prompt, seconds = values["prompt"], values["seconds"]
     if not isinstance(prompt, str):
         raise ValueError(f"{where}.prompt: {prompt!r} is not text")
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
         raise ValueError(f"{where}.seconds: {seconds!r} is not a number above 0")
-    if change not in CHANGES:
-        raise ValueError(f"{where}.change: {change!r} is not one of {', '.join(CHANGES)}")
+    _choice(f"{where}.change", values.get("change", "keep"), CHANGES)
     _integer(f"{where}.seed", values.get("seed", 0), 0, MAX_SEED)
     _integer(f"{where}.blend", values.get("blend", 0), 0, MAX_BLEND)
     return SegmentSpec(**{**values, "seconds": float(seconds)})
@@ -155,6 +163,12 @@ def _size(raw: object) -> tuple[int, int]:
     width, height = (_integer("size", side, 1, 2**15) for side in raw)
     check_size(width, height)
     return width, height
+
+
+def _choice(name: str, value: object, choices: Sequence[str]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: {value!r} is not one of {', '.join(choices)}")
+    return value
 
 
 def _integer(name: str, value: object, least: int, most: int) -> int:

@@ -62,7 +62,11 @@ _STUDENTS = (
         "krea-14b", MemoryConfig(sink=0, slow=0, fast=6, window=6, policy="fifo"), "krea", base="wan2.1-14b",
         differs="remembered frames are not encoded again for every chunk",
     ),
-    _student("context-forcing", MEMORY_PRESETS["released"], "context_forcing", "context-forcing"),
+    # commit_attends was not part of the training; docs/memory.md, The commit pass, has the figures.
+    _student(
+        "context-forcing", MEMORY_PRESETS["released"], "context_forcing", "context-forcing", commit_attends="fast only",
+        differs="the commit pass attends to fast frames only; the original attends to all (commit_attends)",
+    ),
     _student(
         BASE, LONGER, "wan2.1", "wan2_1", stage="bidirectional", shift=8.0, solver="euler",
         steps=tuple(float(step) for step in range(1000, 0, -20)),

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from context_forcing.memory import MemoryConfig, empty_memory
 from context_forcing.memory.snapshot import save_memory
 from context_forcing.model.config import StudentCard
+from context_forcing.model.sampler import COMMIT_ATTENDS
 
 SEGMENT = {"prompt": "a meadow by day, the camera pans right", "seconds": 0.75}
 STORY = {"size": [48, 32], "seed": 4, "segments": [SEGMENT]}
@@ -137,6 +138,25 @@ def test_sampler_options(generate, tmp_path, succeeded):
     assert torch.equal(latents("--attention", "sdpa", "--commit-attends", "all"), base)
     assert not torch.equal(latents("--commit-attends", "no sink"), base)
     assert not torch.equal(latents("--commit-attends", "fast only"), base)
+
+
+def test_what_the_commit_pass_attends_to(generate, tmp_path, succeeded):
+    """The command line's choice, else the story's, else the card's; the command prints it."""
+
+    def latents(attends, story, *options):
+        path = tmp_path / "memory.safetensors"
+        err = succeeded(generate({**story_of(4.5), **story}, "film.mp4", "--memory-out", path, "--scale", 1, *options))
+        assert f"commit pass attends to: {attends}" in " ".join(err.split())
+        return load_file(path)["film"]
+
+    option = lambda attends: ("--commit-attends", attends)
+    expected = {attends: latents(attends, {}, *option(attends)) for attends in COMMIT_ATTENDS}
+    assert len({tuple(film.flatten().tolist()) for film in expected.values()}) == len(COMMIT_ATTENDS)
+    card, story = ("--set", "commit_attends=no sink"), {"commit_attends": "itself"}
+    assert torch.equal(latents("all", {}), expected["all"])
+    assert torch.equal(latents("no sink", {}, *card), expected["no sink"])
+    assert torch.equal(latents("itself", story, *card), expected["itself"])
+    assert torch.equal(latents("all", story, *card, *option("all")), expected["all"])
 
 
 def test_rounding_is_logged(tmp_path, generate, caplog, frames_of, succeeded):

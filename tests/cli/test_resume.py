@@ -20,6 +20,8 @@ from context_forcing.model.checkpoints.student import StudentSource
 from context_forcing.model.codecs.base import normalise
 from context_forcing.model.codecs.demo_vae import load_demo_codec
 from context_forcing.video.frames import to_pixels
+from context_forcing.video.generate import GenerateRequest, open_job
+from context_forcing.video.journal import HEADER
 from context_forcing.video.reading import read_runs
 
 MEADOW = "A meadow under a clear sky by day. The camera pans right."
@@ -157,3 +159,40 @@ def test_a_changing_story_is_checked(tmp_path):
         write_story(tmp_path, segment(MEADOW, 1, **settings))
         code, message = generate(tmp_path, "film")
         assert code == 2 and words in message and not json.dumps(message).count("Traceback")
+
+
+def test_a_journal_is_not_resumed_with_another_commit_pass(tmp_path, student):
+    """The choice in effect counts, wherever it is made; a journal without one attended to all."""
+    write_story(tmp_path, segment(MEADOW, 2))
+    with_field = {**yaml.safe_load((tmp_path / "story.yaml").read_text()), "commit_attends": "no sink"}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(with_field))
+    tiny, card = StudentSource(student), StudentSource(student, overrides=("commit_attends=no sink",))
+    request = GenerateRequest(story=tmp_path / "story.yaml", output=tmp_path / "film.mp4", student=tiny, device="cpu")
+    other = tmp_path / "other.yaml"
+    plain, no_sink = (
+        [
+            request,
+            dataclasses.replace(request, story=other, commit_attends="all"),
+            dataclasses.replace(request, student=card, commit_attends="all"),
+        ],
+        [
+            dataclasses.replace(request, commit_attends="no sink"),
+            dataclasses.replace(request, story=other),
+            dataclasses.replace(request, student=card),
+        ],
+    )
+    for same, others in ((plain, no_sink), (no_sink, plain)):
+        with open_job(same[0]) as job:
+            header = json.loads((job.journal.folder / HEADER).read_text())
+            assert header.get("commit attends") == (None if same is plain else "no sink")
+            assert not {"commit_attends"} & {*header["card"], *header["story"]}, "as in journals of version 0.1"
+            x0 = torch.zeros(job.memory.chunk_shape)
+            job.journal.keep(0, x0)
+        for request in same:
+            with open_job(dataclasses.replace(request, resume=True)) as job:
+                assert len(job.journal.finished) == 1
+        for request in others:
+            refusal = pytest.raises(ValueError, match="was begun with another commit attends; give the same as then")
+            with refusal, open_job(dataclasses.replace(request, resume=True)):
+                pass
+        job.journal.close()

@@ -67,7 +67,23 @@ def test_what_the_commit_pass_sees(net, make_sampler, empty_memory, nine_chunks)
         assert torch.equal(first.store.layers[-1].entries[-1].keys, plain.store.layers[-1].entries[-1].keys), (
             "a chunk sees itself"
         )
-    assert len(keys) == 3
+    assert len(keys) == len(COMMIT_ATTENDS)
+
+
+def test_itself_writes_what_an_empty_memory_would(net, make_sampler, empty_memory, nine_chunks):
+    """Keys are kept before rotation, and attention depends on relative positions only."""
+    x0 = torch.randn(1, 16, 2, 4, 6)
+    newest = lambda memory: [
+        getattr(entry, part)
+        for layer in memory.store.layers
+        for entry in layer.entries[-2:]
+        for part in ("keys", "values")
+    ]
+    alone = newest(make_sampler(net).commit(empty_memory(**SMALL), x0))
+    for choice in COMMIT_ATTENDS:
+        written = newest(make_sampler(net, commit_attends=choice).commit(nine_chunks, x0))
+        same = all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(written, alone, strict=True))
+        assert same == (choice == "itself")
 
 
 @pytest.mark.parametrize("layout", KV_PLACEMENTS)

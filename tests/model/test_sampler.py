@@ -11,7 +11,8 @@ from context_forcing.memory.snapshot import load_memory, save_memory
 from context_forcing.model.config import StudentCard
 from context_forcing.model.network import Network
 from context_forcing.model.rope import rotary_table
-from context_forcing.model.sampler import COMMIT_ATTENDS, chunks_for, seeded_noise, working_bytes
+from context_forcing.model.sampler import COMMIT_ATTENDS, SamplerOptions, chunks_for, seeded_noise, working_bytes
+from context_forcing.model.sampler import make_sampler as make
 
 SIGMAS = (1.0, 0.9375, 0.625)
 SMALL = dict(sink=1, slow=2, fast=4, chunk=2, window=7, slow_similarity_threshold=0.999)
@@ -161,12 +162,53 @@ def test_what_the_commit_pass_sees(net, make_sampler, empty_memory):
         assert torch.equal(
             first.store.frames[1].keys, roll(make_sampler(net), empty_memory(**SMALL), 1).store.frames[1].keys
         )
-    assert len({tuple(k.flatten()[-50:].tolist()) for k in keys.values()}) == 3
+    assert len({tuple(k.flatten()[-50:].tolist()) for k in keys.values()}) == len(COMMIT_ATTENDS)
 
 
-def test_unknown_choice_of_the_commit_pass(net, make_sampler):
-    with pytest.raises(ValueError, match="^commit_attends: 'sink'"):
-        make_sampler(net, commit_attends="sink")
+def kv_of(memory, frames):
+    return [getattr(memory.store.frames[frame], part) for frame in frames for part in ("keys", "values")]
+
+
+def close(some, others):
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(some, others, strict=True))
+
+
+def test_itself_writes_what_an_empty_memory_would(net, make_sampler, empty_memory):
+    """Raw keys and values depend on relative positions only, so the chunk's place is of no account."""
+    start, x0 = roll(make_sampler(net), empty_memory(**SMALL), 3), torch.randn(1, 16, 2, 4, 6)
+    alone = kv_of(make_sampler(net).commit(empty_memory(**SMALL), x0), (0, 1))
+    for choice in COMMIT_ATTENDS:
+        written = kv_of(make_sampler(net, commit_attends=choice).commit(start, x0), (6, 7))
+        assert close(written, alone) == (choice == "itself")
+
+
+def test_itself_holds_for_a_recache(net, make_sampler, empty_memory):
+    """Every chunk is computed without the others: of chunks of one frame, under one prompt, nothing changes."""
+    sizes = dict(sink=1, slow=2, fast=3, chunk=1, window=6, slow_similarity_threshold=0.999)
+    for choice in COMMIT_ATTENDS:
+        sampler = make_sampler(net, commit_attends=choice)
+        memory = roll(sampler, empty_memory(**sizes), 9)
+        frames = memory.slots.all
+        assert len(frames) == 5 and frames[-1] == 8, "some frames are forgotten"
+        assert close(kv_of(sampler.recache(memory), frames), kv_of(memory, frames)) == (choice == "itself")
+    again = make_sampler(net, prompt=1, commit_attends="itself").recache(memory)
+    for frame in frames:
+        first = make_sampler(net, prompt=1).commit(empty_memory(**sizes), memory.latents_of((frame,)))
+        assert close(kv_of(again, (frame,)), kv_of(first, (0,)))
+
+
+def test_the_card_says_what_the_commit_pass_attends_to_unless_the_options_do(net, make_sampler):
+    network, text = make_sampler(net).network, torch.randn(1, 5, net.config.text_dim)
+    card = StudentCard(commit_attends="no sink")
+    assert make(network, card, text).commit_attends == "no sink"
+    assert make(network, card, text, SamplerOptions(commit_attends="all")).commit_attends == "all"
+    assert make(network, StudentCard(), text).commit_attends == "all"
+
+
+@pytest.mark.parametrize("kind", [SamplerOptions, StudentCard])
+def test_unknown_choice_of_the_commit_pass(kind):
+    with pytest.raises(ValueError, match="^commit_attends: 'sink' is not one of all, no sink, fast only, itself$"):
+        kind(commit_attends="sink")
 
 
 @pytest.mark.parametrize("sizes", [SMALL, dict(sink=0, slow=3, fast=3, chunk=1, window=6, policy="fifo")], ids=str)

@@ -10,7 +10,7 @@ import torch
 from context_forcing.memory import MemoryConfig
 from context_forcing.model.config import StudentCard
 from context_forcing.model.fingerprint import fingerprint
-from context_forcing.model.sampler import KV_PLACEMENTS, seeded_noise, working_bytes
+from context_forcing.model.sampler import COMMIT_ATTENDS, KV_PLACEMENTS, seeded_noise, working_bytes
 
 CPU = torch.device("cpu")
 
@@ -121,6 +121,23 @@ def test_too_little_memory_is_logged(node_module, fake_model, empty_memory, monk
     monkeypatch.setattr(sampler.mm, "get_total_memory", lambda device: 1e3)
     sampler.make_room(student, empty_memory(), "at once")
     assert "from RAM" in caplog.text
+
+
+def test_the_card_says_what_the_commit_pass_attends_to_unless_the_node_does(
+    node_module, net, empty_memory, fake_model, make_sampler, monkeypatch
+):
+    sampler, card = node_module("sampler"), StudentCard(commit_attends="fast only")
+    monkeypatch.setattr(sampler, "make_room", lambda *_: None)
+    network = make_sampler(net).network
+    student = SimpleNamespace(model=fake_model(card), network=network, card=card, fingerprint="me")
+
+    def attends(**given):
+        return sampler.prepare_sampler(student, empty_memory(), **given)(torch.ones(1, 5, 32)).commit_attends
+
+    (choice,) = (e for e in sampler.ContextForcingSampler.define_schema().inputs if e.id == "commit_attends")
+    assert attends() == attends(commit_attends=choice.default) == "fast only"
+    saved = [attends(commit_attends=option) for option in choice.options if option != choice.default]
+    assert saved == list(COMMIT_ATTENDS), "a saved graph with a value keeps it"
 
 
 TEXT = torch.ones(1, 5, 4096)

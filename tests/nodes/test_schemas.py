@@ -14,8 +14,8 @@ INPUTS = {
     "ContextForcingMemory": "model width=0 height=0 policy=as_trained sink=-1 slow=-1 fast=-1 threshold=-1.0"
     " preset=as_trained?",
     "ContextForcingRemember": "memory vae? images? latent?",
-    "ContextForcingSampler": "model positive memory seconds=3.0 seed=0 attention=sdpa? commit_attends=all? change=keep?"
-    f" blend=0? {STORAGE}",
+    "ContextForcingSampler": "model positive memory seconds=3.0 seed=0 attention=sdpa? commit_attends=card?"
+    f" change=keep? blend=0? {STORAGE}",
     "ContextForcingStoryboard": f"model clip memory text=EXAMPLE seed=0 attention=sdpa? {STORAGE}",
     "ContextForcingSaveVideo": "memory vae filename_prefix=video/context_forcing fps=16.0 scale=0 crf=16?",
     "ContextForcingMemoryReport": "memory vae fps=16.0 model?",

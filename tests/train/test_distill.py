@@ -13,6 +13,7 @@ from context_forcing.train import parallel, run_stage
 from context_forcing.train.presets import load_config
 from context_forcing.train.stages import distill
 from context_forcing.train.stages.distill import TEACHER_SEES, DistillStage, x0_given_context
+from context_forcing.train.stages.student import Student
 from context_forcing.video.pipeline import Pipeline
 
 from .helpers import ALONE, TINY
@@ -49,6 +50,20 @@ def test_the_loss_of_a_target_scored_by_chunk_is_the_mean_of_its_chunks(tiny, fi
         torch.testing.assert_close(loss, sum(losses) / 2)
     with pytest.raises(ValueError, match="score_chunks"):
         load_config("contextual", "smoke", ["score_chunks=3"])
+
+
+def test_the_student_is_trained_with_the_commit_pass_on_its_card(tiny, files, monkeypatch):
+    made = []
+    monkeypatch.setattr(distill, "Student", lambda *args: made.append(Student(*args)) or made[-1])
+    stage = DistillStage(load_config("contextual", "smoke", [*files, "commit_attends=no sink"]), ALONE)
+    films = [stage.rollout(stage.prompts.text(0, 6), 4, 2, 1, 0, False).memory]
+    assert stage.card().commit_attends == made[0].commit_attends == "no sink"
+    other = DistillStage(load_config("contextual", "smoke", [*files]), ALONE)
+    films.append(other.rollout(other.prompts.text(0, 6), 4, 2, 1, 0, False).memory)
+    assert other.card().commit_attends == "all"
+    assert not torch.equal(*(torch.cat(memory.latent_chunks, dim=2) for memory in films))
+    with pytest.raises(ValueError, match="^commit_attends: 'sink' is not one of all"):
+        load_config("contextual", "smoke", ["commit_attends=sink"])
 
 
 @pytest.mark.parametrize("guidance", [0.0, 3.0])

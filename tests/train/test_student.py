@@ -1,5 +1,7 @@
 """Rollouts and scores: what is seen, which steps have gradients, what is kept for the backward pass."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -71,6 +73,11 @@ def test_one_text_is_embedded_once_unless_gradients_would_change(trained_net, mo
     assert counts == [1 + 1 + 1, 2 + 1 + 3]
     student_of(trained_net, num_texts=3).rollout(empty(), 3, SIGMAS, noise)
     assert len(calls) == 3
+
+
+def test_a_training_rollout_commits_as_its_student_says(net):
+    sampler = next(dataclasses.replace(student_of(net), commit_attends="itself").samplers(0, 1))
+    assert sampler.commit_attends == "itself" and next(student_of(net).samplers(0, 1)).commit_attends == "all"
 
 
 @pytest.mark.parametrize("exit_step", [0, 2])

@@ -27,7 +27,9 @@ def test_a_whole_story():
     )
     assert (story.size, story.fps, story.seed) == ((128, 64), 24, 5)
     assert story.segments == (SegmentSpec(prompt="a meadow", seconds=3.0), SegmentSpec(prompt="", seconds=0.5, seed=9))
-    assert parse_story({"segments": [SEGMENT]}).size is None
+    story = parse_story({"segments": [SEGMENT]})
+    assert story.size is None and story.commit_attends is None
+    assert parse_story({"segments": [SEGMENT], "commit_attends": "itself"}).commit_attends == "itself"
 
 
 def test_a_resolved_story_has_every_default(caplog):
@@ -43,6 +45,9 @@ def test_a_resolved_story_has_every_default(caplog):
     assert dataclasses.replace(story, fps=12).resolve(card, memory).segments[1].seconds == 1
     with pytest.raises(ValueError, match=r"size: the story has \[32, 48\], the memory \[48, 32\]"):
         dataclasses.replace(story, size=(32, 48)).resolve(card, memory)
+    card = dataclasses.replace(card, commit_attends="no sink")
+    assert resolved.commit_attends == "all" and story.resolve(card, memory).commit_attends == "no sink"
+    assert dataclasses.replace(story, commit_attends="itself").resolve(card, memory).commit_attends == "itself"
     released = empty_memory(MEMORY_PRESETS["released"], (16, 4, 6))
     with pytest.raises(ValueError, match="change: cut"):
         story.resolve(card, released)
@@ -57,6 +62,9 @@ def test_with_seed_replaces_every_seed():
     "raw, field, value",
     [
         (None, "story", "None"),
+        ({"segments": [SEGMENT], "commit_attends": "sink"}, "commit_attends", "'sink' is not one of all, no sink"),
+        ({"segments": [SEGMENT], "commit_attends": ["all"]}, "commit_attends", "['all']"),
+        ({"segments": [SEGMENT], "commit_attends": None}, "commit_attends", "None"),
         ([SEGMENT], "story", "mapping"),
         ("text", "story", "text"),
         ({}, "segments", "at least one"),

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...memory.memory import Memory, empty_memory
+from ...memory.view import ATTENDS
 from ...model.codecs.backbone import backbone_of
 from ...model.codecs.demo_vae import load_demo_codec
 from ...model.config import PRESETS, StudentCard
@@ -47,6 +48,8 @@ class DistillConfig(NetworkConfig):
     teacher_sees: str = "memory"
     """What teacher and critic get of the context: `memory`, all that the student remembers; `recent`, the fast frames
     only, as a short-window teacher (LongLive); `nothing`."""
+    commit_attends: str = "all"
+    """What the commit pass attends to in the student's rollouts (view.ATTENDS); the student's card says the same."""
     denoising_steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
     """The student's steps, before the shift."""
     target_from: int = 7
@@ -77,6 +80,7 @@ class DistillConfig(NetworkConfig):
         super().__post_init__()
         check_range(self, "target_from", "critic_per_student", "sample_chunks", above=0)
         check_choice(self, "teacher_sees", TEACHER_SEES)
+        check_choice(self, "commit_attends", ATTENDS)
         check_choice(self, "teacher_preset", ("", *PRESETS))
         if backbone_of(self.scored_by) is not backbone_of(self.preset):
             raise ValueError(
@@ -160,7 +164,8 @@ class DistillStage(Stage):
     ) -> Rollout:
         """The student's video for a prompt."""
         config = self.config
-        student, memory = Student(self.student, text, config.recompute), empty_memory(config.memory, config.latent_size)
+        student = Student(self.student, text, config.recompute, config.commit_attends)
+        memory = empty_memory(config.memory, config.latent_size)
         noise = seeded_noise(config.seed * 1_000_003 + sample, config.latent_size)
         context = student.rollout(memory, context_chunks, self.sigmas, noise)
         return student.target(context, target_chunks, exit_step, self.sigmas, noise, has_grad)
@@ -231,8 +236,9 @@ class DistillStage(Stage):
         data = f"{self.prompts.describe()}; scores see {config.teacher_sees}; teacher {config.teacher}"
         steps = tuple(float(value) for value in config.denoising_steps)
         return StudentCard(
-            name=f"{config.preset} student, {stage}", stage=stage, steps=steps, solver="renoise", data=data
-        )
+            name=f"{config.preset} student, {stage}", stage=stage, steps=steps, solver="renoise", data=data,
+            commit_attends=config.commit_attends,
+        )  # fmt: skip
 
 
 def x0_given_context(

@@ -42,15 +42,17 @@ class Student:
     lazy: bool = False
     """Compute views of memories layer by layer in every pass. Required if the network recomputes blocks: a kept view
     would take the memory that recomputing saves."""
+    commit_attends: str = "all"
+    """What the commit pass attends to (view.ATTENDS)."""
 
     def samplers(self, first_chunk: int, num_chunks: int) -> Iterator[CausalSampler]:
         """One sampler per chunk. Values that are not finite are not checked here: TrainedNetwork skips the update."""
-        sampler = None
+        sampler, options = None, SamplerOptions(commit_attends=self.commit_attends, check_finite=False)
         for chunk in range(first_chunk, first_chunk + num_chunks):
             # With gradients, a shared text embedding would sum those of the chunks in another order.
             if sampler is None or len(self.text_GLC) > 1 or torch.is_grad_enabled():
                 text_BLC = self.text_GLC[min(chunk, len(self.text_GLC) - 1)][None]
-                sampler = make_sampler(self.network, StudentCard(), text_BLC, SamplerOptions(check_finite=False))
+                sampler = make_sampler(self.network, StudentCard(), text_BLC, options)
             yield sampler
 
     @torch.no_grad()

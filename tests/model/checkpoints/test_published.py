@@ -105,6 +105,15 @@ def test_the_base_is_what_the_weights_are(state, tmp_path):
     assert StudentSource(path, card="krea-14b", overrides=("base=demo",)).open().card.base == "demo"
 
 
+def test_the_released_weights_commit_over_fast_frames(state, tmp_path):
+    """The best published choice (docs/memory.md); a note says so, and every other student attends to all."""
+    student = StudentSource(flat(tmp_path, state), card="context-forcing").open()
+    assert student.card.commit_attends == "fast only" and "commit pass attends to fast frames only" in student.note
+    assert [name for name, known in PUBLISHED.items() if known.card.commit_attends != "all"] == ["context-forcing"]
+    overridden = StudentSource(flat(tmp_path, state), card="context-forcing", overrides=("commit_attends=all",))
+    assert overridden.open().card.commit_attends == "all"
+
+
 def test_what_was_asked_for_must_be_there(state, tmp_path):
     one = pickled(tmp_path, {"generator": prefixed(state, "model.")})
     assert "holds generator, no generator_ema" in refused(one, weights="generator_ema")
