@@ -134,18 +134,25 @@ class Batches:
 
     def long(self, step: int, size: int) -> Batch:
         """The long clips of a step."""
-        shares = dict(pacing=self.pacing, long_trips=self.long_trips)
-        return self._make(1, step, size, self.num_chunks, self.text_dropout, **shares)
+        return self._make(1, step, size, self.num_chunks, self.text_dropout, self.pacing, self.long_trips)
 
     def openings(self, step: int, size: int) -> Batch:
         """The clips of one chunk of a step."""
         return self._make(2, step, size, 1, self.text_dropout)
 
-    def _make(self, kind: int, step: int, size: int, num_chunks: int, dropout: float, **shares: float) -> Batch:
-        common = dict(seed=(self.seed, kind, step), num_chunks=num_chunks, text_dropout=dropout)
+    def _make(
+        self, kind: int, step: int, size: int, num_chunks: int, dropout: float, pacing: float = 0, long_trips: float = 0
+    ) -> Batch:
+        seed = (self.seed, kind, step)
         if isinstance(self.clips, EncodedSet):
-            return encoded_batch(self.clips, self.memory, numbers=range(step * size, (step + 1) * size), **common)
-        return make_batch(self.clips.codec, self.memory, size=size, **common, **shares)
+            numbers = range(step * size, (step + 1) * size)
+            return encoded_batch(
+                self.clips, self.memory, seed=seed, numbers=numbers, num_chunks=num_chunks, text_dropout=dropout
+            )
+        return make_batch(
+            self.clips.codec, self.memory, seed=seed, size=size, num_chunks=num_chunks, text_dropout=dropout,
+            pacing=pacing, long_trips=long_trips,
+        )  # fmt: skip
 
 
 def open_batches(
