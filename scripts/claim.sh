@@ -12,6 +12,7 @@
 # Stop it at any time; the same command goes on. SEEDS=1 ARMS=ours does a part. Then measure, with the sliding windows as they are:
 #   context-forcing evaluate --student runs/claim/ours-0/student.safetensors --policies clean,novel \
 #       --compare runs/claim/memoryless-0/student.safetensors --compare runs/claim/longlive-0/student.safetensors=none ...
+# Recall must come from the teacher: true clips and true camera moves would teach it to every student.
 set -euo pipefail
 student=$1 teacher=$2 folder=${3:-runs/claim}
 shift $(($# < 3 ? $# : 3))
@@ -25,6 +26,6 @@ for seed in ${SEEDS:-0 1 2}; do
         out=$folder/$arm-$seed
         compgen -G "$out/checkpoints/step-????????" >/dev/null && resume=(--resume) || resume=()
         ${CONTEXT_FORCING:-context-forcing} train contextual --config demo student="$student" teacher="$teacher" \
-            seed="$seed" data_seed="$((seed + 1))" out="$out" ${settings[@]+"${settings[@]}"} "$@" ${resume[@]+"${resume[@]}"}
+            anchor.weight=0 recall_weight=1 normaliser=all seed="$seed" data_seed="$((seed + 1))" out="$out" ${settings[@]+"${settings[@]}"} "$@" ${resume[@]+"${resume[@]}"}
     done
 done

@@ -26,8 +26,8 @@ MAY_CHANGE = (
     "out",
 )
 """Settings that a resumed run may change."""
-MAY_CHANGE_IN_PARTS = ("lr", "clip", "spike")
-"""The same of optimisers."""
+MAY_CHANGE_IN_PARTS = ("lr", "clip", "spike", "clips_per_pass")
+"""The same of optimisers and of the anchor."""
 NUM_KEPT = 2
 """Number of checkpoints on disk."""
 
@@ -98,7 +98,10 @@ class Checkpoints:
     def _check_config(self, before: dict[str, Any], path: Path) -> None:
         # Settings that are newer than the checkpoint had their default values.
         fields = dataclasses.fields(self.stage.config)
-        before = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING} | before
+        defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+        parts = {f.name: f.default_factory() for f in fields if f.default_factory is not dataclasses.MISSING}
+        as_json = {name: dataclasses.asdict(part) for name, part in parts.items() if dataclasses.is_dataclass(part)}
+        before = defaults | json.loads(json.dumps(as_json)) | before
         for name, value in self.config.items():
             if name not in MAY_CHANGE and _fixed(before.get(name)) != _fixed(value):
                 raise ValueError(

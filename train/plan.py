@@ -204,13 +204,17 @@ def _distill_flop(config: DistillConfig, samples: int, context: float, target: i
     chunk = _chunk_flop(config, sizes)
     rollout = (context + target) * (len(config.denoising_steps) + 1) * chunk
     score = _score_flop(config, PRESETS[config.scored_by], target, config.score_chunks or target)
-    return {
-        "critic: rollouts": samples * rollout,
+    flop = {
+        "critic: rollouts": (samples - config.share_rollouts * share) * rollout,
         "critic: forward and backward": samples * passes * score,
         "student, its share: rollouts": share * rollout,
         "student, its share: scores": share * score * (2 + bool(config.guidance)),
         "student, its share: backward": share * (passes - 1) * target * chunk,
     }
+    if config.anchor.weight:
+        clips = share * config.anchor.batch / config.batch
+        flop["student, its share: anchor"] = clips * config.anchor.chunks * passes * 2 * chunk  # clean and noisy
+    return flop
 
 
 def _passes(config: NetworkConfig) -> int:

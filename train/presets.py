@@ -9,6 +9,7 @@ from ..model.settings import parse_overrides, read_settings, with_settings
 from .config import ExportConfig, LoopConfig, OptimConfig
 from .parallel import start_parallel
 from .stage import Stage
+from .stages.anchor import AnchorConfig
 from .stages.codec import VaeConfig, VaeStage
 from .stages.distill import DistillConfig, DistillStage
 from .stages.pretrain import PretrainConfig, PretrainStage
@@ -32,7 +33,9 @@ SMOKE: Settings = DEMO | dict(steps=4, batch=2, checkpoint_every=2, sample_every
 NO_CONTEXT: Settings = dict(context_from=0, context_to=0, local_every=0)
 DEMO_DISTILL: Settings = DEMO | dict(
     guidance=0.0, score_chunks=1, critic_per_student=2, sample_chunks=24, teacher="runs/teacher/teacher.safetensors",
-    critic_optim=OptimConfig(lr=4e-4, betas=(0.0, 0.95), clip=1.0),
+    critic_optim=OptimConfig(lr=4e-4, betas=(0.0, 0.95), clip=1.0), first_exit_share=0.5, long_trips=0.4,
+    recall_weight=3.0, normaliser="fast", share_rollouts=True,
+    anchor=AnchorConfig(weight=2.0, recall_weight=10.0, long_trips=0.4),
 )  # fmt: skip
 SMOKE_DISTILL: Settings = SMOKE | dict(target_from=1, target_chunks=2, critic_per_student=2, sample_chunks=2)
 WAN_TEACHER = "wan2.1_t2v_1.3B.safetensors"
@@ -83,8 +86,9 @@ CONFIGS: dict[str, dict[str, StageConfig]] = {
         # A lower learning rate than in `local`: with a higher one the student stops recalling from memory.
         "demo": DistillConfig(
             **DEMO_DISTILL, student="runs/local/student.safetensors", target_from=4, target_chunks=4, context_from=3,
-            context_to=16, context_ramp=20, steps=80, decay=0.5,
-            student_optim=OptimConfig(lr=4e-5, betas=(0.0, 0.95), clip=1.0, ema=0.97),
+            context_to=24, context_ramp=20, steps=80, decay=0.5,
+            # 40 updates of the student: an average from the first on would be 30 % start weights.
+            student_optim=OptimConfig(lr=4e-5, betas=(0.0, 0.95), clip=1.0, ema=0.9, ema_from=10),
         ),
         "smoke": DistillConfig(
             **SMOKE_DISTILL, context_from=1, context_to=3, context_ramp=2, local_every=2, out="runs/smoke-contextual"

@@ -23,6 +23,12 @@ from context_forcing.train.stages.teacher import TeacherStage
 
 from .helpers import ALONE, FILES, metrics_of, same_tensors
 
+RECALL = [
+    "anchor.weight=0.25", "anchor.chunks=3", "anchor.batch=1", "recall_weight=3", "normaliser=fast",
+    "first_exit_share=0.5", "long_trips=0.5",
+]  # fmt: skip
+"""Settings that keep recall through distillation."""
+
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("stop_at", [2, 3])
@@ -32,7 +38,7 @@ def test_a_killed_stage_resumes_to_the_same_network(tiny, tmp_path, monkeypatch,
     if name == "teacher":
         settings += ["recycling.learn_clean_share=1.0", "recycling.share=1.0", "optim.ema_from=1", "plain_share=0.3"]
     elif name in ("local", "contextual"):
-        settings += ["student_optim.ema_from=1", "critic_optim.spike=1.05"]
+        settings += ["student_optim.ema_from=1", "critic_optim.spike=1.05", *RECALL]
     run = lambda folder, resume: run_stage(name, "smoke", [*settings, f"out={tmp_path / folder}"], resume)
     whole = run("whole", False)
     cls = {"vae": VaeStage, "pretrain": PretrainStage, "teacher": TeacherStage}.get(name, DistillStage)

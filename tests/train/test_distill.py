@@ -29,8 +29,8 @@ def test_scores_get_what_the_student_remembers(tiny, sees, together):
     rollout = stage.rollout(text, 4, 2, 1, 0, False)
     film = torch.cat(rollout.memory.latent_chunks, dim=2)
     pieces = list(rollout.pieces(together or 2))
-    assert torch.equal(torch.cat([target for _, target in pieces], dim=2), rollout.target_BCTHW)
-    for chunk, (memory, target) in zip((4, 5) if together else (4,), pieces, strict=True):
+    assert torch.equal(torch.cat([piece.target_BCTHW for piece in pieces], dim=2), rollout.target_BCTHW)
+    for chunk, (memory, target, _) in zip((4, 5) if together else (4,), pieces, strict=True):
         assert memory.num_frames == 3 * chunk and len(memory.slots.all) >= 6
         context, context_text, target_text = stage.score_inputs(memory, target, text)
         frames = {"memory": memory.slots.all, "recent": tuple(range(3 * chunk - 3, 3 * chunk)), "nothing": ()}[sees]
@@ -45,7 +45,7 @@ def test_the_loss_of_a_target_scored_by_chunk_is_the_mean_of_its_chunks(tiny, fi
     rollout = stage.rollout(text, 2, 2, 1, 0, False)
     for name, score in (("student", stage.student_loss), ("critic", stage.critic_loss)):
         generator = seeded_generator(7)
-        losses = [score(*piece, text, generator)[0] for piece in rollout.pieces(1)]
+        losses = [score(piece, text, generator)[0] for piece in rollout.pieces(1)]
         loss, _ = stage.loss(name, rollout, text, seeded_generator(7))
         torch.testing.assert_close(loss, sum(losses) / 2)
     with pytest.raises(ValueError, match="score_chunks"):

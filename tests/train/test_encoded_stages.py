@@ -38,6 +38,14 @@ def test_stages_train_on_encoded_sets(tiny, tmp_path, encoded, name, data):
     assert not (tmp_path / "samples").exists()
 
 
+def test_the_anchor_needs_clips(tiny, tmp_path, encoded):
+    settings = ["steps=2", "sample_every=9", "anchor.weight=0.5", "anchor.chunks=4", "anchor.batch=1"]
+    run_stage("contextual", "smoke", [*settings, f"data={encoded / 'clips'}", f"out={tmp_path}"], False)
+    assert metrics_of(tmp_path)[1]["student_anchor"] > 0
+    with pytest.raises(ValueError, match="holds prompts only"):
+        run_stage("contextual", "smoke", [*settings, f"data={encoded / 'prompts'}", f"out={tmp_path / 'other'}"], False)
+
+
 @pytest.mark.parametrize(
     "data, overrides, message",
     [

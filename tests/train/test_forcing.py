@@ -9,8 +9,8 @@ from context_forcing.memory import MemoryConfig, empty_memory
 from context_forcing.model.causal import causal_forward, embed_text
 from context_forcing.model.sampler import CausalSampler
 from context_forcing.train.stages import forcing
+from context_forcing.train.stages.forced_loss import teacher_forced_flow
 from context_forcing.train.stages.forcing import CLEAN, TeacherForcing, interleave, noisy_part
-from context_forcing.train.stages.pretrain import teacher_forced_flow
 
 from .helpers import network_of, random
 
@@ -82,7 +82,6 @@ def test_a_teacher_forced_pass_is_the_samplers(net, clips, settings, ways):
         clean,
         noisy,
         sigma,
-        CHUNK,
     )
     assert relative(flow[:1], noisy_a) < 1e-5 and relative(flow[1:], noisy_b) < 1e-5
 
@@ -110,7 +109,6 @@ def test_what_a_chunk_must_not_see_does_not_change_it(make_net, clips, ways):
         clean,
         noisy,
         sigma,
-        CHUNK,
     )[0, :, last]
     before = flow(clean, noisy)
     for frame in range(NUM_CHUNKS * CHUNK):
@@ -137,7 +135,6 @@ def test_the_future_changes_nothing_at_any_depth(net, clips, ways):
         clean,
         noisy,
         sigma,
-        CHUNK,
     )[:, :, : 4 * CHUNK]
     before = flow(clean, noisy)
     clean, noisy = clean.clone(), noisy.clone()

@@ -13,7 +13,7 @@ from context_forcing.train.data.clips import random_clip
 from context_forcing.train.data.layouts import memory_layout
 from context_forcing.train.optim import build_optimizers
 from context_forcing.train.presets import load_config
-from context_forcing.train.stages.pretrain import LossNoise, column_weights, training_loss
+from context_forcing.train.stages.forced_loss import LossNoise, column_weights, training_loss
 
 from .helpers import network_of
 
@@ -56,7 +56,7 @@ def test_steps_lower_the_loss():
     net = WanModel(WanConfig(dim=32, ffn_dim=64, num_heads=1, num_layers=1))
     net.reset_parameters(torch.Generator().manual_seed(0))
     batch = make_batch(load_demo_codec(), config.memory, seed=(1, 1), size=1, num_chunks=3, text_dropout=0.0)
-    noise = LossNoise.draw(config, batch, torch.Generator().manual_seed(0))
+    noise = LossNoise.draw(config, batch, torch.full(batch.slots.shape[:2], 0.7), torch.Generator().manual_seed(0))
     optimizers, losses = build_optimizers(net, config.optim), []
     for _ in range(12):
         loss = training_loss(network_of(net), config, batch, noise) / column_weights(config, batch).sum()

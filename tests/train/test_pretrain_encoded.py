@@ -11,14 +11,15 @@ from context_forcing.model.checkpoints.student import StudentSource
 from context_forcing.model.codecs.demo_vae import load_demo_codec
 from context_forcing.train import run_stage
 from context_forcing.train.config import OptimConfig
-from context_forcing.train.data.batches import Batch, ShownBy, columns_shown_by, encoded_batch
-from context_forcing.train.data.clips import Clip, random_clip, to_latents, to_text
+from context_forcing.train.data.batches import Batch, encoded_batch
+from context_forcing.train.data.clips import Clip, ShownBy, columns_shown_by, random_clip, to_latents, to_text
 from context_forcing.train.data.encode import EncodeSettings, load_encoder
 from context_forcing.train.data.layouts import Views, memory_layout
 from context_forcing.train.data.shards import EncodedSet, Header, ShardWriter
 from context_forcing.train.plan import plan
 from context_forcing.train.presets import load_config
-from context_forcing.train.stages.pretrain import LossNoise, PretrainStage, column_weights, training_loss
+from context_forcing.train.stages.forced_loss import LossNoise, column_weights, training_loss
+from context_forcing.train.stages.pretrain import PretrainStage
 from context_forcing.train.world.scene import Scene
 from context_forcing.train.world.scripts import random_styles
 
@@ -76,7 +77,7 @@ def from_set(folder, **settings) -> tuple[Batch, list[int]]:
 def drawn(clips, slots) -> Batch:
     """The batch of clips drawn on the fly, with their true columns."""
     text = to_text([caption for clip in clips for caption in clip.captions]).unflatten(0, (len(clips), NUM_CHUNKS))
-    shown_by = [columns_shown_by(clip, slots[b].numpy(), MEMORY.fast - 3) for b, clip in enumerate(clips)]
+    shown_by = [columns_shown_by(clip, slots[b].tolist(), MEMORY.fast - 3) for b, clip in enumerate(clips)]
     return Batch(to_latents(load_demo_codec(), clips), text, slots, torch.from_numpy(np.stack(shown_by)))
 
 
@@ -107,7 +108,7 @@ def test_the_loss_is_that_of_clips_drawn_on_the_fly_where_columns_weigh_the_same
     network = network_of(make_net(dim=32, ffn_dim=64, num_heads=1, num_layers=2, text_dim=4096, text_len=512))
 
     def loss(batch, config=config):
-        noise = LossNoise.draw(config, batch, torch.Generator().manual_seed(0))
+        noise = LossNoise.draw(config, batch, torch.full(batch.slots.shape[:2], 0.7), torch.Generator().manual_seed(0))
         return (training_loss(network, config, batch, noise) / column_weights(config, batch).sum()).item()
 
     assert loss(batch) == pytest.approx(loss(fly), rel=1e-3)

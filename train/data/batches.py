@@ -4,7 +4,6 @@ Shapes: B batch, C latent channels, T latent frames, H W latent rows and columns
 M remembered frames.
 """
 
-import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,38 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 from ...memory.config import MemoryConfig
 from ...model.codecs.demo_vae import DemoCodec
 from ..config import NetworkConfig
-from ..world.geometry import VIEW_COLUMNS
-from .clips import Clip, DemoClips, open_clips, random_clip, to_latents, to_text
+from .clips import DemoClips, ShownBy, columns_shown_by, open_clips, random_clip, to_latents, to_text
 from .layouts import Views, memory_layout
 from .shards import EncodedSet
-
-
-class ShownBy(enum.IntEnum):
-    """The remembered frames that show a column of a frame."""
-
-    FAST = 0
-    """A fast frame."""
-    MEMORY = 1
-    """Sink or slow frames only."""
-    NOTHING = 2
-    UNKNOWN = 3
-    """Nobody knows: the clip is not of the demo world."""
-
-
-def columns_shown_by(clip: Clip, slots: np.ndarray, num_fast: int) -> np.ndarray:
-    """`ShownBy` of each column of each frame, int [T, VIEW_COLUMNS].
-
-    `slots` [chunks, M] are the remembered frames, -1 for none; the `num_fast` frames before a chunk are fast.
-    """
-    columns = clip.headings[:, None] + np.arange(VIEW_COLUMNS)
-    shown_by = np.full(columns.shape, ShownBy.NOTHING)
-    for c, remembered in enumerate(slots):
-        frames = slice(c * clip.chunk, (c + 1) * clip.chunk)
-        remembered = remembered[remembered >= 0]
-        fast = remembered[remembered >= c * clip.chunk - num_fast]
-        shown_by[frames][np.isin(columns[frames], columns[remembered])] = ShownBy.MEMORY
-        shown_by[frames][np.isin(columns[frames], columns[fast])] = ShownBy.FAST
-    return shown_by
 
 
 @dataclass(frozen=True)
@@ -62,6 +32,11 @@ class Batch:
     """[B, chunks, M]: remembered frames by position, then -1."""
     shown_by: Tensor
     """[B, T, columns]: `ShownBy` of each column. A frame has VIEW_COLUMNS, or one if nothing is known of them."""
+
+    @property
+    def chunk(self) -> int:
+        """Latent frames of a chunk."""
+        return self.latents.shape[2] // self.slots.shape[1]
 
 
 def make_batch(
@@ -81,7 +56,8 @@ def make_batch(
     slots = _slots(rng, [clip.views for clip in clips], config)
     dropped = [rng.random() < text_dropout for _ in clips]
     captions = ["" if drop else text for clip, drop in zip(clips, dropped) for text in clip.captions]
-    shown_by = [columns_shown_by(clip, slots[b].numpy(), config.fast - config.chunk) for b, clip in enumerate(clips)]
+    num_fast = config.fast - config.chunk
+    shown_by = [columns_shown_by(clip, of_clip.tolist(), num_fast) for clip, of_clip in zip(clips, slots)]
     text = to_text(captions).unflatten(0, (size, num_chunks))
     return Batch(to_latents(codec, clips), text, slots, torch.from_numpy(np.stack(shown_by)))
 

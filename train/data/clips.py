@@ -3,6 +3,8 @@
 Shapes: B batch, T latent frames, C latent channels, H W latent rows and columns, L text tokens.
 """
 
+import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +16,10 @@ from ...model.codecs.demo_text import TEXT_DIM, canonical_words, concept_embeddi
 from ...model.codecs.demo_vae import DemoCodec, load_demo_codec
 from ..config import NetworkConfig
 from ..world.camera import headings, render_latent_frames
-from ..world.geometry import CHUNK, RING_COLUMNS
+from ..world.geometry import CHUNK, RING_COLUMNS, VIEW_COLUMNS
 from ..world.prompts import Style, caption
 from ..world.scene import Scene
-from ..world.scripts import long_trip_script, pacing_script, random_script, random_styles
+from ..world.scripts import LONG_TRIP_CHUNKS, long_trip_script, pacing_script, random_script, random_styles
 from .layouts import Views
 from .shards import EncodedSet
 
@@ -54,16 +56,46 @@ class Clip:
         return render_latent_frames(self.scene, self.styles, self.moves, self.chunk, self.start)
 
 
+class ShownBy(enum.IntEnum):
+    """The remembered frames that show a column of a frame."""
+
+    FAST = 0
+    """A fast frame."""
+    MEMORY = 1
+    """Sink or slow frames only."""
+    NOTHING = 2
+    UNKNOWN = 3
+    """Nobody knows: the clip is not of the demo world."""
+
+
+def columns_shown_by(clip: Clip, slots: Sequence[Sequence[int]], num_fast: int, first_chunk: int = 0) -> np.ndarray:
+    """`ShownBy` of each column of each frame of successive chunks, int [T, VIEW_COLUMNS].
+
+    `slots` are the frames that each chunk remembers, from `first_chunk` on, -1 for none; the `num_fast` frames before a
+    chunk are fast.
+    """
+    columns = clip.headings[:, None] + np.arange(VIEW_COLUMNS)
+    shown_by = np.full(columns.shape, ShownBy.NOTHING)
+    for c, frames_of_chunk in enumerate(slots, first_chunk):
+        frames = slice(c * clip.chunk, (c + 1) * clip.chunk)
+        remembered = np.array([frame for frame in frames_of_chunk if frame >= 0], dtype=int)
+        fast = remembered[remembered >= c * clip.chunk - num_fast]
+        shown_by[frames][np.isin(columns[frames], columns[remembered])] = ShownBy.MEMORY
+        shown_by[frames][np.isin(columns[frames], columns[fast])] = ShownBy.FAST
+    return shown_by[first_chunk * clip.chunk : (first_chunk + len(slots)) * clip.chunk]
+
+
 def random_clip(rng: np.random.Generator, num_chunks: int, chunk: int, pacing: float, long_trips: float = 0.0) -> Clip:
     """A clip whose camera leaves places and returns.
 
-    In a share `long_trips` of the clips it goes straight out and back; in a share `pacing` of the others it moves back
-    and forth over a few views.
+    In a share `long_trips` of the clips that are long enough it goes straight out and back; in a share `pacing` of the
+    others it moves back and forth over a few views.
 
     The first view is at a random place of the ring. Rotary positions are relative, so the columns of a fixed first view
     could not be told apart.
     """
-    script = long_trip_script if long_trips and rng.random() < long_trips else None
+    long = num_chunks >= LONG_TRIP_CHUNKS and long_trips and rng.random() < long_trips
+    script = long_trip_script if long else None
     script = script or (pacing_script if rng.random() < pacing else random_script)
     return Clip(
         scene=Scene.sample(rng),
@@ -96,14 +128,26 @@ class DemoPrompts:
 
     seed: int
     pacing: float = 0.3
+    """Share of camera moves that go back and forth."""
+    long_trips: float = 0.0
+    """Share of camera moves that go straight out by up to 30 columns and back."""
 
-    def captions(self, number: int, num_chunks: int) -> list[str]:
-        """One caption per chunk."""
-        return random_clip(np.random.default_rng((self.seed, 3, number)), num_chunks, CHUNK, self.pacing).captions
+    def clip(self, number: int, num_chunks: int) -> Clip:
+        """The camera move that the captions describe."""
+        rng = np.random.default_rng((self.seed, 3, number))
+        return random_clip(rng, num_chunks, CHUNK, self.pacing, self.long_trips)
 
     def text(self, number: int, num_chunks: int) -> Tensor:
         """Text embeddings [chunks, L, 4096]."""
-        return to_text(self.captions(number, num_chunks))
+        return to_text(self.clip(number, num_chunks).captions)
+
+    def shown_by(self, number: int, num_chunks: int, slots: Sequence[Sequence[int]], num_fast: int) -> Tensor:
+        """`ShownBy` of each column of the last chunks of a video that follows the captions, [1, T, VIEW_COLUMNS].
+
+        `slots` are the frames that each of these chunks remembers (columns_shown_by).
+        """
+        first = num_chunks - len(slots)
+        return torch.from_numpy(columns_shown_by(self.clip(number, num_chunks), slots, num_fast, first))[None]
 
     @property
     def empty(self) -> Tensor:
@@ -142,9 +186,9 @@ def open_clips(config: NetworkConfig, num_chunks: int) -> DemoClips | EncodedSet
     return _open_set(config, num_chunks * chunk)
 
 
-def open_prompts(config: NetworkConfig) -> DemoPrompts | EncodedSet:
-    """The prompts of a stage's rollouts."""
-    return DemoPrompts(seed=config.data_seed) if config.data == "demo" else _open_set(config, None)
+def open_prompts(config: NetworkConfig, **moves: float) -> DemoPrompts | EncodedSet:
+    """The prompts of a stage's rollouts. `moves` are shares of camera moves in the demo world (DemoPrompts)."""
+    return DemoPrompts(seed=config.data_seed, **moves) if config.data == "demo" else _open_set(config, None)
 
 
 def _open_set(config: NetworkConfig, num_frames: int | None) -> EncodedSet:

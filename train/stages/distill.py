@@ -4,7 +4,8 @@ The student generates a context, then a target with gradients. The frozen teache
 the noised target given the same remembered frames. The difference is the direction of the student's update.
 """
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass, field, fields
 
 import torch
 from PIL import Image
@@ -20,11 +21,12 @@ from ...model.network import Network
 from ...model.sampler import seeded_generator, seeded_noise
 from ...video.frames import film_strip
 from ..config import NetworkConfig, OptimConfig, check_choice, check_range
-from ..data.clips import open_prompts
+from ..data.clips import DemoPrompts, ShownBy, open_prompts
 from ..parallel import ParallelState
 from ..stage import Stage
+from .anchor import Anchor, AnchorConfig
 from .score import flow_given_context
-from .student import Rollout, Student
+from .student import Piece, Rollout, Student
 
 MIN_SIGMA, MAX_SIGMA = 0.02, 0.98
 """Range of noise levels of a scored target."""
@@ -33,6 +35,9 @@ Loss = tuple[Tensor, dict[str, float]]
 
 
 TEACHER_SEES = ("memory", "recent", "nothing")
+NORMALISERS = ("all", "fast")
+DEMO_ONLY = ("recall_weight", "normaliser", "pacing", "long_trips")
+"""Settings that need true camera moves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +72,26 @@ class DistillConfig(NetworkConfig):
     """Number of iterations in which the longest context grows."""
     local_every: int = 5
     """One in this many rounds of critic and student updates has no context; 0 for none."""
+    first_exit_share: float = 0.0
+    """Share of rollouts whose exit step is the first, which decides what the picture shows; the others are equally
+    likely. 0 makes all steps equally likely."""
     critic_per_student: int = 5
+    share_rollouts: bool = False
+    """In an iteration of the student, the critic learns from the student's rollouts and gets none of its own. The
+    student's scores come before that, so the critic has not seen what it scores."""
     guidance: float = 3.0
     """w of teacher + w (teacher - teacher without text); 0 is no guidance."""
+    recall_weight: float = 1.0
+    """Demo world: factor of the student's gradient in columns that only sink or slow frames show."""
+    normaliser: str = "all"
+    """Columns whose mean |x - teacher| divides the student's gradient. `all`; or `fast`, those that fast frames show
+    (demo world), so that a column that is not as remembered does not make its own gradient smaller."""
+    pacing: float = 0.3
+    """Demo world: share of prompts whose camera moves back and forth."""
+    long_trips: float = 0.0
+    """Demo world: share of prompts whose camera goes straight out by up to 30 columns and back."""
+    anchor: AnchorConfig = field(default_factory=AnchorConfig)
+    """The loss of pretraining beside that of the scores (demo world)."""
     student_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-6, ema=0.99, ema_from=20))
     critic_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-7))
     sample_chunks: int = 28
@@ -90,6 +112,19 @@ class DistillConfig(NetworkConfig):
         check_range(self, "score_chunks", least=0, most=self.target_chunks)
         check_range(self, "target_from", most=self.target_chunks)
         check_range(self, "context_from", least=0, most=self.context_to)
+        check_range(self, "first_exit_share", "pacing", "long_trips", least=0, most=1)
+        check_range(self, "recall_weight", above=0)
+        check_choice(self, "normaliser", NORMALISERS)
+        if self.data != "demo":
+            self._check_not_demo()
+
+    def _check_not_demo(self) -> None:
+        defaults = {f.name: f.default for f in fields(self) if f.name in DEMO_ONLY}
+        changed = {name: getattr(self, name) for name in DEMO_ONLY if getattr(self, name) != defaults[name]}
+        for name, value in changed.items():
+            raise ValueError(
+                f"{name}: {value} needs the true camera moves of data=demo; with {self.data} give {defaults[name]}"
+            )
 
     @property
     def scored_by(self) -> str:
@@ -117,44 +152,57 @@ class DistillStage(Stage):
         self.student = self.load_network(config.student, "student", config.student_optim)
         self.critic = self.load_network(config.teacher, "critic", config.critic_optim, config.scored_by)
         self.teacher = self.load_network(config.teacher, preset=config.scored_by)
-        self.prompts = open_prompts(config)
+        self.prompts = open_prompts(config, pacing=config.pacing, long_trips=config.long_trips)
         self.sigmas = warped_sigmas(config.denoising_steps, config.shift)
+        self.anchor = Anchor(config, config.anchor, self.sigmas, parallel) if config.anchor.weight else None
         # Only the demo world has sample images: no other VAE is loaded.
         self.codec = load_demo_codec(config.codec_path) if config.data == "demo" else None
 
     def step(self, step: int) -> dict[str, float]:
         """One update of the critic, and in one of `critic_per_student` iterations one of the student."""
-        metrics = self._update(step, "critic")
-        if (step + 1) % self.config.critic_per_student == 0:
-            student = self._update(step, "student")
-            metrics["tokens"] += student.pop("tokens")
-            metrics |= {f"student_{name}": value for name, value in student.items() if name != "rollout"}
-        return metrics
+        if (step + 1) % self.config.critic_per_student:
+            return self._update(step, "critic")
+        if self.config.share_rollouts:
+            return self._update(step, "student", "critic")
+        critic, student = self._update(step, "critic"), self._update(step, "student")
+        return {**student, **critic, "tokens": critic["tokens"] + student["tokens"]}
 
-    def _update(self, step: int, name: str) -> dict[str, float]:
-        config, samples, is_student = self.config, self.parallel.samples(self.config.batch), name == "student"
+    def _update(self, step: int, *names: str) -> dict[str, float]:
+        """One update of each named network, all with the same rollouts. All losses precede all updates."""
+        config, samples, is_student = self.config, self.parallel.samples(self.config.batch), "student" in names
         context_chunks, target_chunks, exit_step = self.draw_lengths(step, is_student)
-        means: dict[str, float] = {}
+        means: dict[str, dict[str, float]] = {name: {} for name in names}
         for number in samples:
             sample = (2 * step + is_student) * config.batch + number
             text = self.prompts.text(sample, context_chunks + target_chunks).to(self.parallel.device)
             rollout = self.rollout(text, context_chunks, target_chunks, exit_step, sample, is_student)
-            generator = seeded_generator(config.seed, 0, step, number, is_student)
-            loss, metrics = self.loss(name, rollout, text, generator)
-            self.gathered.only(self.trained[name].net)
-            (loss / len(samples)).backward()
-            metrics = {"loss": loss.item(), "promoted": promotion_rate(rollout.memory), **metrics}
-            means = {key: means.get(key, 0.0) + value / len(samples) for key, value in metrics.items()}
-        means = {key: self.parallel.mean(value) for key, value in means.items()}
-        update = self.trained[name].update(means["loss"], self.lr_factor(step))
+            rollout = self.with_shown_by(rollout, sample)
+            for name, mean in means.items():
+                generator = seeded_generator(config.seed, 0, step, number, name == "student")
+                loss, metrics = self.loss(name, rollout, text, generator)
+                self.gathered.only(self.trained[name].net)
+                (loss / len(samples)).backward()
+                metrics = {"loss": loss.item(), "promoted": promotion_rate(rollout.memory), **metrics}
+                mean.update({key: mean.get(key, 0.0) + value / len(samples) for key, value in metrics.items()})
+        metrics = {}
+        for name, mean in means.items():
+            mean = {key: self.parallel.mean(value) for key, value in mean.items()}
+            if name == "student" and self.anchor:
+                mean["anchor"] = self.anchor.add_gradients(self.student, step)
+            mean |= self.trained[name].update(mean["loss"], self.lr_factor(step))
+            metrics |= {f"student_{key}" if name == "student" else key: value for key, value in mean.items()}
         frames = (context_chunks + target_chunks) * config.memory.chunk
-        return {**means, **update, "rollout": frames, "tokens": config.batch * frames * config.frame_tokens}
+        return {**metrics, "rollout": frames, "tokens": config.batch * frames * config.frame_tokens}
 
     def draw_lengths(self, step: int, is_student: bool) -> tuple[int, int, int]:
         """Chunks of context, chunks of target and exit step: a function of the step, the same on every rank."""
         config, generator = self.config, seeded_generator(self.config.seed, 1, step, is_student)
         pick = lambda low, high: int(torch.randint(low, high + 1, (), generator=generator))
-        exit_step = pick(0, len(self.sigmas) - 1)
+        last, share = len(self.sigmas) - 1, config.first_exit_share
+        if share and last:
+            exit_step = 0 if torch.rand((), generator=generator) < share else pick(1, last)
+        else:
+            exit_step = pick(0, last)
         target = pick(config.target_from, config.target_chunks)
         longest = config.longest_context(step)
         return pick(min(1, longest), longest), target, exit_step
@@ -170,6 +218,16 @@ class DistillStage(Stage):
         context = student.rollout(memory, context_chunks, self.sigmas, noise)
         return student.target(context, target_chunks, exit_step, self.sigmas, noise, has_grad)
 
+    def with_shown_by(self, rollout: Rollout, sample: int) -> Rollout:
+        """The rollout with `shown_by` of the target where a setting needs it."""
+        config = self.config
+        if (config.recall_weight == 1 and config.normaliser == "all") or not isinstance(self.prompts, DemoPrompts):
+            return rollout
+        slots, num_chunks = [memory.slots.all for memory in rollout.contexts], len(rollout.memory.latent_chunks)
+        num_fast = config.memory.fast - config.memory.chunk
+        shown_by = self.prompts.shown_by(sample, num_chunks, slots, num_fast).to(self.parallel.device)
+        return dataclasses.replace(rollout, shown_by=shown_by)
+
     def noised_target(self, target: Tensor, generator: torch.Generator) -> tuple[float, Tensor, Tensor]:
         """A random noise level, the noise, and the target with that noise."""
         sigma = float(shift_sigma(torch.rand((), generator=generator), self.config.shift))
@@ -181,9 +239,9 @@ class DistillStage(Stage):
         """The loss of a network: the mean over the pieces of the target that are scored together."""
         loss_of = self.student_loss if name == "student" else self.critic_loss
         losses, means, num_frames = [], {}, rollout.target_BCTHW.shape[2]
-        for context, target in rollout.pieces(self.config.score_chunks or self.config.target_chunks):
-            share = target.shape[2] / num_frames
-            loss, metrics = loss_of(context, target, text, generator)
+        for piece in rollout.pieces(self.config.score_chunks or self.config.target_chunks):
+            share = piece.target_BCTHW.shape[2] / num_frames
+            loss, metrics = loss_of(piece, text, generator)
             losses.append(share * loss)
             means = {key: means.get(key, 0.0) + share * value for key, value in metrics.items()}
         return sum(losses[1:], start=losses[0]), means
@@ -198,8 +256,12 @@ class DistillStage(Stage):
         first = len(memory.latent_chunks)
         return context, text[[frame // chunk for frame in frames]], text[first : first + target.shape[2] // chunk]
 
-    def student_loss(self, memory: Memory, target: Tensor, text: Tensor, generator: torch.Generator) -> Loss:
-        """0.5 mean (x - stopgrad(x - g))^2 with g = (critic - teacher) / mean |x - teacher|, x the target."""
+    def student_loss(self, piece: Piece, text: Tensor, generator: torch.Generator) -> Loss:
+        """0.5 mean (x - stopgrad(x - g))^2 with g = (critic - teacher) / mean |x - teacher|, x the target.
+
+        `recall_weight` and `normaliser` change g.
+        """
+        memory, target, shown_by = piece
         with torch.no_grad():
             context, context_text, target_text = self.score_inputs(memory, target, text)
             sigma, _, x = self.noised_target(target.detach(), generator)
@@ -209,13 +271,25 @@ class DistillStage(Stage):
                 empty = self.prompts.empty.to(text)
                 unguided = x0_given_context(self.teacher, context, empty, x, sigma, empty)
                 real = real + self.config.guidance * (real - unguided)
-            gradient = ((fake - real) / (target - real).abs().mean()).nan_to_num()
+            difference = (target - real).abs()
+            gradient = ((fake - real) / self.normaliser(difference, shown_by)).nan_to_num()
+            if shown_by is not None and self.config.recall_weight != 1:
+                weights = torch.where(shown_by == ShownBy.MEMORY, self.config.recall_weight, 1.0)
+                gradient = gradient * per_latent(weights, gradient)
         loss = 0.5 * (target - (target - gradient).detach()).double().square().mean()
         return loss, {"dmd_gradient": gradient.abs().mean().item()}
 
-    def critic_loss(self, memory: Memory, target: Tensor, text: Tensor, generator: torch.Generator) -> Loss:
+    def normaliser(self, difference: Tensor, shown_by: Tensor | None) -> Tensor:
+        """Mean of |x - teacher| [1, C, T, H, W] over the columns that `normaliser` names."""
+        if shown_by is not None and self.config.normaliser == "fast":
+            columns = per_latent((shown_by == ShownBy.FAST).to(difference), difference)
+            if columns.any():  # not in the first chunk of a video
+                return (difference * columns).sum() / columns.expand_as(difference).sum()
+        return difference.mean()
+
+    def critic_loss(self, piece: Piece, text: Tensor, generator: torch.Generator) -> Loss:
         """Squared error of the critic's flow on the noised target."""
-        target = target.detach()
+        memory, target = piece.memory, piece.target_BCTHW.detach()
         context, context_text, target_text = self.score_inputs(memory, target, text)
         sigma, noise, x = self.noised_target(target, generator)
         flow = flow_given_context(self.critic, context, context_text, x, sigma, target_text)
@@ -246,6 +320,11 @@ def x0_given_context(
 ) -> Tensor:
     """Predicted x0 of a target (flow_given_context)."""
     return x0_from_flow(x, flow_given_context(network, context, context_text, x, sigma, text), sigma)
+
+
+def per_latent(columns_BTN: Tensor, latents_BCTHW: Tensor) -> Tensor:
+    """Values of token columns as [B, 1, T, 1, W], for latents of that width."""
+    return columns_BTN.repeat_interleave(latents_BCTHW.shape[-1] // columns_BTN.shape[-1], dim=-1)[:, None, :, None]
 
 
 def promotion_rate(memory: Memory) -> float:

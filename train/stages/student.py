@@ -6,6 +6,7 @@ Memories never change, so the memory for the backward pass grows with the target
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,16 @@ from ...memory.memory import Memory
 from ...model.config import StudentCard
 from ...model.network import Network
 from ...model.sampler import CausalSampler, Noise, SamplerOptions, make_sampler
+
+
+class Piece(NamedTuple):
+    """Chunks of a target that are scored together."""
+
+    memory: Memory
+    """The memory before them."""
+    target_BCTHW: Tensor
+    shown_by: Tensor | None
+    """As in Rollout."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +37,15 @@ class Rollout:
     """x0 of the target at the exit step."""
     memory: Memory
     """The memory after the target."""
+    shown_by: Tensor | None = None
+    """`ShownBy` of each column of the target, [1, T, columns], where the true camera move is known."""
 
-    def pieces(self, num_chunks: int) -> Iterator[tuple[Memory, Tensor]]:
+    def pieces(self, num_chunks: int) -> Iterator[Piece]:
         """The target in pieces of `num_chunks` chunks, each with the memory before it."""
         frames = num_chunks * self.memory.config.chunk
-        yield from zip(self.contexts[::num_chunks], self.target_BCTHW.split(frames, dim=2))
+        targets = self.target_BCTHW.split(frames, dim=2)
+        shown_by = [None] * len(targets) if self.shown_by is None else self.shown_by.split(frames, dim=1)
+        yield from map(Piece, self.contexts[::num_chunks], targets, shown_by)
 
 
 @dataclass(frozen=True)

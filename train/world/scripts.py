@@ -83,10 +83,14 @@ def random_script(rng: np.random.Generator, num_chunks: int) -> list[int]:
     return script[:num_chunks]
 
 
+LONG_TRIP_CHUNKS = 8
+"""Chunks of the shortest long trip, with the stay after it."""
+
+
 def long_trip_script(rng: np.random.Generator, num_chunks: int) -> list[int]:
     """One move per chunk for training: straight out by 3 to 10 chunks and straight back, with short stays between."""
     script: list[int] = []
-    while num_chunks - len(script) >= 8:
+    while num_chunks - len(script) >= LONG_TRIP_CHUNKS:
         room = num_chunks - len(script)
         before, out = int(rng.integers(0, 3)), int(rng.choice((-1, 1)))
         reach = int(rng.integers(3, min(10, (room - before) // 2) + 1))
