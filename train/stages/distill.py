@@ -91,7 +91,7 @@ class DistillConfig(NetworkConfig):
     long_trips: float = 0.0
     """Demo world: share of prompts whose camera goes straight out by up to 30 columns and back."""
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
-    """The loss of pretraining beside that of the scores (demo world)."""
+    """The loss of pretraining on true clips, beside that of the scores. It needs videos, not prompts only."""
     student_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-6, ema=0.99, ema_from=20))
     critic_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-7))
     sample_chunks: int = 28
