@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from .fields import checked_fields
 
-CLEAN_POLICIES = ("novel", "clean", "fifo", "uniform")
-"""Policies that decide once per frame, on keys of clean latents."""
+RECALL = "recall"
+CLEAN_POLICIES = ("novel", "clean", "fifo", "uniform", RECALL)
+"""Policies that decide once for all layers, on keys of clean latents or on the latents."""
 RELEASED = "released"
 POLICIES = (*CLEAN_POLICIES, RELEASED)
 EVICTIONS = ("oldest", "redundant")
@@ -33,7 +34,8 @@ class MemoryConfig:
     """Number of positions the student was trained with, at least sink + slow + fast."""
     policy: str = "novel"
     """Which frames are promoted from fast to slow. `clean`: those unlike the frame before them (the paper's rule);
-    `novel`: those unlike all remembered ones; `fifo`: all; `uniform`: every `uniform_stride`-th; `released`: the rule
+    `novel`: those unlike all remembered ones; `recall`: chosen anew from the whole film before every chunk
+    (recall.py); `fifo`: all; `uniform`: every `uniform_stride`-th; `released`: the rule
     of the released Context Forcing weights (layer_store.py)."""
     slow_similarity_threshold: float = 0.95
     """tau: a frame with a lower key similarity is new (policies clean, novel and released)."""

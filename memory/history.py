@@ -1,14 +1,16 @@
 """What became of every latent frame of a video."""
 
-from .memory import Memory, Segment
+from .config import RECALL
+from .memory import FORGETTING, Memory, Segment
 
 PARTS = ("sink", "slow", "fast")
-FORGETTING = ("flush", "cut", "cut_new_sink")
-"""Changes that forget frames (memory.CHANGES)."""
 
 
 def frame_status(memory: Memory) -> list[str]:
-    """One of `sink`, `slow`, `fast`, `was slow`, `not kept` (by the policy), `forgotten` (FORGETTING) per frame."""
+    """One of `sink`, `slow`, `fast`, `was slow`, `not kept` (by the policy), `forgotten` (FORGETTING) per frame.
+
+    Policy recall keeps the film: a frame `was slow` if any chunk recalled it, others are `not recalled`.
+    """
     # Layers decide on the first frame of a chunk only, and their slots are never flushed or cut.
     status = ["not kept" if memory.config.per_layer else "forgotten"] * memory.num_frames
     for decision in memory.decisions:
@@ -16,6 +18,10 @@ def frame_status(memory: Memory) -> list[str]:
             status[decision.frame] = "not kept"
         if decision.evicted is not None:
             status[decision.evicted] = "was slow"
+    if memory.config.policy == RECALL:
+        status[memory.first_recalled :] = ["not recalled"] * (memory.num_frames - memory.first_recalled)
+        for frame in (frame for recall in memory.recalls for frame in recall.slow if frame >= memory.first_recalled):
+            status[frame] = "was slow"
     for part in PARTS:
         for frame in getattr(memory.slots, part):
             status[frame] = part
@@ -51,6 +57,11 @@ def _sink_frames(memory: Memory) -> set[int]:
 
 
 def reach_frames(memory: Memory) -> int:
-    """Age of the oldest remembered frame outside the sink, in latent frames; 0 if there is none."""
+    """Age of the oldest frame outside the sink that can be remembered, in latent frames; 0 if there is none.
+
+    Policy recall can choose any frame of the film since the last flush or cut. Other policies have their slots.
+    """
     frames = memory.slots.slow + memory.slots.fast
+    if memory.config.policy == RECALL and memory.config.slow and frames:
+        frames = (*frames, max(memory.first_recalled, memory.config.sink))
     return memory.num_frames - 1 - min(frames) if frames else 0

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .config import MemoryConfig
 from .policy import Decision, Slots
+from .recall import Choose
 from .stores import FrameKV, KVStore, kv_tensors
 from .view import Rotate
 
@@ -99,7 +100,7 @@ class LayerStore(KVStore):
     """Empty before the first chunk."""
 
     def append(
-        self, config: MemoryConfig, frames: range, new_kv: Sequence[LayerSlots]
+        self, config: MemoryConfig, frames: range, new_kv: Sequence[LayerSlots], choose: Choose
     ) -> tuple["LayerStore", tuple[Decision, ...]]:
         """`new_kv` are the layers' slots after the pass at sigma 0."""
         sink = config.sink

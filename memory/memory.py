@@ -5,6 +5,7 @@ P tokens per latent frame, N heads, E head dim, L text tokens.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import MemoryConfig
+from .config import RECALL, MemoryConfig
 from .layer_store import LayerStore
 from .policy import Decision, Slots
+from .recall import Archive, Choose, Recall
 from .stores import FrameStore, KVStore
 from .view import Rotate
 
@@ -26,6 +28,9 @@ new prompt. `flush`: sink and the last chunk stay. `cut`: a new scene; the sink 
 last positions of the window. `cut_new_sink`: a new scene; no frame stays, and the scene's first frames become the sink.
 `recache` and `flush` act only if the prompt differs from the one before.
 """
+
+FORGETTING = ("flush", "cut", "cut_new_sink")
+"""Changes that forget frames."""
 
 OPERATIONS = (*CHANGES, "compact", "recommit", "attention report")
 """What a store may not support. `compact`: keys and values are dropped and computed again from the latents. `recommit`:
@@ -55,11 +60,15 @@ class Memory:
     latent_chunks: tuple[Tensor, ...] = ()
     """Clean latents of every chunk, [1, C, T, H, W], normalised, on the CPU."""
     decisions: tuple[Decision, ...] = ()
+    recalls: tuple[Recall, ...] = ()
+    """What policy recall chose for every chunk."""
     segments: tuple[Segment, ...] = ()
     student: str = ""
     """Fingerprint of the network that computed the keys; empty while there are none."""
     text: Tensor | None = None
     """Embedding of the last prompt, [1, L, 4096], without padding rows."""
+    texts: tuple[Tensor | None, ...] = ()
+    """The same of every segment, for policy recall."""
     start_latents: Tensor | None = None
     """Clean latents that the next chunks begin with, [1, C, T, H, W], on the CPU: a start image, a clip to continue."""
     scene_begins: bool = False
@@ -97,7 +106,7 @@ class Memory:
 
     def tensors(self) -> list[Tensor]:
         """All tensors of the memory."""
-        optional = (self.text, self.start_latents)
+        optional = (self.text, *self.texts[:-1], self.start_latents)
         return [*self.latent_chunks, *self.store.tensors(), *(tensor for tensor in optional if tensor is not None)]
 
     @property
@@ -129,7 +138,8 @@ class Memory:
         """Begin a segment, and forget the frames that `change` forgets (CHANGES)."""
         self.check_change(change)
         segment = Segment(self.num_frames, prompt, seed, change)
-        begun = dataclasses.replace(self, segments=(*self.segments, segment), text=text)
+        texts = (*self.texts, text) if self.config.policy == RECALL else ()
+        begun = dataclasses.replace(self, segments=(*self.segments, segment), text=text, texts=texts)
         slots = self.slots
         if change == "flush":
             return begun.restrict_to(slots.sink + slots.fast[-self.config.chunk :])
@@ -165,15 +175,49 @@ class Memory:
         self._check_fits(latents_BCTHW)
         num_new, start = latents_BCTHW.shape[2], self.start_latents
         frames = range(self.num_frames, self.num_frames + num_new)
-        store, decisions = self.store.append(self.config, frames, new_kv)
+        chunks = (*self.latent_chunks, latents_BCTHW.detach().to("cpu", copy=True))
+        store, decisions = self.store.append(self.config, frames, new_kv, self._choose(chunks))
         return dataclasses.replace(
             self,
             store=store,
             decisions=self.decisions + decisions,
-            latent_chunks=(*self.latent_chunks, latents_BCTHW.detach().to("cpu", copy=True)),
+            latent_chunks=chunks,
+            recalls=(*self.recalls, _recalled(frames.stop, store)) if self.config.policy == RECALL else (),
             start_latents=start[:, :, num_new:] if start is not None and start.shape[2] > num_new else None,
             scene_begins=False,
         )
+
+    @property
+    def first_recalled(self) -> int:
+        """The first latent frame that policy recall can choose. Frames forgotten at a flush or cut stay forgotten."""
+        return max((segment.first_frame for segment in self.segments if segment.change in FORGETTING), default=0)
+
+    def chunks(self) -> list[range]:
+        """The latent frames of every chunk."""
+        ends = list(itertools.accumulate(chunk.shape[2] for chunk in self.latent_chunks))
+        return [range(first, end) for first, end in zip([0, *ends], ends)]
+
+    def _choose(self, latent_chunks: Sequence[Tensor]) -> Choose:
+        """How policy recall chooses slow frames after a commit; `latent_chunks` include the new chunk."""
+        readable = [frames for frames in self.chunks() if frames.start >= self.first_recalled]
+        return lambda held, remembered: Archive(latent_chunks).choose(self.config.slow, held, remembered, readable)
+
+    @property
+    def unread(self) -> tuple[int, ...]:
+        """Remembered frames whose keys and values must be computed from their latents (CausalSampler.read)."""
+        held = {frame for frame, _ in self.store.frame_kvs()}
+        return () if self.config.per_layer or self.is_compact else tuple(f for f in self.slots.all if f not in held)
+
+    def text_of(self, frame: int) -> Tensor | None:
+        """The embedding of the prompt that a latent frame was generated under."""
+        number = sum(segment.first_frame <= frame for segment in self.segments) - 1
+        return self.texts[number] if 0 <= number < len(self.texts) else self.text
+
+    def with_slow(self, frames: Collection[int]) -> "Memory":
+        """The memory with other frames of the film as slow memory; some of them may be unread."""
+        slots = dataclasses.replace(self.slots, slow=tuple(sorted(frames)))
+        kvs = {frame: kv for frame, kv in self.store.frame_kvs() if frame in slots.all}
+        return dataclasses.replace(self, store=dataclasses.replace(self.store, slots=slots, frames=kvs))
 
     def write(self, frames: Sequence[int], new_kv: Sequence[Any]) -> "Memory":
         """The memory with new keys and values of remembered frames, per layer [B, T, P, N, E]."""
@@ -203,6 +247,11 @@ class Memory:
         """
         store = self.store.to(torch.device(device), dtype, before.store if before else None)
         return dataclasses.replace(self, store=store)
+
+
+def _recalled(frame: int, store: KVStore) -> Recall:
+    held = {held for held, _ in store.frame_kvs()}
+    return Recall(frame, store.slots.slow, tuple(slow for slow in store.slots.slow if slow not in held))
 
 
 def store_class(config: MemoryConfig) -> type[KVStore]:

@@ -6,7 +6,8 @@ Between chunks fast holds `fast - chunk` frames: the oldest fast frames leave wh
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .config import MemoryConfig
+from .config import RECALL, MemoryConfig
+from .recall import Choose
 
 Similarity = Callable[[int, Sequence[int]], Sequence[float]]
 """(frame, other frames) -> mean cosine of their keys, one per other; all are absolute latent-frame indices."""
@@ -41,9 +42,16 @@ class Decision:
 
 
 def advance(
-    slots: Slots, config: MemoryConfig, new_frames: Sequence[int], similarity: Similarity
+    slots: Slots,
+    config: MemoryConfig,
+    new_frames: Sequence[int],
+    similarity: Similarity,
+    choose: Choose = lambda held, remembered: (),
 ) -> tuple[Slots, tuple[Decision, ...]]:
-    """The slots after `new_frames` are committed and the oldest fast frames leave."""
+    """The slots after `new_frames` are committed and the oldest fast frames leave.
+
+    Policy recall needs `choose`, and decides nothing about single frames.
+    """
     num_sink = config.sink - len(slots.sink)
     sink = slots.sink + tuple(new_frames[:num_sink])
     slow = slots.slow
@@ -54,9 +62,10 @@ def advance(
         similarity_to_previous.append(similarity(frame, previous)[0] if compare else None)
         fast.append(frame)
         previous = (frame,)
-    decisions = []
+    decisions, left = [], []
     while len(fast) > config.fast - config.chunk:
         frame, score, evicted = fast.pop(0), similarity_to_previous.pop(0), None
+        left.append(frame)
         if config.policy == "novel" and config.slow:
             others = (sink if config.novel_against_sink else ()) + slow
             score = max(similarity(frame, others)) if others else None
@@ -65,12 +74,15 @@ def advance(
             if len(slow) > config.slow:
                 evicted = _most_redundant(slow, similarity) if config.eviction == "redundant" else slow[0]
                 slow = tuple(kept for kept in slow if kept != evicted)
-        decisions.append(Decision(frame, promoted, score, evicted))
+        if config.policy != RECALL:
+            decisions.append(Decision(frame, promoted, score, evicted))
+    if config.policy == RECALL and config.slow:
+        slow = choose((*slow, *left), (*sink, *fast))
     return Slots(sink, slow, tuple(fast), tuple(similarity_to_previous)), tuple(decisions)
 
 
 def _is_promoted(frame: int, score: float | None, config: MemoryConfig) -> bool:
-    if not config.slow:
+    if not config.slow or config.policy == RECALL:
         return False
     if config.policy == "uniform":
         return frame % config.uniform_stride == 0

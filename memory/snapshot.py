@@ -7,16 +7,18 @@ computed again when the video continues.
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .config import MemoryConfig
+from .config import RECALL, MemoryConfig
 from .files import atomic_path
 from .memory import Memory, Segment, all_finite, store_class
 from .policy import Decision, Slots
+from .recall import Recall
 
 HEADER_KEY = "context_forcing_memory"
 DIGEST_KEY = "sha256"
@@ -41,6 +43,10 @@ def save_memory(path: str | Path, memory: Memory) -> None:
         "segments": [dataclasses.astuple(segment) for segment in memory.segments],
         **store_header,
     }
+    if memory.config.policy == RECALL:
+        header["recalls"] = [dataclasses.astuple(recall) for recall in memory.recalls]
+        header["texts"], distinct = _numbered(memory.texts)
+        tensors |= {f"text.{number}": text.contiguous() for number, text in enumerate(distinct)}
     if memory.latent_chunks:
         tensors["film"] = torch.cat(memory.latent_chunks, dim=2)
     for name, tensor in (("text", memory.text), ("given", memory.start_latents)):
@@ -53,6 +59,17 @@ def save_memory(path: str | Path, memory: Memory) -> None:
             save_file(tensors, part, {HEADER_KEY: text})
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be written ({error})") from None
+
+
+def _numbered(texts: Sequence[torch.Tensor | None]) -> tuple[list[int | None], list[torch.Tensor]]:
+    """For every text its number among the different ones, and the different ones."""
+    numbers: list[int | None] = []
+    distinct: list[torch.Tensor] = []
+    for text in texts:
+        if text is not None and not any(torch.equal(text, other) for other in distinct):
+            distinct.append(text)
+        numbers.append(None if text is None else next(i for i, each in enumerate(distinct) if torch.equal(text, each)))
+    return numbers, distinct
 
 
 def digest(header: dict, tensors: dict[str, torch.Tensor]) -> str:
@@ -107,13 +124,16 @@ def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
     channels, height, width = header["latent_size"]
     chunks = header["chunks"]
     text, start = tensors.pop("text", None), tensors.pop("given", None)
+    distinct = [tensors.pop(f"text.{number}") for number in range(len({*header.get("texts", ())} - {None}))]
+    texts = tuple(None if number is None else distinct[number] for number in header.get("texts", ()))
     start_size = None if start is None or start.ndim != 5 else (*start.shape[:2], *start.shape[3:])
     for name, is_valid in {
         "form": header["form"] in ("exact", "compact"),
         "chunks": all(type(length) is int and length > 0 for length in chunks),
         "slots": not header["slots"] and len(set(slots.all)) == len(slots.all),
         "likeness": len(slots.similarity_to_previous) == len(slots.fast),
-        "text": text is None or (text.ndim == 3 and text.shape[0] == 1),
+        "text": all(each.ndim == 3 and each.shape[0] == 1 for each in (text, *texts) if each is not None),
+        "texts": len(texts) == (len(header["segments"]) if config.policy == RECALL else 0),
         "given": start is None or start_size == (1, channels, height, width),
     }.items():
         if not is_valid:
@@ -135,8 +155,10 @@ def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
         latent_chunks=tuple(chunk.contiguous() for chunk in film.split(chunks, dim=2)) if chunks else (),
         decisions=tuple(Decision(*decision) for decision in header["decisions"]),
         segments=tuple(Segment(*segment) for segment in header["segments"]),
+        recalls=tuple(Recall(frame, tuple(slow), tuple(read)) for frame, slow, read in header.get("recalls", ())),
         student=header["student"],
         text=text,
+        texts=texts,
         start_latents=start,
         scene_begins=header["scene_begins"],
     )
@@ -146,7 +168,7 @@ def fingerprint_memory(memory: Memory) -> str:
     """Short hash of a memory that a video begins from. Journals store it, so it must not change between releases."""
     slots = repr(memory.slots).replace("similarity_to_previous", "likeness")
     sha = hashlib.sha256(f"({memory.config}, {memory.latent_size}, {slots}, {memory.segments})".encode())
-    others = [tensor for tensor in (memory.text, memory.start_latents) if tensor is not None]
+    others = [each for each in (memory.text, *memory.texts, memory.start_latents) if each is not None]
     stored = memory.store.tensors()
     for tensor in (*memory.latent_chunks, *(others + stored if memory.config.per_layer else stored + others)):
         sha.update(str(tuple(tensor.shape)).encode())

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .config import MemoryConfig
 from .policy import Decision, Slots, advance
+from .recall import Choose
 from .view import LazyLayers, MemoryView, Rotate
 
 KV_PLACEMENTS = ("at once", "by layer", "from RAM")
@@ -58,9 +59,12 @@ class KVStore(abc.ABC):
 
     @abc.abstractmethod
     def append(
-        self, config: MemoryConfig, frames: range, new_kv: Sequence[Any]
+        self, config: MemoryConfig, frames: range, new_kv: Sequence[Any], choose: Choose
     ) -> tuple["KVStore", tuple[Decision, ...]]:
-        """Commit the chunk of latent `frames` with what its pass at sigma 0 left in `new_kv`, per layer."""
+        """Commit the chunk of latent `frames` with what its pass at sigma 0 left in `new_kv`, per layer.
+
+        Policy recall chooses slow frames by `choose`.
+        """
 
     @abc.abstractmethod
     def view(self, config: MemoryConfig, next_frame: int, rotate: Rotate, lazy: bool) -> Any:
@@ -127,10 +131,11 @@ class FrameStore(KVStore):
     """Keys and values per latent frame, from passes over clean latents. The policy decides once per frame."""
 
     frames: dict[int, FrameKV] = field(default_factory=dict)
-    """By absolute latent-frame index: exactly the frames of `slots`, or none (compact). Never changed in place."""
+    """By absolute latent-frame index: the frames of `slots`, but those to be read (Memory.unread); none: compact.
+    Never changed in place."""
 
     def append(
-        self, config: MemoryConfig, frames: range, new_kv: Sequence[tuple[Tensor, Tensor]]
+        self, config: MemoryConfig, frames: range, new_kv: Sequence[tuple[Tensor, Tensor]], choose: Choose
     ) -> tuple["FrameStore", tuple[Decision, ...]]:
         """`new_kv` has keys and values [B, T, P, N, E] per layer. Keys are compared on their device."""
         kvs, device = self.frames | _by_frame(frames, new_kv), new_kv[0][0].device
@@ -139,8 +144,8 @@ class FrameStore(KVStore):
             keys = kvs[frame].keys.to(device)
             return torch.stack([key_similarity(keys, kvs[other].keys) for other in others]).tolist()
 
-        slots, decisions = advance(self.slots, config, frames, similarity)
-        return FrameStore(slots=slots, frames={frame: kvs[frame] for frame in slots.all}), decisions
+        slots, decisions = advance(self.slots, config, frames, similarity, choose)
+        return FrameStore(slots=slots, frames={frame: kvs[frame] for frame in slots.all if frame in kvs}), decisions
 
     def view(self, config: MemoryConfig, next_frame: int, rotate: Rotate, lazy: bool) -> MemoryView:
         kvs = [self.frames[frame] for frame in self.slots.all]

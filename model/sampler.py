@@ -166,7 +166,35 @@ class CausalSampler:
         new = self._keys(memory, x0_BCTHW, view or self.view(memory))
         frames = range(memory.num_frames, memory.num_frames + x0_BCTHW.shape[2])
         self._check_finite(memory, frames, x0_BCTHW, new, repeat or (lambda again: again.commit(memory, x0_BCTHW)))
-        return memory.append(x0_BCTHW, new.new_kv).to(self._home)
+        return self.read(memory.append(x0_BCTHW, new.new_kv).to(self._home))
+
+    def read(self, memory: Memory) -> Memory:
+        """Compute keys and values of remembered frames that have none (docs/memory.md, Policies).
+
+        One pass per chunk of the film, over its clean latents and under its own prompt; it attends to the remembered
+        frames that have keys and values.
+        """
+        while unread := memory.unread:
+            chunk = next(frames for frames in memory.chunks() if unread[0] in frames)
+            past = memory.restrict_to([frame for frame in memory.slots.all if frame not in {*unread, *chunk}])
+            text = memory.text_of(chunk.start)
+            reader = self if text is memory.text else self.under(text)
+            new_kv = reader._read(past, memory.latents_of(chunk), chunk)
+            wanted = [frame - chunk.start for frame in chunk if frame in unread]
+            frames = [chunk[t] for t in wanted]
+            memory = memory.write(frames, [(k[:, wanted], v[:, wanted]) for k, v in new_kv]).to(self._home)
+        return memory
+
+    def under(self, text_BLC: Tensor) -> "CausalSampler":
+        """The sampler under the text embeddings [1, L, C] of another prompt."""
+        return dataclasses.replace(self, text=self.network.embed_text(text_BLC))
+
+    def _read(self, past: Memory, latents_BCTHW: Tensor, frames: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of frames of the film after the remembered frames of `past`."""
+        x0 = latents_BCTHW.to(self.network.device)
+        new = self._keys(past, x0, self.view(past))
+        self._check_finite(past, frames, x0, new, lambda again: again._keys(past, x0, again.view(past)))
+        return new.new_kv
 
     def recache(self, memory: Memory) -> Memory:
         """Compute all remembered keys and values again under this prompt (docs/method.md, Prompt changes).
@@ -176,11 +204,7 @@ class CausalSampler:
         frames, done = memory.slots.all, memory.compact()
         for first in range(0, len(frames), memory.config.chunk):
             current, past = frames[first : first + memory.config.chunk], done.restrict_to(frames[:first])
-            x0 = memory.latents_of(current).to(self.network.device)
-            new = self._keys(past, x0, self.view(past))
-            repeat = lambda again, past=past, x0=x0: again._keys(past, x0, again.view(past))
-            self._check_finite(past, current, x0, new, repeat)
-            done = done.write(current, new.new_kv).to(self._home)
+            done = done.write(current, self._read(past, memory.latents_of(current), current)).to(self._home)
         return done
 
     def _keys(self, memory: Memory, x0_BCTHW: Tensor, view: Any) -> ChunkAttention:

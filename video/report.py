@@ -18,12 +18,14 @@ COLOURS = {
     "fast": (36, 98, 196),
     "was slow": (160, 208, 196),
     "not kept": (226, 226, 222),
+    "not recalled": (214, 222, 232),
     "forgotten": (220, 176, 216),
     CHUNK: (120, 124, 132),
 }
 LEGEND = {status: status for status in PARTS} | {
-    "was slow": "was slow, replaced",
+    "was slow": "was slow before",
     "not kept": "not kept by the policy",
+    "not recalled": "in the film, not recalled yet",
     "forgotten": "forgotten at a flush or cut",
 }
 THRESHOLD, FORGETS, NOT_KEPT = (200, 40, 40), (150, 40, 140), (150, 150, 146)

@@ -1,0 +1,109 @@
+"""Policy recall: before every chunk, slow frames are chosen anew from the whole film (docs/memory.md, Policies).
+
+A latent frame is described by its clean latents. A frame is relevant if the tokens of the latest frame find themselves
+in it, anywhere in their row: a view that overlaps with the latest one is found after a pan, too.
+
+Shapes: T latent frames, R C rows and columns of tokens, D values of a token.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+MAX_TOKENS = 512
+"""Largest number of tokens of a descriptor: 64 KiB in float16 with 16 latent channels."""
+PATCH = 2
+"""Latent rows and columns of a token."""
+ALIKE = 0.8
+"""Frames of a higher likeness, place by place, show the same: one of them is enough."""
+BLOCK = 256
+"""Frames compared at once; bounds the size of float32 copies."""
+
+
+@dataclass(frozen=True)
+class Recall:
+    """The slow frames of one chunk."""
+
+    frame: int
+    """First latent frame of the chunk that they were chosen for."""
+    slow: tuple[int, ...]
+    read: tuple[int, ...]
+    """Those whose keys and values were computed again from the film."""
+
+
+Choose = Callable[[tuple[int, ...], tuple[int, ...]], tuple[int, ...]]
+"""(frames whose keys are held, frames in sink and fast) -> slow frames for the next chunk."""
+
+_DESCRIPTORS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Descriptors of a chunk's latents, kept as long as the latents."""
+
+
+def describe(latents_BCTHW: Tensor) -> Tensor:
+    """Descriptors of the frames of a chunk, [T, R, C, D], float16."""
+    if latents_BCTHW not in _DESCRIPTORS:
+        frames = latents_BCTHW[0].movedim(1, 0).float()
+        rows, columns = (size // PATCH for size in frames.shape[-2:])
+        factor = next(n for n in itertools.count(1) if (rows // n) * (columns // n) <= MAX_TOKENS)
+        if factor > 1:
+            frames = F.adaptive_avg_pool2d(frames, (rows // factor * PATCH, columns // factor * PATCH))
+        patches = frames[..., : frames.shape[-2] // PATCH * PATCH, : frames.shape[-1] // PATCH * PATCH]
+        patches = patches.unflatten(-1, (-1, PATCH)).unflatten(-3, (-1, PATCH))
+        _DESCRIPTORS[latents_BCTHW] = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).half()
+    return _DESCRIPTORS[latents_BCTHW]
+
+
+class Archive:
+    """The film so far, described. Values of tokens are relative to the film's mean token."""
+
+    def __init__(self, chunks: Sequence[Tensor]):
+        self.tokens = torch.cat([describe(chunk) for chunk in chunks])
+        sums = [block.double().sum((0, 1, 2)) for block in self.tokens.split(BLOCK)]
+        self.mean = (torch.stack(sums).sum(0) / self.tokens[..., 0].numel()).float()
+
+    def relevance(self, latest: int) -> Tensor:
+        """Likeness of the tokens of a frame with the best ones in their row of every frame, mean over tokens, [T]."""
+        (query,) = self._centred(slice(latest, latest + 1))
+        best = [_likeness(query[None, :, :, None], block[:, :, None]).amax(-1).mean((1, 2)) for block in self._blocks()]
+        return torch.cat(best)
+
+    def similarity(self, frame: int) -> Tensor:
+        """Likeness with every frame, place by place, [T]."""
+        query = self._centred(slice(frame, frame + 1))
+        return torch.cat([_likeness(query, block).mean((1, 2)) for block in self._blocks()])
+
+    def choose(self, count: int, held: Sequence[int], remembered: Sequence[int], readable: Sequence[range]) -> tuple[int, ...]:
+        """The `count` frames most relevant to the latest frame, no two alike, oldest first; none of `remembered`.
+
+        They are `held`, or all others are of one of the `readable` runs of frames: that of the most relevant of them.
+        """
+        free = torch.zeros(len(self.tokens), dtype=torch.bool)
+        free[[*held, *itertools.chain(*readable)]] = True
+        free[list(remembered)] = False
+        chosen, read = [], None
+        for frame in self.relevance(len(self.tokens) - 1).argsort(descending=True, stable=True).tolist():
+            if len(chosen) == count:
+                break
+            if not free[frame] or (frame not in held and read is not None and frame not in read):
+                continue
+            if frame not in held:
+                read = next(run for run in readable if frame in run)
+            chosen.append(frame)
+            free &= self.similarity(frame) < ALIKE
+        return tuple(sorted(chosen))
+
+    def _blocks(self) -> Iterator[Tensor]:
+        return (self._centred(slice(first, first + BLOCK)) for first in range(0, len(self.tokens), BLOCK))
+
+    def _centred(self, frames: slice) -> Tensor:
+        return self.tokens[frames].float() - self.mean
+
+
+def _likeness(a: Tensor, b: Tensor) -> Tensor:
+    """2 a.b / (|a|^2 + |b|^2) of tokens [..., D]: 1 for equal ones, less for another direction or length."""
+    squares = a.square().sum(-1) + b.square().sum(-1)
+    return 2 * torch.einsum("...d,...d->...", a, b) / squares.clamp(min=1e-12)
