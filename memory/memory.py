@@ -206,7 +206,7 @@ class Memory:
     def unread(self) -> tuple[int, ...]:
         """Remembered frames whose keys and values must be computed from their latents (CausalSampler.read)."""
         held = {frame for frame, _ in self.store.frame_kvs()}
-        return () if self.config.per_layer or self.is_compact else tuple(f for f in self.slots.all if f not in held)
+        return () if self.config.per_layer else tuple(f for f in self.slots.all if f not in held)
 
     def text_of(self, frame: int) -> Tensor | None:
         """The embedding of the prompt that a latent frame was generated under."""

@@ -7,6 +7,7 @@ Shapes: T latent frames, R C rows and columns of tokens, D values of a token.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -47,11 +48,9 @@ def describe(latents_BCTHW: Tensor) -> Tensor:
     """Descriptors of the frames of a chunk, [T, R, C, D], float16."""
     if latents_BCTHW not in _DESCRIPTORS:
         frames = latents_BCTHW[0].movedim(1, 0).float()
-        rows, columns = (size // PATCH for size in frames.shape[-2:])
-        factor = next(n for n in itertools.count(1) if (rows // n) * (columns // n) <= MAX_TOKENS)
-        if factor > 1:
-            frames = F.adaptive_avg_pool2d(frames, (rows // factor * PATCH, columns // factor * PATCH))
-        patches = frames[..., : frames.shape[-2] // PATCH * PATCH, : frames.shape[-1] // PATCH * PATCH]
+        grids = (tuple(max(1, size // PATCH // n) for size in frames.shape[-2:]) for n in itertools.count(1))
+        rows, columns = next(grid for grid in grids if math.prod(grid) <= MAX_TOKENS)
+        patches = F.adaptive_avg_pool2d(frames, (rows * PATCH, columns * PATCH))
         patches = patches.unflatten(-1, (-1, PATCH)).unflatten(-3, (-1, PATCH))
         _DESCRIPTORS[latents_BCTHW] = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).half()
     return _DESCRIPTORS[latents_BCTHW]

@@ -46,7 +46,7 @@ def save_memory(path: str | Path, memory: Memory) -> None:
     if memory.config.policy == RECALL:
         header["recalls"] = [dataclasses.astuple(recall) for recall in memory.recalls]
         header["texts"], distinct = _numbered(memory.texts)
-        tensors |= {f"text.{number}": text.contiguous() for number, text in enumerate(distinct)}
+        tensors |= {f"text.{number}": text.clone() for number, text in enumerate(distinct)}
     if memory.latent_chunks:
         tensors["film"] = torch.cat(memory.latent_chunks, dim=2)
     for name, tensor in (("text", memory.text), ("given", memory.start_latents)):

@@ -194,7 +194,8 @@ class FrameStore(KVStore):
         return FrameStore(slots=slots, frames={frame: kv for frame, kv in self.frames.items() if frame in frames})
 
     def write(self, frames: Sequence[int], new_kv: Sequence[tuple[Tensor, Tensor]]) -> "FrameStore":
-        return dataclasses.replace(self, frames=self.frames | _by_frame(frames, new_kv))
+        kvs = self.frames | _by_frame(frames, new_kv)
+        return dataclasses.replace(self, frames={frame: kvs[frame] for frame in self.slots.all if frame in kvs})
 
     def compact(self) -> "FrameStore":
         return dataclasses.replace(self, frames={})

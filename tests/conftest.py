@@ -98,7 +98,7 @@ def same_memory():
     """(a, b) -> True where two memories are equal in every field, bit for bit."""
 
     def same(a: Memory, b: Memory) -> bool:
-        plain = ("config", "latent_size", "slots", "decisions", "segments", "student", "scene_begins")
+        plain = ("config", "latent_size", "slots", "decisions", "recalls", "segments", "student", "scene_begins")
         alike = lambda x, y: x is y if x is None or y is None else torch.equal(x, y)
         return (
             all(getattr(a, name) == getattr(b, name) for name in plain)

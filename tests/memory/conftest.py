@@ -36,8 +36,8 @@ def _expected(config, num_frames, similarity):
                 if config.eviction == "oldest":
                     evicted = min(slow)
                 else:
-                    pairs = [(similarity(a, b), -a) for a in slow for b in slow if a < b]
-                    evicted = -max(pairs)[1]
+                    told = lambda a: sum(sorted(similarity(a, b) for b in slow if b != a)[-2:])
+                    evicted = max((told(a), -a) for a in slow)[1] * -1
                 slow.remove(evicted)
         decisions.append((frame, keep, score, evicted))
     return sink, slow, fast, decisions

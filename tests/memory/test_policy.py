@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from context_forcing.memory import MemoryConfig
-from context_forcing.memory.config import CLEAN_POLICIES, EVICTIONS
+from context_forcing.memory.config import CLEAN_POLICIES, EVICTIONS, RECALL
 from context_forcing.memory.policy import Slots, advance
 
 SIZES = [
@@ -22,6 +22,8 @@ SIZES = [
     dict(sink=4, slow=3, fast=4, chunk=3),
     dict(sink=2, slow=5, fast=11, chunk=3),
 ]
+BY_FRAME = [policy for policy in CLEAN_POLICIES if policy != RECALL]
+"""Policies that decide about single frames (test_recall.py has the other one)."""
 LEVELS = [0.3, 0.6, 0.9, 0.95, 0.97, 1.0]
 """0.95 is tau itself: at the threshold a frame is not new."""
 
@@ -49,7 +51,7 @@ def roll(config, num_chunks, similarity):
         yield slots, decisions
 
 
-@pytest.mark.parametrize("policy", CLEAN_POLICIES)
+@pytest.mark.parametrize("policy", BY_FRAME)
 @pytest.mark.parametrize("eviction", EVICTIONS)
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "-".join(map(str, s.values())))
 def test_300_chunks_against_brute_force(expected, policy, eviction, sizes):
@@ -74,7 +76,7 @@ def test_300_chunks_against_brute_force(expected, policy, eviction, sizes):
     slow=st.integers(0, 6),
     spare=st.integers(0, 5),
     chunk=st.integers(1, 4),
-    policy=st.sampled_from(CLEAN_POLICIES),
+    policy=st.sampled_from(BY_FRAME),
     eviction=st.sampled_from(EVICTIONS),
     against_sink=st.booleans(),
     stride=st.integers(1, 7),
@@ -94,7 +96,7 @@ def test_any_sizes_against_brute_force(
     assert [astuple(d) for d in decisions] == decided
 
 
-@pytest.mark.parametrize("policy", CLEAN_POLICIES)
+@pytest.mark.parametrize("policy", BY_FRAME)
 def test_positions_stay_in_the_window_for_5000_chunks(policy):
     config = MemoryConfig(policy=policy)
     rng = random.Random(policy)
@@ -111,6 +113,14 @@ def test_the_past_is_not_touched():
     before = Slots(sink=(0, 1, 2), slow=(3,), fast=(4, 5, 6), similarity_to_previous=(0.5, 0.5, 0.5))
     advance(before, config, range(7, 10), lambda _, others: [0.1] * len(others))
     assert before == Slots(sink=(0, 1, 2), slow=(3,), fast=(4, 5, 6), similarity_to_previous=(0.5, 0.5, 0.5))
+
+
+def test_redundant_spreads_the_slots_over_a_pan():
+    """Similarity falls with distance. The first frame stays, the others but the newest are spread evenly."""
+    config = MemoryConfig(policy="fifo", eviction="redundant", sink=0, slow=5)
+    *_, (slots, _) = roll(config, 20, lambda a, b: 1 - abs(a - b) / 100)
+    gaps = [b - a for a, b in zip(slots.slow, slots.slow[1:])]
+    assert slots.slow[0] == 0 and slots.slow[-1] >= 50 and max(gaps[:-1]) <= 2 * min(gaps[:-1])
 
 
 def returning_to_a_place(policy):

@@ -28,6 +28,9 @@ def film(memory):
     return torch.cat(memory.latent_chunks, dim=2)
 
 
+RECALL = dict(SMALL, slow=3, fast=3, policy="recall")
+
+
 @pytest.fixture(scope="module")
 def six_chunks(net, make_sampler, empty_memory):
     memory = roll(make_sampler(net), empty_memory(**SMALL), 6)
@@ -50,6 +53,59 @@ def test_saving_between_changes_nothing(net, make_sampler, empty_memory, same_me
         save_memory(tmp_path / "memory.safetensors", memory)
         memory = load_memory(tmp_path / "memory.safetensors")
     assert same_memory(memory, six_chunks)
+
+
+def in_segments(net, make_sampler, memory, parts, between=lambda memory: memory):
+    """A segment per part, each under a prompt of its own."""
+    for prompt, part in enumerate(parts):
+        text = torch.randn(1, 5, net.config.text_dim, generator=torch.Generator().manual_seed(prompt))
+        memory = memory.begin(f"prompt {prompt}", 5, text)
+        for _ in range(part):
+            memory = between(roll(make_sampler(net, text=text), memory, 1))
+    return memory
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["saved", "kept"])
+def test_recall_chained_equals_one_run(net, make_sampler, empty_memory, same_memory, tmp_path, exact):
+    def through_a_file(memory):
+        save_memory(tmp_path / "memory.safetensors", memory)
+        return load_memory(tmp_path / "memory.safetensors")
+
+    one = in_segments(net, make_sampler, empty_memory(**RECALL), (4, 3, 3))
+    parts = in_segments(net, make_sampler, empty_memory(**RECALL), (4, 3, 3), through_a_file if exact else lambda m: m)
+    assert same_memory(one, parts)
+    assert [recall.frame for recall in one.recalls] == list(range(2, 22, 2)) and one.recalls[-1].slow == one.slots.slow
+    assert any(recall.read for recall in one.recalls), "frames came back"
+    assert not one.unread and list(dict(one.store.frame_kvs())) == list(one.slots.all)
+
+
+def test_recall_costs_one_pass_more_at_most(net, make_sampler, empty_memory):
+    passes, memory = [], empty_memory(**RECALL)
+    sampler = make_sampler(net, on_pass=lambda: passes.append(1))
+    for _ in range(12):
+        before, memory = len(passes), roll(sampler, memory, 1)
+        assert len(passes) - before == len(SIGMAS) + 1 + bool(memory.recalls[-1].read)
+
+
+def test_a_frame_is_read_under_its_own_prompt_as_it_was_committed(net, make_sampler, empty_memory):
+    """The first chunk was committed with nothing remembered. Read again with nothing remembered it is the same."""
+    first = in_segments(net, make_sampler, empty_memory(**RECALL), (1,))
+    later = in_segments(net, make_sampler, empty_memory(**RECALL), (1, 3))
+    frame = first.slots.all[-1]
+    reader = make_sampler(net, prompt=1, student=later.student)
+    again = dict(reader.read(later.restrict_to(()).with_slow([frame])).store.frame_kvs())
+    assert torch.equal(again[frame].keys, first.store.frames[frame].keys)
+    assert torch.equal(again[frame].values, first.store.frames[frame].values)
+
+
+@pytest.mark.parametrize("change", ["flush", "cut", "cut_new_sink"])
+def test_recall_does_not_bring_back_what_a_cut_forgot(net, make_sampler, empty_memory, change):
+    memory = in_segments(net, make_sampler, empty_memory(**RECALL), (5,))
+    kept = set(memory.slots.sink) if change == "cut" else set(memory.slots.sink + memory.slots.fast)
+    kept = set() if change == "cut_new_sink" else kept
+    memory = roll(make_sampler(net, prompt=1), memory.begin("elsewhere", 5, memory.text, change), 4)
+    assert all(frame >= 10 or frame in kept for recall in memory.recalls[5:] for frame in recall.slow)
+    assert any(recall.slow for recall in memory.recalls[5:])
 
 
 def test_a_first_chunk_has_steps_of_its_own(net, make_sampler, empty_memory):
