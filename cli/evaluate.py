@@ -19,7 +19,9 @@ def evaluate(
     output: Annotated[Path, Option("--output", "-o", help=OUTPUT)],
     student: Annotated[str, Option(help="`demo`, or a student file.")] = "demo",
     compare: Annotated[list[str] | None, Option(help=COMPARE)] = None,
-    policies: Annotated[str, Option(help="novel, clean, fifo, uniform, none (no slow memory).")] = "novel,clean,none",
+    policies: Annotated[
+        str, Option(help="novel, recall, clean, fifo, uniform, none (no slow memory).")
+    ] = "novel,clean,none",
     rollouts: Annotated[int, Option(min=2, help="Scenes per seed.")] = 12,
     gaps: Annotated[str, Option(help=GAPS)] = "8,24",
     minutes: Annotated[float, Option(min=0, help="Length of long rollouts, which measure drift; 0: none.")] = 0,

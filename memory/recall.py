@@ -75,7 +75,9 @@ class Archive:
         query = self._centred(slice(frame, frame + 1))
         return torch.cat([_likeness(query, block).mean((1, 2)) for block in self._blocks()])
 
-    def choose(self, count: int, held: Sequence[int], remembered: Sequence[int], readable: Sequence[range]) -> tuple[int, ...]:
+    def choose(
+        self, count: int, held: Sequence[int], remembered: Sequence[int], readable: Sequence[range]
+    ) -> tuple[int, ...]:
         """The `count` frames most relevant to the latest frame, no two alike, oldest first; none of `remembered`.
 
         They are `held`, or all others are of one of the `readable` runs of frames: that of the most relevant of them.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image
 
+from ..memory.config import RECALL
 from ..memory.history import FORGETTING, PARTS, forgotten_frames, frame_status, reach_frames
 from ..memory.memory import Memory, Segment
 from ..model.units import latent_seconds
@@ -49,6 +50,9 @@ def summary(memory: Memory, fps: float, mass: Mass | None = None) -> str:
     elif promoted:
         share = f"{len(promoted) / len(memory.decisions):.0%} of the frames that left fast"
         kept = f", {share} were kept, the latest of them from {at_frame(promoted[-1])}"
+    elif memory.recalls:
+        read = sum(bool(recall.read) for recall in memory.recalls)
+        kept = f": chosen from the film before every chunk; {read} of {len(memory.recalls)} chunks read a chunk again"
     elif memory.decisions:
         kept = ", none of the frames that left fast was kept"
     tau = f", threshold {config.slow_similarity_threshold:g}" if config.uses_threshold else ""
@@ -164,6 +168,13 @@ class _Report:
         config, sheet = self.memory.config, self.sheet
         scores = [(d.frame, d.similarity, d.promoted) for d in self.memory.decisions if d.similarity is not None]
         if not scores:
+            if config.policy == RECALL:
+                sheet.text(
+                    "Policy recall decides about no single frame: it chooses from the film before every chunk.",
+                    13,
+                    FAINT,
+                )
+                return
             text = f"Policy {config.policy} compares no frames, or no frame has left fast yet."
             if config.per_layer:
                 text = (
