@@ -26,6 +26,6 @@ for seed in ${SEEDS:-0 1 2}; do
         out=$folder/$arm-$seed
         compgen -G "$out/checkpoints/step-????????" >/dev/null && resume=(--resume) || resume=()
         ${CONTEXT_FORCING:-context-forcing} train contextual --config demo student="$student" teacher="$teacher" \
-            anchor.weight=0 recall_weight=1 normaliser=all seed="$seed" data_seed="$((seed + 1))" out="$out" ${settings[@]+"${settings[@]}"} "$@" ${resume[@]+"${resume[@]}"}
+            anchor.weight=0 gate_every=0 recall_weight=1 normaliser=all seed="$seed" data_seed="$((seed + 1))" out="$out" ${settings[@]+"${settings[@]}"} "$@" ${resume[@]+"${resume[@]}"}
     done
 done

@@ -100,8 +100,7 @@ class Checkpoints:
         fields = dataclasses.fields(self.stage.config)
         defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
         parts = {f.name: f.default_factory() for f in fields if f.default_factory is not dataclasses.MISSING}
-        as_json = {name: dataclasses.asdict(part) for name, part in parts.items() if dataclasses.is_dataclass(part)}
-        before = defaults | json.loads(json.dumps(as_json)) | before
+        before = defaults | json.loads(json.dumps(parts, default=dataclasses.asdict)) | before
         for name, value in self.config.items():
             if name not in MAY_CHANGE and _fixed(before.get(name)) != _fixed(value):
                 raise ValueError(
@@ -114,7 +113,7 @@ class Checkpoints:
             self.stage.load_extra_state(states[self.parallel.rank])
         elif any(states):
             raise ValueError(
-                f"resume: {path} was written by {world_size} processes with error buffers of their own;"
+                f"resume: {path} was written by {world_size} processes with error buffers or weights of their own;"
                 f" start {world_size} processes, not {self.parallel.world_size}"
             )
 

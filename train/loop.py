@@ -28,7 +28,7 @@ class StopSignal:
 
 
 def train(stage: Stage, name: str, resume: bool) -> Path:
-    """Run a stage to its end, or to SIGTERM; returns the exported file.
+    """Run a stage to its end, to SIGTERM, or until it is `finished`; returns the exported file.
 
     Raises FloatingPointError after more than `max_skipped` successive skipped updates of a network.
     """
@@ -45,7 +45,7 @@ def train(stage: Stage, name: str, resume: bool) -> Path:
     begin, path = time.monotonic() - seconds, folder
 
     with RunLog(folder, name, config.steps, start, enabled=parallel.is_main) as run_log, StopSignal() as stop:
-        for step in range(start, config.steps):
+        for step in range(start, start if stage.finished else config.steps):
             run_log.log_step(step, stage.step(step))
 
             for network, trained in stage.trained.items():
@@ -57,7 +57,8 @@ def train(stage: Stage, name: str, resume: bool) -> Path:
                         f" resume from {newest_checkpoint(folder)} with a lower learning rate, or check the data"
                     )
 
-            stopping = parallel.any(stop.caught)
+            caught = parallel.any(stop.caught)
+            stopping = caught or stage.finished
             if (step + 1) % config.sample_every == 0:
                 if metrics := stage.validate():
                     run_log.log_validation(step, metrics)
@@ -68,9 +69,11 @@ def train(stage: Stage, name: str, resume: bool) -> Path:
                 checkpoints.save(step + 1, seconds, revision)
                 path = stage.export(folder, step + 1, seconds, revision)
             if stopping:
-                if parallel.is_main:
+                if parallel.is_main and stage.finished:
+                    log.warning("step %d: the stage has ended the run; the file has the weights that it kept", step)
+                elif parallel.is_main:
                     log.warning("SIGTERM: stopped after step %d; continue with --resume", step)
                 break
-    if start >= config.steps:
+    if start >= config.steps or (stage.finished and path == folder):
         path = stage.export(folder, start, seconds, revision)
     return path

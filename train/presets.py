@@ -34,7 +34,7 @@ NO_CONTEXT: Settings = dict(context_from=0, context_to=0, local_every=0)
 DEMO_DISTILL: Settings = DEMO | dict(
     guidance=0.0, score_chunks=1, critic_per_student=2, sample_chunks=24, teacher="runs/teacher/teacher.safetensors",
     critic_optim=OptimConfig(lr=4e-4, betas=(0.0, 0.95), clip=1.0), first_exit_share=0.5, long_trips=0.4,
-    recall_weight=3.0, normaliser="fast", share_rollouts=True,
+    recall_weight=3.0, normaliser="fast", share_rollouts=True, gate_every=20,
     anchor=AnchorConfig(weight=2.0, recall_weight=10.0, long_trips=0.4),
 )  # fmt: skip
 SMOKE_DISTILL: Settings = SMOKE | dict(target_from=1, target_chunks=2, critic_per_student=2, sample_chunks=2)

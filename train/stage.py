@@ -45,6 +45,8 @@ class Stage(ABC):
         self.config, self.parallel = config, parallel
         self.trained: dict[str, TrainedNetwork] = {}
         self.gathered = Gathered()
+        self.finished = False
+        """Whether the run must end before its last step, on all ranks alike."""
         self.init_card: StudentCard | None = None
         """The card of the file that the exported network starts from."""
 

@@ -2,11 +2,14 @@
 
 import math
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 
 from .config import OptimConfig
 from .optim import build_optimizers
@@ -65,6 +68,36 @@ class TrainedNetwork:
         decay = self.config.ema if self.updates > self.config.ema_from else 0.0
         for name, parameter in self.parameters() if self.average else ():
             self.average[name].lerp_(parameter, 1 - decay)
+
+    def _exported(self) -> dict[str, Tensor]:
+        """This rank's shards of the average, or of the trained weights if no average is kept, by name."""
+        weights = self.average or {name: p.detach() for name, p in self.parameters()}
+        return {name: w.to_local() if isinstance(w, DTensor) else w for name, w in weights.items()}
+
+    def exported(self) -> dict[str, Tensor]:
+        """A copy of this rank's shards of the trained weights that an export has now, by name."""
+        return {name: shard.clone() for name, shard in self._exported().items()}
+
+    @torch.no_grad()
+    def set_exported(self, shards: dict[str, Tensor]) -> None:
+        """Give an export the weights that `exported` returned. The optimisers are left alone."""
+        for name, shard in self._exported().items():
+            shard.copy_(shards[name])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The network has the averaged weights, if an average is kept."""
+        own = {name: p.detach().clone() for name, p in self.parameters()} if self.average else {}
+        try:
+            self._copy(self.average)
+            yield
+        finally:
+            self._copy(own)
+
+    @torch.no_grad()
+    def _copy(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self.parameters() if weights else ():
+            parameter.copy_(weights[name])
 
     def state(self) -> dict[str, Any]:
         """Sharded tensors of a checkpoint (torch.distributed.checkpoint)."""

@@ -24,8 +24,8 @@ from context_forcing.train.stages.teacher import TeacherStage
 from .helpers import ALONE, FILES, metrics_of, same_tensors
 
 RECALL = [
-    "anchor.weight=0.25", "anchor.chunks=3", "anchor.batch=1", "recall_weight=3", "normaliser=fast",
-    "first_exit_share=0.5", "long_trips=0.5",
+    "anchor.weight=0.25", "anchor.chunks=4", "anchor.batch=1", "recall_weight=3", "normaliser=fast",
+    "first_exit_share=0.5", "long_trips=0.5", "share_rollouts=true", "gate_every=2",
 ]  # fmt: skip
 """Settings that keep recall through distillation."""
 
@@ -74,6 +74,17 @@ def test_a_new_run_does_not_overwrite_and_a_resumed_run_needs_the_same_settings(
     with pytest.raises(ValueError, match="shift: 4.0 now, 3.0 when"):
         run_stage("local", "smoke", [out, "shift=4"], True)
     run_stage("local", "smoke", [out, "steps=2"], True)
+
+
+def test_settings_that_are_newer_than_a_checkpoint_had_their_defaults(tiny, tmp_path):
+    run_stage("local", "smoke", ["steps=1", f"out={tmp_path}"], False)
+    path = newest_checkpoint(tmp_path) / "run.json"
+    run = json.loads(path.read_text())
+    del run["config"]["anchor"], run["config"]["gate_every"]
+    path.write_text(json.dumps(run))
+    run_stage("local", "smoke", ["steps=2", f"out={tmp_path}"], True)
+    with pytest.raises(ValueError, match="anchor"):
+        run_stage("local", "smoke", ["steps=3", "anchor.weight=1", f"out={tmp_path}"], True)
 
 
 def test_a_resumed_run_may_learn_more_slowly(tiny, tmp_path):

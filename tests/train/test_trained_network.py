@@ -41,6 +41,26 @@ def test_many_skipped_updates_stop_the_run(tiny, tmp_path, monkeypatch):
         run_stage("teacher", "smoke", ["steps=9", "max_skipped=2", f"out={tmp_path}"], False)
 
 
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_the_weights_of_an_export_can_be_used_kept_and_restored(ema):
+    trained = trained_of(ema=ema)
+
+    def update():
+        set_gradient(trained, 1.0)
+        trained.update(1.0)
+
+    update()
+    weights, kept = trained.net.weight.detach().clone(), trained.exported()
+    assert torch.equal(kept["weight"], weights) == (ema == 0)
+    with trained.averaged():
+        assert torch.equal(trained.net.weight, kept["weight"])
+    assert torch.equal(trained.net.weight, weights)
+    update()
+    assert not torch.equal(trained.weights()["weight"], kept["weight"])
+    trained.set_exported(kept)
+    assert torch.equal(trained.weights()["weight"], kept["weight"])
+
+
 def test_the_average_follows_the_weights():
     trained = trained_of(ema=0.5, ema_from=1, betas=(0.0, 0.999))
     path = [trained.net.weight.clone()]

@@ -25,6 +25,7 @@ from ..data.clips import DemoPrompts, ShownBy, open_prompts
 from ..parallel import ParallelState
 from ..stage import Stage
 from .anchor import Anchor, AnchorConfig
+from .gate import RecallGate
 from .score import flow_given_context
 from .student import Piece, Rollout, Student
 
@@ -92,6 +93,11 @@ class DistillConfig(NetworkConfig):
     """Demo world: share of prompts whose camera goes straight out by up to 30 columns and back."""
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
     """The loss of pretraining on true clips, beside that of the scores. It needs videos, not prompts only."""
+    gate_every: int = 0
+    """Number of iterations between two measurements of the student's recall on true clips; 0 for none."""
+    gate_limit: float = 1.25
+    """The run ends when the error of recall is more than so many times that of the student it began with. The exported
+    weights are then those of the measurement before."""
     student_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-6, ema=0.99, ema_from=20))
     critic_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-7))
     sample_chunks: int = 28
@@ -113,7 +119,8 @@ class DistillConfig(NetworkConfig):
         check_range(self, "target_from", most=self.target_chunks)
         check_range(self, "context_from", least=0, most=self.context_to)
         check_range(self, "first_exit_share", "pacing", "long_trips", least=0, most=1)
-        check_range(self, "recall_weight", above=0)
+        check_range(self, "gate_every", least=0)
+        check_range(self, "recall_weight", "gate_limit", above=0)
         check_choice(self, "normaliser", NORMALISERS)
         if self.data != "demo":
             self._check_not_demo()
@@ -155,11 +162,31 @@ class DistillStage(Stage):
         self.prompts = open_prompts(config, pacing=config.pacing, long_trips=config.long_trips)
         self.sigmas = warped_sigmas(config.denoising_steps, config.shift)
         self.anchor = Anchor(config, config.anchor, self.sigmas, parallel) if config.anchor.weight else None
+        self.gate = RecallGate(config, config.anchor, config.gate_limit, parallel) if config.gate_every else None
         # Only the demo world has sample images: no other VAE is loaded.
         self.codec = load_demo_codec(config.codec_path) if config.data == "demo" else None
 
     def step(self, step: int) -> dict[str, float]:
-        """One update of the critic, and in one of `critic_per_student` iterations one of the student."""
+        """One update of the critic, and in one of `critic_per_student` iterations one of the student; then the gate."""
+        config, gate, trained = self.config, self.gate, self.trained["student"]
+        if gate is None:
+            return self._updates(step)
+        gate.begin(self.student, trained)
+        metrics = self._updates(step)
+        if (step + 1) % config.gate_every == 0 or step + 1 == config.steps:
+            metrics |= gate.check(self.student, trained)
+            self.finished = gate.failed
+        return metrics
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return self.gate.state() if self.gate else {}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        if self.gate:
+            self.gate.load_state(state)
+            self.finished = self.gate.failed
+
+    def _updates(self, step: int) -> dict[str, float]:
         if (step + 1) % self.config.critic_per_student:
             return self._update(step, "critic")
         if self.config.share_rollouts:
