@@ -36,8 +36,10 @@ def test_two_processes_equal_one(tmp_path, name):
     arguments += {
         "pretrain": [],
         "teacher": ["optim.lr=0.01", "recycling.share=0.0"],  # every process has its own error buffer
-        "contextual": ["student_optim.lr=0.01", "critic_optim.lr=0.01", "critic_per_student=1"],
-    }[name]
+        "contextual": ["student_optim.lr=0.005", "critic_optim.lr=0.01", "critic_per_student=1", "share_rollouts=true",
+                       "anchor.weight=0.5", "anchor.batch=2", "anchor.chunks=4", "recall_weight=2", "gate_every=3",
+                       "gate_limit=99"],
+    }[name]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for processes in (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
@@ -47,6 +49,9 @@ def test_two_processes_equal_one(tmp_path, name):
     one, two = metrics_of(tmp_path / "1"), metrics_of(tmp_path / "2")
     assert one.keys() == two.keys() == {0, 1, 2}
     assert one[0]["loss"] != one[2]["loss"]
+    if name == "contextual":
+        for key in ("student_anchor", "student_grad_norm", "recall_memory", "recall_blind"):
+            assert one[2][key] == pytest.approx(two[2][key], rel=2e-3)
     for step in one:
         assert one[step]["loss"] == pytest.approx(two[step]["loss"], rel=1e-4)
         assert one[step]["grad_norm"] == pytest.approx(two[step]["grad_norm"], rel=1e-3)
