@@ -16,7 +16,7 @@ from torch import Tensor
 from .config import RECALL, MemoryConfig
 from .layer_store import LayerStore
 from .policy import Decision, Slots
-from .recall import Archive, Choose, Recall
+from .recall import MAX_READS, Archive, Choose, Recall
 from .stores import FrameStore, KVStore
 from .view import Rotate
 
@@ -182,7 +182,7 @@ class Memory:
             store=store,
             decisions=self.decisions + decisions,
             latent_chunks=chunks,
-            recalls=(*self.recalls, _recalled(frames.stop, store)) if self.config.policy == RECALL else (),
+            recalls=(*self.recalls, self._recalled(frames.stop, store)) if self.config.policy == RECALL else (),
             start_latents=start[:, :, num_new:] if start is not None and start.shape[2] > num_new else None,
             scene_begins=False,
         )
@@ -200,13 +200,24 @@ class Memory:
     def _choose(self, latent_chunks: Sequence[Tensor]) -> Choose:
         """How policy recall chooses slow frames after a commit; `latent_chunks` include the new chunk."""
         readable = [frames for frames in self.chunks() if frames.start >= self.first_recalled]
-        return lambda held, remembered: Archive(latent_chunks).choose(self.config.slow, held, remembered, readable)
+        # A read for every chunk of the film, saved up while nothing has to be read.
+        reads = min(MAX_READS, len(latent_chunks) - sum(recall.num_reads for recall in self.recalls))
+        return lambda held, remembered: Archive(latent_chunks).choose(
+            self.config.slow, held, remembered, readable, reads
+        )
 
     @property
     def unread(self) -> tuple[int, ...]:
         """Remembered frames whose keys and values must be computed from their latents (CausalSampler.read)."""
         held = {frame for frame, _ in self.store.frame_kvs()}
         return () if self.config.per_layer else tuple(f for f in self.slots.all if f not in held)
+
+    def _recalled(self, frame: int, store: KVStore) -> Recall:
+        held = {held for held, _ in store.frame_kvs()}
+        read = tuple(slow for slow in store.slots.slow if slow not in held)
+        return Recall(
+            frame, store.slots.slow, read, sum(any(slow in chunk for slow in read) for chunk in self.chunks())
+        )
 
     def text_of(self, frame: int) -> Tensor | None:
         """The embedding of the prompt that a latent frame was generated under."""
@@ -247,11 +258,6 @@ class Memory:
         """
         store = self.store.to(torch.device(device), dtype, before.store if before else None)
         return dataclasses.replace(self, store=store)
-
-
-def _recalled(frame: int, store: KVStore) -> Recall:
-    held = {held for held, _ in store.frame_kvs()}
-    return Recall(frame, store.slots.slow, tuple(slow for slow in store.slots.slow if slow not in held))
 
 
 def store_class(config: MemoryConfig) -> type[KVStore]:

@@ -8,7 +8,7 @@ Shapes: T latent frames, R C rows and columns of tokens, D values of a token.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +20,10 @@ MAX_TOKENS = 512
 """Largest number of tokens of a descriptor: 64 KiB in float16 with 16 latent channels."""
 PATCH = 2
 """Latent rows and columns of a token."""
-ALIKE = 0.8
+ALIKE = 0.65
 """Frames of a higher likeness, place by place, show the same: one of them is enough."""
+MAX_READS = 4
+"""Chunks that are read again after one commit at most; on average one."""
 BLOCK = 256
 """Frames compared at once; bounds the size of float32 copies."""
 
@@ -35,6 +37,8 @@ class Recall:
     slow: tuple[int, ...]
     read: tuple[int, ...]
     """Those whose keys and values were computed again from the film."""
+    num_reads: int
+    """Passes for that, one per chunk of the film."""
 
 
 Choose = Callable[[tuple[int, ...], tuple[int, ...]], tuple[int, ...]]
@@ -76,23 +80,26 @@ class Archive:
         return torch.cat([_likeness(query, block).mean((1, 2)) for block in self._blocks()])
 
     def choose(
-        self, count: int, held: Sequence[int], remembered: Sequence[int], readable: Sequence[range]
+        self, count: int, held: Collection[int], remembered: Sequence[int], readable: Sequence[range], reads: int
     ) -> tuple[int, ...]:
         """The `count` frames most relevant to the latest frame, no two alike, oldest first; none of `remembered`.
 
-        They are `held`, or all others are of one of the `readable` runs of frames: that of the most relevant of them.
+        Frames that are not `held` are from `reads` of the `readable` runs at most, those of the most relevant ones.
         """
         free = torch.zeros(len(self.tokens), dtype=torch.bool)
         free[[*held, *itertools.chain(*readable)]] = True
         free[list(remembered)] = False
-        chosen, read = [], None
+        chosen, read = [], set()
         for frame in self.relevance(len(self.tokens) - 1).argsort(descending=True, stable=True).tolist():
             if len(chosen) == count:
                 break
-            if not free[frame] or (frame not in held and read is not None and frame not in read):
+            if not free[frame]:
                 continue
             if frame not in held:
-                read = next(run for run in readable if frame in run)
+                run = next(run for run in readable if frame in run)
+                if len(read | {run}) > reads:
+                    continue
+                read.add(run)
             chosen.append(frame)
             free &= self.similarity(frame) < ALIKE
         return tuple(sorted(chosen))

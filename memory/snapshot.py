@@ -155,7 +155,9 @@ def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
         latent_chunks=tuple(chunk.contiguous() for chunk in film.split(chunks, dim=2)) if chunks else (),
         decisions=tuple(Decision(*decision) for decision in header["decisions"]),
         segments=tuple(Segment(*segment) for segment in header["segments"]),
-        recalls=tuple(Recall(frame, tuple(slow), tuple(read)) for frame, slow, read in header.get("recalls", ())),
+        recalls=tuple(
+            Recall(frame, tuple(slow), tuple(read), count) for frame, slow, read, count in header.get("recalls", ())
+        ),
         student=header["student"],
         text=text,
         texts=texts,

@@ -51,8 +51,10 @@ def summary(memory: Memory, fps: float, mass: Mass | None = None) -> str:
         share = f"{len(promoted) / len(memory.decisions):.0%} of the frames that left fast"
         kept = f", {share} were kept, the latest of them from {at_frame(promoted[-1])}"
     elif memory.recalls:
-        read = sum(bool(recall.read) for recall in memory.recalls)
-        kept = f": chosen from the film before every chunk; {read} of {len(memory.recalls)} chunks read a chunk again"
+        reads = sum(recall.num_reads for recall in memory.recalls)
+        kept = (
+            f": chosen from the film before every chunk, {reads} passes for {len(memory.recalls)} chunks to read again"
+        )
     elif memory.decisions:
         kept = ", none of the frames that left fast was kept"
     tau = f", threshold {config.slow_similarity_threshold:g}" if config.uses_threshold else ""
