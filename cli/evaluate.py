@@ -11,7 +11,12 @@ from .options import Device, Dtype
 
 OUTPUT = "Folder for JSON, plots and filmstrips; results that are there are kept."
 COMPARE = "Another student on the same scenes and noise, FILE or FILE=policy,policy. Repeatable."
-GAPS = "Chunks for which the camera looks elsewhere before it returns; empty: none."
+GAPS = "Chunks (0.75 s) that the camera spends elsewhere before it returns; empty: none."
+COLUMNS = "Columns from the landmarks to elsewhere; multiples of 3 from 9 to 33."
+POLICIES = (
+    "novel, recall, clean, fifo, uniform, released, none (no slow memory); for comparison only: oracle (knows the"
+    " camera path), rag, tether."
+)
 VIDEO = "Measure this video by --clip and --dino; no option above applies. Repeatable."
 
 
@@ -19,11 +24,10 @@ def evaluate(
     output: Annotated[Path, Option("--output", "-o", help=OUTPUT)],
     student: Annotated[str, Option(help="`demo`, or a student file.")] = "demo",
     compare: Annotated[list[str] | None, Option(help=COMPARE)] = None,
-    policies: Annotated[
-        str, Option(help="novel, recall, clean, fifo, uniform, none (no slow memory).")
-    ] = "novel,clean,none",
+    policies: Annotated[str, Option(help=POLICIES)] = "novel,clean,none",
     rollouts: Annotated[int, Option(min=2, help="Scenes per seed.")] = 12,
-    gaps: Annotated[str, Option(help=GAPS)] = "8,24",
+    gaps: Annotated[str, Option(help=GAPS)] = "8",
+    columns: Annotated[str, Option(help=COLUMNS)] = "9,18,27",
     minutes: Annotated[float, Option(min=0, help="Length of long rollouts, which measure drift; 0: none.")] = 0,
     long_rollouts: Annotated[int, Option(min=2, help="Long rollouts per seed.")] = 4,
     seed: Annotated[str, Option(help="Seeds of scenes and noise, comma-separated.")] = "0",
@@ -45,6 +49,7 @@ def evaluate(
         plan = Plan(
             students=parse_students(student, compare or [], policies),
             gaps=whole_numbers("gaps", gaps),
+            columns=whole_numbers("columns", columns),
             rollouts=rollouts,
             seeds=whole_numbers("seed", seed),
             minutes=minutes,

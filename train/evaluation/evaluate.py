@@ -6,6 +6,7 @@ All students are measured on the same scenes, camera paths and noise. Finished r
 same command resumes an interrupted evaluation.
 """
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -20,6 +21,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from ...memory.config import POLICIES
 from ...memory.files import atomic_path
 from ...memory.history import reach_frames
 from ...memory.memory import Memory
@@ -31,8 +33,9 @@ from ...model.units import FRAMES_PER_LATENT, latent_seconds
 from ...video.frames import film_strip
 from ...video.pipeline import Pipeline
 from ..world.geometry import CHUNK
-from ..world.prompts import ALL_STYLES
-from ..world.scripts import benchmark_script, random_script
+from ..world.prompts import ALL_STYLES, Style
+from ..world.scripts import TRIP_COLUMNS, Script, benchmark_script, random_script
+from .choosers import CHOOSERS, ChoosingCamera
 from .judge import QUARTERS, World, judge, judge_long
 from .rollout import Camera, branches
 from .summary import KINDS, LONG, Record, sum_up, tables
@@ -40,9 +43,11 @@ from .summary import KINDS, LONG, Record, sum_up, tables
 log = logging.getLogger("context_forcing")
 
 RESULTS = "recall.json"
-FORMAT = 3
+FORMAT = 4
 """Version of the results file. It changes when the meaning of a figure changes."""
 MAX_SEED = 2**48
+NO_SLOW = "none"
+"""The name of no slow memory among policies."""
 _TRIP_CHUNKS = 16
 """Longest piece of a long path: the camera neither stays away nor stands still for a whole quarter."""
 _MIN_CHUNKS = 8 * QUARTERS
@@ -57,14 +62,21 @@ class EvaluatedStudent:
     """A student file; None for the built-in student."""
     policies: tuple[str, ...]
 
+    def __post_init__(self):
+        known = (NO_SLOW, *POLICIES, *CHOOSERS)
+        if unknown := [policy for policy in self.policies if policy not in known]:
+            raise ValueError(f"policies: {unknown[0]!r} is not one of {', '.join(known)}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What is measured. The first student is the reference of all differences."""
 
     students: tuple[EvaluatedStudent, ...]
-    gaps: tuple[int, ...] = (8, 24)
+    gaps: tuple[int, ...] = (8,)
     """Chunks spent elsewhere before the camera returns."""
+    columns: tuple[int, ...] = (9, 18, 27)
+    """Columns from the targets to where the gap is spent."""
     rollouts: int = 12
     """Scenes per seed."""
     seeds: tuple[int, ...] = (0,)
@@ -78,7 +90,11 @@ class Plan:
             raise ValueError("gaps: there is nothing to measure; give at least one gap, or minutes above 0")
         if not self.seeds:
             raise ValueError("seed: none given; give at least one")
-        for name in ("gaps", "seeds"):
+        if wrong := [columns for columns in self.columns if columns not in TRIP_COLUMNS]:
+            raise ValueError(f"columns: {wrong[0]} is not one of {', '.join(map(str, TRIP_COLUMNS))}")
+        if self.gaps and not self.columns:
+            raise ValueError("columns: none given; give at least one, or no gaps")
+        for name in ("gaps", "columns", "seeds"):
             values = getattr(self, name)
             if len(set(values)) < len(values) or not all(0 <= value <= MAX_SEED for value in values):
                 raise ValueError(f"{name}: {list(values)} must be different whole numbers from 0 to {MAX_SEED}")
@@ -145,8 +161,10 @@ class Results:
         try:
             raw = read_json(self.path)
             before = raw.get("header")
-            if not isinstance(before, dict) or before.get("format") != FORMAT:
+            if not isinstance(before, dict):
                 raise ValueError(f"{self.path} was written by another version")
+            if before.get("format") != FORMAT:
+                raise ValueError(f"{self.path} has format {before.get('format')}, this version writes {FORMAT}")
             if differ := [name for name in self.header if before.get(name) != self.header[name]]:
                 raise ValueError(f"{self.path} was made with other {', '.join(differ)}")
             self.records = [Record.from_dict(record) for record in raw.get("records", [])]
@@ -174,10 +192,10 @@ def evaluate(plan: Plan, device: str, dtype: str, out: Path) -> list[Table]:
     pipelines = {student.name: Pipeline.load(StudentSource(student.path).open(), *where) for student in plan.students}
     for pipeline in pipelines.values():
         use_cpu_threads(pipeline.network.net)
+    plan = _usable(plan, pipelines)
     first = pipelines[plan.students[0].name]
     paths = long_paths(plan, first.card.fps)
-    for kind, gap in itertools.product(KINDS, plan.gaps):
-        benchmark_script(kind, gap, mirror=False)
+    scripts = {mirror: _scripts(plan, mirror) for mirror in (False, True)}
     results = Results(out, _header(plan, pipelines))
     world = World(first)
     done = [(each.student, each.policy, each.seed, each.scene, each.kind == LONG) for each in results.records]
@@ -186,18 +204,15 @@ def evaluate(plan: Plan, device: str, dtype: str, out: Path) -> list[Table]:
             continue
         run = {"student": student, "policy": policy, "seed": seed, "scene": scene}
         style = ALL_STYLES[np.random.default_rng((seed, scene)).integers(len(ALL_STYLES))]
-        camera = Camera(pipelines[student], style, seed * 10_000 + scene)
-        memory = pipelines[student].empty_memory(**_settings(policy))
+        camera = _camera(pipelines[student], policy, style, seed * 10_000 + scene)
+        memory = _empty_memory(pipelines[student], policy)
         if is_long:
             rollouts = [_run_long(camera, world, memory, paths[seed, scene], run)]
         else:
-            rollouts = _run_gaps(camera, world, memory, plan.gaps, run)
+            rollouts = _run_gaps(camera, world, memory, scripts[scene % 2 == 1], run)
         for record, end in rollouts if (seed, scene) == (plan.seeds[0], 0) else ():
-            parts = [student.replace("/", "-")] * (len(plan.students) > 1) + [
-                record.kind,
-                str(record.gap_frames),
-                policy,
-            ]
+            script = (record.kind, record.columns, record.gap_frames) if not is_long else (record.kind,)
+            parts = [student.replace("/", "-")] * (len(plan.students) > 1) + [*map(str, script), policy]
             film_strip(world.codec, end.latent_chunks, scale=1).save(out / f"{'-'.join(parts)}.png")
         results.add([record for record, _ in rollouts])
     return _report(results, plan, first.card.fps, out)
@@ -214,20 +229,24 @@ def _runs(plan: Plan) -> list[tuple[str, str, int, int, bool]]:
     ]
 
 
-def _run_gaps(
-    camera: Camera, world: World, memory: Memory, gaps: Sequence[int], run: dict
-) -> list[tuple[Record, Memory]]:
-    """One scene under every script and gap; every second scene is mirrored."""
-    scripts = {
-        (kind, gap): benchmark_script(kind, gap, mirror=run["scene"] % 2 == 1)
-        for kind, gap in itertools.product(KINDS, gaps)
+def _scripts(plan: Plan, mirror: bool) -> dict[tuple[str, int, int], Script]:
+    """The script of every kind, trip and gap; every second scene is mirrored."""
+    return {
+        (kind, columns, gap): benchmark_script(kind, gap, mirror, columns)
+        for kind, columns, gap in itertools.product(KINDS, plan.columns, plan.gaps)
     }
+
+
+def _run_gaps(
+    camera: Camera, world: World, memory: Memory, scripts: dict[tuple[str, int, int], Script], run: dict
+) -> list[tuple[Record, Memory]]:
+    """One scene under every script."""
     ends = dict(branches(camera, memory, {key: script.moves for key, script in scripts.items()}))
     rollouts = []
-    for (kind, gap), script in scripts.items():
-        end = ends[kind, gap]
+    for (kind, columns, gap), script in scripts.items():
+        end, hidden = ends[kind, columns, gap], len(script.hidden_frames)
         trial = judge(world, _latents(end, world), script, camera.style)
-        rollouts.append((Record(**run, kind=kind, gap_frames=len(script.hidden_frames), trial=trial), end))
+        rollouts.append((Record(**run, kind=kind, columns=columns, gap_frames=hidden, trial=trial), end))
     return rollouts
 
 
@@ -237,7 +256,7 @@ def _run_long(camera: Camera, world: World, memory: Memory, moves: Sequence[int]
         memory = camera.move(memory, move)
         reach.append(reach_frames(memory))
     trial = judge_long(world, _latents(memory, world), moves, camera.style, reach)
-    return Record(**run, kind=LONG, gap_frames=0, trial=trial), memory
+    return Record(**run, kind=LONG, columns=0, gap_frames=0, trial=trial), memory
 
 
 def _latents(memory: Memory, world: World) -> Tensor:
@@ -264,8 +283,41 @@ def long_paths(plan: Plan, fps: float) -> dict[tuple[int, int], list[int]]:
     return paths
 
 
-def _settings(policy: str) -> dict:
-    return {"slow": 0} if policy == "none" else {"policy": policy}
+def _camera(pipeline: Pipeline, policy: str, style: Style, seed: int) -> Camera:
+    if policy in CHOOSERS:
+        return ChoosingCamera(pipeline, style, seed, CHOOSERS[policy])
+    return Camera(pipeline, style, seed)
+
+
+def _empty_memory(pipeline: Pipeline, policy: str) -> Memory:
+    """Raises ValueError for a policy that the student cannot use."""
+    if policy in CHOOSERS:
+        memory = pipeline.empty_memory(policy="fifo", eviction="oldest")
+        if not memory.config.slow:
+            raise ValueError(f"slow: 0 latent frames; {policy} chooses slow frames")
+        return memory
+    return pipeline.empty_memory(**({"slow": 0} if policy == NO_SLOW else {"policy": policy}))
+
+
+def _usable(plan: Plan, pipelines: dict[str, Pipeline]) -> Plan:
+    """The plan without the policies that a student cannot use; the log names them.
+
+    Raises ValueError if none is left.
+    """
+    students = []
+    for student in plan.students:
+        policies = []
+        for policy in student.policies:
+            try:
+                _empty_memory(pipelines[student.name], policy)
+                policies.append(policy)
+            except ValueError as error:
+                log.warning("%s cannot be measured under policy %s: %s", student.name, policy, error)
+        if policies:
+            students.append(dataclasses.replace(student, policies=tuple(policies)))
+    if not students:
+        raise ValueError("policies: the students can use none of them; give others")
+    return dataclasses.replace(plan, students=tuple(students))
 
 
 def _header(plan: Plan, pipelines: dict[str, Pipeline]) -> dict:
@@ -275,7 +327,7 @@ def _header(plan: Plan, pipelines: dict[str, Pipeline]) -> dict:
     for student in plan.students:
         name, pipeline = student.name, pipelines[student.name]
         for policy in student.policies:
-            chunk = pipeline.empty_memory(**_settings(policy)).config.chunk
+            chunk = _empty_memory(pipeline, policy).config.chunk
             if chunk != CHUNK:
                 raise ValueError(f"student: {name} generates chunks of {chunk}; the scripts need {CHUNK}")
         if pipeline.card.fps != first.card.fps:
@@ -289,6 +341,7 @@ def _header(plan: Plan, pipelines: dict[str, Pipeline]) -> dict:
         "format": FORMAT,
         "students": students,
         "gaps": plan.gaps,
+        "columns": plan.columns,
         "minutes": plan.minutes,
         "device": first.device.type,
         "dtype": str(first.network.dtype),

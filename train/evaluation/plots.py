@@ -26,16 +26,17 @@ def draw_recall(summary: Summary, fps: float, path: Path) -> None:
     cells = [cell for cell in summary.cells if cell.kind in KINDS]
     if not cells:
         return
-    canvas = Canvas(figsize=(11, 9.2), layout="constrained")
-    axes = canvas.subplots(3, len(KINDS), sharex=True, sharey="row")
+    trips = list(dict.fromkeys((cell.kind, cell.columns) for cell in cells))
+    canvas = Canvas(figsize=(max(11, 4.2 * len(trips)), 9.2), layout="constrained")
+    axes = canvas.subplots(3, len(trips), sharex=True, sharey="row", squeeze=False)
     panels = (
         ("recall", "recall\n(as last seen)", BRIDGED),
         ("recall_first", "recall\n(as first seen)", BRIDGED),
         ("heading_accuracy", "heading accuracy", None),
     )
     seconds = latent_seconds(1, fps)
-    for column, kind in enumerate(KINDS):
-        own = [cell for cell in cells if cell.kind == kind]
+    for column, (kind, columns) in enumerate(trips):
+        own = [cell for cell in cells if (cell.kind, cell.columns) == (kind, columns)]
         for row, (figure, label, level) in enumerate(panels):
             ax = axes[row, column]
             _style(ax, ylabel=label if column == 0 else "", level=level)
@@ -43,7 +44,7 @@ def draw_recall(summary: Summary, fps: float, path: Path) -> None:
             ax.set_ylim(-0.03, 1.03)
             if level is not None:
                 _shuffled(ax, own, scale=seconds)
-        axes[0, column].set_title(f"the camera {kind}s elsewhere, then returns", fontsize=10, color=_INK)
+        axes[0, column].set_title(f"the camera {kind}s {columns} columns away, then returns", fontsize=10, color=_INK)
         axes[-1, column].set_xlabel("seconds out of view")
         axes[-1, column].set_xlim(0, 1.08 * seconds * max(cell.at for cell in cells))
     title = (

@@ -1,12 +1,15 @@
 """Rollouts of camera moves. Scripts share their common beginning: it is generated once."""
 
+import dataclasses
 import functools
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import TypeVar
+
+import torch
 
 from ...memory.memory import Memory
 from ...model.codecs.demo_text import encode_demo_text
-from ...model.sampler import seeded_noise
+from ...model.sampler import CausalSampler, seeded_noise
 from ...model.segment import used_rows
 from ...video.pipeline import Pipeline
 from ..world.prompts import Style, caption
@@ -32,6 +35,19 @@ class Camera:
         noise = seeded_noise(self.seed, memory.latent_size)
         (memory,) = self._sampler(prompt).rollout(memory, 1, sigmas=self.pipeline.card.sigmas, noise=noise)
         return memory
+
+    def sampler(self, memory: Memory) -> CausalSampler:
+        """The student under the last prompt of a memory."""
+        return self._sampler(memory.segments[-1].prompt)
+
+    @torch.inference_mode()
+    def hold(self, memory: Memory, frames: Collection[int]) -> Memory:
+        """The memory with these frames of the film as slow memory; keys and values that it lacks are computed.
+
+        A frame is read under the prompt that it was generated under.
+        """
+        texts = [used_rows(encode_demo_text(segment.prompt)) for segment in memory.segments[:-1]]
+        return self.sampler(memory).read(dataclasses.replace(memory.with_slow(frames), texts=(*texts, memory.text)))
 
 
 def branches(camera: Camera, memory: Memory, paths: Mapping[Key, Sequence[int]]) -> Iterator[tuple[Key, Memory]]:

@@ -20,7 +20,17 @@ from .judge import QUARTERS, LongTrial, Trial
 
 KINDS = ("dwell", "wander")
 LONG = "long"
-FIGURES = ("recall", "recall_first", "psnr", "residual", "heading_accuracy", "motion", "change")
+FIGURES = (
+    "recall",
+    "recall_first",
+    "recall_whole",
+    "share_whole",
+    "psnr",
+    "residual",
+    "heading_accuracy",
+    "motion",
+    "change",
+)
 LONG_FIGURES = ("palette", "residual", "reach", "heading_accuracy", "motion", "change")
 BRIDGED = 0.8
 """Recall from which on a gap counts as bridged."""
@@ -37,6 +47,8 @@ class Record:
     scene: int
     kind: str
     """dwell, wander or long."""
+    columns: int
+    """Columns from the targets to where the gap is spent; 0 for a long rollout."""
     gap_frames: int
     """Latent frames during which the targets are out of view; 0 for a long rollout."""
     trial: Trial | LongTrial
@@ -48,8 +60,8 @@ class Record:
         trial = LongTrial if fields["kind"] == LONG else Trial
         return cls(**{**fields, "trial": trial(**checked_fields(trial, fields["trial"], "records.trial"))})
 
-    def figures(self, at: int) -> dict[str, float]:
-        """Figures of the rollout; of a long one those of quarter `at`, from 1."""
+    def figures(self, at: int) -> dict[str, float | None]:
+        """Figures of the rollout; of a long one those of quarter `at`, from 1. None: there is nothing to measure."""
         if self.kind == LONG:
             return {name: getattr(self.trial, name)[at - 1] for name in LONG_FIGURES}
         return {name: getattr(self.trial, name) for name in FIGURES}
@@ -62,6 +74,8 @@ class Figure:
     mean: float
     low: float
     high: float
+    n: int
+    """Rollouts that have the figure."""
 
     def __format__(self, spec: str) -> str:
         return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
@@ -72,10 +86,13 @@ class _Rollouts:
     student: str
     policy: str
     kind: str
+    columns: int
+    """Columns of the trip; 0 for long rollouts."""
     at: int
     """The gap in latent frames; of long rollouts the quarter, from 1."""
     n: int
     figures: dict[str, Figure]
+    """Without those that fewer than two rollouts have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +112,12 @@ class Difference(_Rollouts):
 
 @dataclass(frozen=True, kw_only=True)
 class EffectiveContext:
-    """The largest bridged gap of one student and policy under one script."""
+    """The largest bridged gap of one student and policy under one script, for trips of one length."""
 
     student: str
     policy: str
     kind: str
+    columns: int
     figure: str
     """recall or recall_first."""
     frames: int
@@ -123,7 +141,7 @@ def bootstrap(values: Sequence[float]) -> Figure:
     """Mean over rollouts and its interval. Figures with equally many rollouts share their draws."""
     array = np.asarray(values, dtype=float)
     low, high = np.percentile(array[_draws(len(array))].mean(1), [2.5, 97.5])
-    return Figure(float(array.mean()), float(low), float(high))
+    return Figure(float(array.mean()), float(low), float(high), len(array))
 
 
 @lru_cache(maxsize=8)
@@ -131,56 +149,69 @@ def _draws(n: int) -> np.ndarray:
     return np.random.default_rng(0).integers(n, size=(BOOTSTRAP, n))
 
 
-def _bootstrap_all(rollouts: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
-    return {name: bootstrap([figures[name] for figures in rollouts]) for name in rollouts[0]}
+def _bootstrap_all(rollouts: Sequence[Mapping[str, float | None]]) -> dict[str, Figure]:
+    values = {name: [value for each in rollouts if (value := each[name]) is not None] for name in rollouts[0]}
+    return {name: bootstrap(own) for name, own in values.items() if len(own) > 1}
+
+
+def _minus(one: Mapping[str, float | None], two: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Differences of the figures that both rollouts have."""
+    both = {name: (one[name], two[name]) for name in one}
+    return {name: None if a is None or b is None else a - b for name, (a, b) in both.items()}
 
 
 def sum_up(records: Sequence[Record]) -> Summary:
-    """Cells of at least two rollouts, ordered by script, gap or quarter, student and policy.
+    """Cells of at least two rollouts, ordered by script, trip, gap or quarter, student and policy.
 
     Differences are to the first student under its first policy; those of another student also to the first student
     under the same policy.
     """
-    groups: dict[tuple[str, str, str, int], list[Record]] = {}
+    groups: dict[tuple[str, str, str, int, int], list[Record]] = {}
     for record in records:
         for at in range(1, QUARTERS + 1) if record.kind == LONG else [record.gap_frames]:
-            groups.setdefault((record.student, record.policy, record.kind, at), []).append(record)
-    keys = sorted(groups, key=lambda key: ((*KINDS, LONG).index(key[2]), key[3]))
+            key = (record.student, record.policy, record.kind, record.columns, at)
+            groups.setdefault(key, []).append(record)
+    keys = sorted(groups, key=lambda key: ((*KINDS, LONG).index(key[2]), *key[3:]))
     rows = list(dict.fromkeys((record.student, record.policy) for record in records))
     cells, differences = [], []
-    for student, policy, kind, at in keys:
-        own: dict[str, Any] = dict(student=student, policy=policy, kind=kind, at=at)
-        group = groups[student, policy, kind, at]
+    for key in keys:
+        student, policy, kind, columns, at = key
+        own: dict[str, Any] = dict(student=student, policy=policy, kind=kind, columns=columns, at=at)
+        group = groups[key]
         figures = {(record.seed, record.scene): record.figures(at) for record in group}
         if len(group) > 1:
             trials = [record.trial for record in group if isinstance(record.trial, Trial)]
             means = _bootstrap_all([record.figures(at) for record in group])
             cells.append(Cell(**own, n=len(group), figures=means, shuffled=shuffled_rate(trials) if trials else None))
         for against in dict.fromkeys([rows[0], (rows[0][0], policy)]):
-            others = {
-                (record.seed, record.scene): record.figures(at) for record in groups.get((*against, kind, at), ())
-            }
+            against_group = groups.get((*against, kind, columns, at), ())
+            others = {(record.seed, record.scene): record.figures(at) for record in against_group}
             pairs = [(figures[scene], others[scene]) for scene in figures if scene in others]
             if against != (student, policy) and len(pairs) > 1:
-                minus = [{name: one[name] - two[name] for name in one} for one, two in pairs]
+                minus = [_minus(one, two) for one, two in pairs]
                 differences.append(Difference(**own, against=against, n=len(pairs), figures=_bootstrap_all(minus)))
     effective = [
-        effective_context(student, policy, kind, figure, cells)
-        for kind, (student, policy), figure in itertools.product(KINDS, rows, ("recall", "recall_first"))
-        if any((cell.student, cell.policy, cell.kind) == (student, policy, kind) for cell in cells)
+        effective_context(*row, *trip, figure, cells)
+        for trip in dict.fromkeys((cell.kind, cell.columns) for cell in cells if cell.kind != LONG)
+        for row, figure in itertools.product(rows, ("recall", "recall_first"))
+        if any((cell.student, cell.policy, cell.kind, cell.columns) == (*row, *trip) for cell in cells)
     ]
     return Summary(cells=tuple(cells), differences=tuple(differences), effective_context=tuple(effective))
 
 
-def effective_context(student: str, policy: str, kind: str, figure: str, cells: Iterable[Cell]) -> EffectiveContext:
-    """The gaps from the smallest up to the first that is not bridged."""
-    own = [cell for cell in cells if (cell.student, cell.policy, cell.kind) == (student, policy, kind)]
+def effective_context(
+    student: str, policy: str, kind: str, columns: int, figure: str, cells: Iterable[Cell]
+) -> EffectiveContext:
+    """The gaps from the smallest up to the first that is not bridged, all of trips of `columns`."""
+    row = (student, policy, kind, columns)
+    own = [cell for cell in cells if (cell.student, cell.policy, cell.kind, cell.columns) == row]
     bridged = {cell.at: cell.figures[figure].mean >= BRIDGED for cell in sorted(own, key=lambda cell: cell.at)}
     counted = list(itertools.takewhile(lambda gap: bridged[gap], bridged))
     return EffectiveContext(
         student=student,
         policy=policy,
         kind=kind,
+        columns=columns,
         figure=figure,
         frames=max(counted, default=0),
         is_bound=len(counted) == len(bridged),
@@ -210,12 +241,13 @@ def tables(summary: Summary, fps: float) -> list[Table]:
     recall = [cell for cell in summary.cells if cell.kind != LONG]
     drift = [cell for cell in summary.cells if cell.kind == LONG]
     mean = lambda name, spec: lambda cell: f"{cell.figures[name].mean:{spec}}"
-    interval = lambda name, spec: lambda cell: f"{cell.figures[name]:{spec}}"
+    interval = lambda name, spec: lambda cell: f"{cell.figures[name]:{spec}}" if name in cell.figures else ""
     difference = lambda name: lambda cell: _difference_to_first(cell, summary, name)
     shown = []
     if recall:
         groups = {
             "script": lambda cell: cell.kind,
+            "columns": lambda cell: cell.columns,
             "gap, frames": lambda cell: cell.at,
             "gap, s": lambda cell: f"{latent_seconds(cell.at, fps):.2f}",
         }
@@ -223,6 +255,9 @@ def tables(summary: Summary, fps: float) -> list[Table]:
             "recall [95 %]": interval("recall", ".2f"),
             "difference [95 %]": difference("recall"),
             "as first seen [95 %]": interval("recall_first", ".2f"),
+            "drawn whole": mean("share_whole", ".2f"),
+            "recall of whole [95 %]": interval("recall_whole", ".2f"),
+            "n whole": lambda cell: cell.figures["recall_whole"].n if "recall_whole" in cell.figures else "",
             "shuffled": lambda cell: f"{cell.shuffled:.2f}",
             "heading": mean("heading_accuracy", ".2f"),
             "motion": mean("motion", ".2f"),
@@ -253,12 +288,12 @@ Column = Callable[[Cell], object]
 def _cell_table(
     title: str, cells: Sequence[Cell], summary: Summary, groups: Mapping[str, Column], columns: Mapping[str, Column]
 ) -> Table:
-    """A row per cell. `groups` are the columns that are shown once per script and gap, or per quarter."""
+    """A row per cell. `groups` are the columns that are shown once per script, trip and gap, or per quarter."""
     table = Table(title=title)
     columns = {"who": partial(row_name, summary=summary), **columns, "n": lambda cell: cell.n}
     for name in (*groups, *columns):
         table.add_column(name, justify="left" if name in ("script", "who") else "right", no_wrap=True)
-    for _, group in itertools.groupby(cells, key=lambda cell: (cell.kind, cell.at)):
+    for _, group in itertools.groupby(cells, key=lambda cell: (cell.kind, cell.columns, cell.at)):
         for i, cell in enumerate(group):
             shown = [str(column(cell)) if i == 0 else "" for column in groups.values()]
             table.add_row(*shown, *[str(column(cell)) for column in columns.values()])
@@ -267,21 +302,21 @@ def _cell_table(
 
 
 def _difference_to_first(cell: Cell, summary: Summary, figure: str) -> str:
-    own = (cell.student, cell.policy, cell.kind, cell.at)
-    paired = (each for each in summary.differences if (each.student, each.policy, each.kind, each.at) == own)
+    own = lambda each: (each.student, each.policy, each.kind, each.columns, each.at)
+    paired = (each for each in summary.differences if own(each) == own(cell))
     return next((f"{each.figures[figure]:+.2f}" for each in paired), "")
 
 
 def _effective_table(summary: Summary, fps: float) -> Table:
     table = Table(title=f"effective context, s: largest gap up to which recall stays at {BRIDGED} or more")
-    for column in ("script", "who", "as last seen", "as first seen"):
-        table.add_column(column, no_wrap=True)
+    for column in ("script", "columns", "who", "as last seen", "as first seen"):
+        table.add_column(column, justify="right" if column == "columns" else "left", no_wrap=True)
     seconds = lambda frames: f"{latent_seconds(frames, fps):.2f}"
     rows: dict[tuple, list[str]] = {}
     for each in summary.effective_context:
         text = ("at least " if each.is_bound else "") + seconds(each.frames) if each.frames else "less than measured"
         beyond = f" (again at {seconds(each.again)}, not counted)" if each.again is not None else ""
-        rows.setdefault((each.kind, row_name(each, summary)), []).append(text + beyond)
+        rows.setdefault((each.kind, str(each.columns), row_name(each, summary)), []).append(text + beyond)
     for row, both in rows.items():
         table.add_row(*row, *both)
     return table

@@ -9,6 +9,11 @@ from .camera import headings
 from .geometry import CHUNK, RING_COLUMNS, VIEW_COLUMNS
 from .prompts import CONCEPTS, Style, check_choice
 
+_WANDERED = 2 * CHUNK
+"""Columns by which a wandering camera goes beyond the end of its trip."""
+TRIP_COLUMNS = range(-(-VIEW_COLUMNS // CHUNK) * CHUNK, RING_COLUMNS - VIEW_COLUMNS - _WANDERED + 1, CHUNK)
+"""Lengths of trips in columns: so far that the targets are out of view, and not around the ring to them again."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Script:
@@ -27,16 +32,20 @@ class Script:
     """Latent frames in which no column of the target view is visible."""
 
 
-def benchmark_script(kind: str, gap_chunks: int, mirror: bool) -> Script:
-    """S R R S, R R R, `gap_chunks` chunks elsewhere, L L L, S S; `mirror` swaps left and right.
+def benchmark_script(kind: str, gap_chunks: int, mirror: bool, columns: int = TRIP_COLUMNS[0]) -> Script:
+    """S R R S, R for `columns`, `gap_chunks` chunks elsewhere, L for `columns`, S S; `mirror` swaps left and right.
 
     Elsewhere the camera stays ("dwell") or goes back and forth, R R L L ("wander").
     """
     check_choice("kind", kind, ("dwell", "wander"))
+    if columns not in TRIP_COLUMNS:
+        raise ValueError(f"columns: {columns} is not one of {', '.join(map(str, TRIP_COLUMNS))}")
     if gap_chunks < 0 or (kind == "wander" and gap_chunks % 4):
         raise ValueError(f"gap_chunks: {gap_chunks} must be 0 or more, for 'wander' a multiple of 4")
     gap = [0] * gap_chunks if kind == "dwell" else [1, 1, -1, -1] * (gap_chunks // 4)
-    moves = [-move if mirror else move for move in (0, 1, 1, 0, 1, 1, 1, *gap, -1, -1, -1, 0, 0)]
+    out = [1] * (columns // CHUNK)
+    back = [-move for move in out]
+    moves = [-move if mirror else move for move in (0, 1, 1, 0, *out, *gap, *back, 0, 0)]
     path, target_frame = headings(moves), 4 * CHUNK - 1
     distance = (path - path[target_frame]) % RING_COLUMNS
     is_hidden = np.minimum(distance, RING_COLUMNS - distance) >= VIEW_COLUMNS
