@@ -8,6 +8,6 @@ for seed in ${SEEDS:-0 1 2}; do
     arm() { echo "$folder/$1-$seed/student.safetensors"; }
     ${CONTEXT_FORCING:-context-forcing} evaluate --student "$(arm ours)" --policies clean,novel,released \
         --compare "$(arm memoryless)=clean,novel" --compare "$(arm longlive)=none" --compare "$(arm infinity-rope)=none" \
-        --compare "$pretrained=clean,novel" --gaps 0,8,24 --rollouts 8 --minutes 2 --long-rollouts 2 --seed "$seed" \
+        --compare "$pretrained=clean,novel" --columns 9 --gaps 0,8,24 --rollouts 8 --minutes 2 --long-rollouts 2 --seed "$seed" \
         --output "$folder/measured-$seed"
 done

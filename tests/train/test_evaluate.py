@@ -18,7 +18,7 @@ from context_forcing.train.evaluation import evaluate as command
 from context_forcing.train.evaluation.evaluate import Plan, evaluate, long_paths, parse_students
 from context_forcing.train.evaluation.judge import QUARTERS, LongTrial, Trial, World, judge
 from context_forcing.train.evaluation.rollout import Camera, branches
-from context_forcing.train.evaluation.summary import Record, bootstrap, effective_context, shuffled_rate, sum_up
+from context_forcing.train.evaluation.summary import Record, bootstrap, effective_context, shuffled_rate, sum_up, tables
 from context_forcing.train.world.camera import headings, render_latent_frames
 from context_forcing.train.world.prompts import ALL_STYLES, caption
 from context_forcing.train.world.scene import Scene
@@ -86,14 +86,14 @@ def test_a_shared_beginning_is_made_once(pipeline):
     assert len(moves) == 2 + 1 + 2
 
 
-def record(student="one", policy="novel", scene=0, kind="dwell", gap=15, recall=1.0, targets=4, **given):
+def record(student="one", policy="novel", scene=0, kind="dwell", columns=9, gap=15, recall=1.0, targets=4, **given):
     """A trial with a given share of targets recalled."""
     remembered = tuple(range(targets))
     hits = round(recall * targets)
     returned = remembered[:hits] + tuple(20 + target for target in remembered[hits:])
     trial = dict(
-        first=remembered, remembered=remembered, returned=returned, psnr=20.0, heading_accuracy=1.0, motion=1.0,
-        change=1.0, residual=0.0,
+        first=remembered, remembered=remembered, returned=returned, whole=(True,) * targets, psnr=20.0,
+        heading_accuracy=1.0, motion=1.0, change=1.0, residual=0.0,
     )  # fmt: skip
     return Record(
         student=student,
@@ -101,6 +101,7 @@ def record(student="one", policy="novel", scene=0, kind="dwell", gap=15, recall=
         seed=0,
         scene=scene,
         kind=kind,
+        columns=columns,
         gap_frames=gap,
         trial=Trial(**{**trial, **given}),
     )
@@ -149,7 +150,7 @@ def test_the_interval_covers_the_mean_and_narrows():
     assert many.high - many.low < few.high - few.low
     # Two standard errors on either side of the mean.
     assert many.high - many.mean == pytest.approx(1.96 * draws.std() / 10, rel=0.1)
-    assert bootstrap([0.5] * 3) == bootstrap([0.5] * 7)
+    assert bootstrap([0.5] * 3) == dataclasses.replace(bootstrap([0.5] * 7), n=3)
 
 
 def test_differences_are_paired_by_scene():
@@ -201,22 +202,61 @@ def test_what_is_held_against_what():
 )
 def test_effective_context_stops_at_the_first_gap_that_is_not_bridged(recalls, frames, is_bound, again):
     cells = sum_up([record(scene=k, gap=gap, recall=recalls[gap]) for gap in recalls for k in range(2)]).cells
-    context = effective_context("one", "novel", "dwell", "recall", cells)
+    context = effective_context("one", "novel", "dwell", 9, "recall", cells)
     assert (context.frames, context.is_bound, context.again) == (frames, is_bound, again)
+
+
+def test_every_length_of_trip_has_its_own_effective_context():
+    recalls = {(9, 15): 1.0, (9, 27): 1.0, (18, 33): 1.0, (18, 45): 0.5, (27, 51): 0.0}
+    records = [
+        record(scene=k, columns=columns, gap=gap, recall=recall)
+        for (columns, gap), recall in recalls.items()
+        for k in range(2)
+    ]
+    summary = sum_up(records)
+    contexts = [each for each in summary.effective_context if each.figure == "recall"]
+    assert [(each.columns, each.frames, each.is_bound) for each in contexts] == [
+        (9, 27, True),
+        (18, 33, False),
+        (27, 0, False),
+    ]
+    cells, effective = tables(summary, fps=16)
+    assert cells.row_count == 5 and effective.row_count == 3
+    assert list(cells.columns[1].cells) == ["9", "9", "18", "18", "27"]
+
+
+def test_recall_of_whole_landmarks_skips_rollouts_without_one():
+    """Recall is 1/2; of the whole ones it is 1, or 0, or there is none."""
+    whole = [(True, True, False, False), (False, False, True, True), (False,) * 4]
+    one = [record(scene=k, recall=0.5, whole=each) for k, each in enumerate(whole)]
+    two = [record(student="two", scene=k, recall=1.0, whole=each) for k, each in enumerate(whole)]
+    summary = sum_up(one + two)
+    recall = summary.cells[0].figures["recall_whole"]
+    assert (recall.mean, recall.n, summary.cells[0].n) == (0.5, 2, 3)
+    assert summary.cells[0].figures["share_whole"].mean == pytest.approx(1 / 3)
+    (difference,) = summary.differences
+    assert difference.figures["recall"].n == 3
+    assert (difference.figures["recall_whole"].mean, difference.figures["recall_whole"].n) == (0.5, 2)
+
+    none = sum_up([record(scene=k, whole=(False,) * 4) for k in range(2)])
+    assert "recall_whole" not in none.cells[0].figures
+    table = tables(none, fps=16)[0]
+    shown = {column.header: list(column.cells) for column in table.columns}
+    assert shown["recall of whole [95 %]"] == shown["n whole"] == [""]
+    assert shown["recall [95 %]"] != [""] and shown["motion"] == ["1.00"]
 
 
 def test_a_record_survives_json():
     long = LongTrial(**dict.fromkeys(LongTrial.__dataclass_fields__, (1.0, 2.0, 3.0, 4.0)))
-    for each in (record(), dataclasses.replace(record(), kind="long", gap_frames=0, trial=long)):
+    for each in (record(), dataclasses.replace(record(), kind="long", columns=0, gap_frames=0, trial=long)):
         assert Record.from_dict(json.loads(json.dumps(dataclasses.asdict(each)))) == each
 
 
 def test_long_rollouts_are_summed_up_by_quarter():
     def long(student, scene, palette):
         fields = dict.fromkeys(LongTrial.__dataclass_fields__, (1.0,) * QUARTERS)
-        return dataclasses.replace(
-            record(student, scene=scene), kind="long", gap_frames=0, trial=LongTrial(**{**fields, "palette": palette})
-        )
+        trial = LongTrial(**{**fields, "palette": palette})
+        return dataclasses.replace(record(student, scene=scene), kind="long", columns=0, gap_frames=0, trial=trial)
 
     records = [long("one", k, (0.1, 0.1, 0.1, 0.1)) for k in range(3)]
     records += [long("two", k, (0.1, 0.2, 0.3, 0.4)) for k in range(3)]
@@ -272,6 +312,9 @@ def test_a_student_named_twice_is_refused(compare, match):
     [
         ({"gaps": ()}, "gaps"),
         ({"gaps": (8, 8)}, "gaps"),
+        ({"columns": ()}, "columns"),
+        ({"columns": (9, 9)}, "columns"),
+        ({"columns": (10,)}, "columns: 10 is not one of 9, 12, .*, 33"),
         ({"seeds": ()}, "seed"),
         ({"rollouts": 1}, "rollouts: 1"),
         ({"minutes": -1.0}, "minutes: -1"),
@@ -288,12 +331,14 @@ def test_the_command_line_says_what_is_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(command, "evaluate", lambda plan, *where: plans.append(plan) or [])
     run = CliRunner().invoke
     assert run(app, ["evaluate", "-o", str(tmp_path)]).exit_code == 0
-    options = "--policies novel,none --rollouts 3 --gaps 4 --seed 1,2 --minutes 2 --compare a.safetensors=none".split()
+    options = "--policies novel,none --rollouts 3 --gaps 4 --columns 12 --seed 1,2 --minutes 2".split()
+    options += ["--compare", "a.safetensors=none"]
     assert run(app, ["evaluate", "-o", str(tmp_path), *options]).exit_code == 0
     by_default, chosen = plans
     assert by_default == Plan(students=parse_students("demo", [], "novel,clean,none"))
     assert [each.policies for each in chosen.students] == [("novel", "none"), ("none",)]
-    assert (chosen.rollouts, chosen.gaps, chosen.seeds, chosen.minutes) == (3, (4,), (1, 2), 2)
+    assert (chosen.rollouts, chosen.gaps, chosen.columns) == (3, (4,), (12,))
+    assert (chosen.seeds, chosen.minutes) == ((1, 2), 2)
     refused = run(app, ["evaluate", "-o", str(tmp_path), "--gaps", "4,x"])
     assert isinstance(refused.exception, ValueError) and "gaps: 'x' is not a whole number" in str(refused.exception)
 
@@ -301,7 +346,7 @@ def test_the_command_line_says_what_is_measured(monkeypatch, tmp_path):
 @pytest.fixture
 def plan(students):
     return Plan(
-        students=parse_students(students[0], [f"{students[1]}=none"], "novel"), gaps=(0,), rollouts=2,
+        students=parse_students(students[0], [f"{students[1]}=none"], "oracle"), gaps=(0,), columns=(9,), rollouts=2,
         minutes=0.4, long_rollouts=2,
     )  # fmt: skip
 
@@ -332,8 +377,9 @@ def test_a_killed_run_goes_on_to_the_same_results(plan, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Camera, "move", None)
         evaluate(plan, "cpu", "fp32", halved)
-    with pytest.raises(ValueError, match="output: .*recall.json was made with other gaps; give another folder"):
-        evaluate(dataclasses.replace(plan, gaps=(0, 4)), "cpu", "fp32", halved)
+    for name, other in (("gaps", (0, 4)), ("columns", (9, 12))):
+        with pytest.raises(ValueError, match=f"output: .*recall.json was made with other {name}; give another folder"):
+            evaluate(dataclasses.replace(plan, **{name: other}), "cpu", "fp32", halved)
 
 
 @pytest.mark.slow
@@ -341,11 +387,11 @@ def test_results_plots_and_strips_are_written(plan, tmp_path):
     pytest.importorskip("matplotlib")
     evaluate(plan, "cpu", "fp32", tmp_path)
     content = json.loads((tmp_path / "recall.json").read_text())
-    assert set(content["header"]) == {"format", "students", "gaps", "minutes", "device", "dtype"}
+    assert set(content["header"]) == {"format", "students", "gaps", "columns", "minutes", "device", "dtype"}
     assert {(cell["kind"], cell["policy"]) for cell in content["summary"]["cells"]} == {
-        (kind, policy) for kind in ("dwell", "wander", "long") for policy in ("novel", "none")
+        (kind, policy) for kind in ("dwell", "wander", "long") for policy in ("oracle", "none")
     }
-    assert all(each["n"] == 2 and each["against"][1] == "novel" for each in content["summary"]["differences"])
+    assert all(each["n"] == 2 and each["against"][1] == "oracle" for each in content["summary"]["differences"])
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert {"recall.png", "drift.png"} < pictures and len(pictures) == 2 + 6
 
@@ -355,3 +401,32 @@ def test_a_folder_with_something_else_in_it_is_refused(content, tmp_path):
     (tmp_path / "recall.json").write_text(content)
     with pytest.raises(ValueError, match="output: .*give another folder, or delete the file"):
         command.Results(tmp_path, {"format": command.FORMAT})
+
+
+def test_a_folder_of_the_format_before_is_refused_with_both_formats(tmp_path):
+    (tmp_path / "recall.json").write_text('{"header": {"format": 3}, "records": []}')
+    with pytest.raises(ValueError, match="output: .*recall.json has format 3, this version writes 4; give another"):
+        command.Results(tmp_path, {"format": command.FORMAT})
+
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(ValueError, match="policies: 'nvel' is not one of none, novel, .*oracle, rag, tether"):
+        parse_students("demo", [], "novel,nvel")
+
+
+@pytest.fixture
+def without_slow(make_net, tmp_path, save_student):
+    path = tmp_path / "without_slow.safetensors"
+    card = StudentCard(base="demo", steps=(1000.0,), shift=3.0, memory=MemoryConfig(slow=0), size=(128, 64))
+    save_student(path, make_net(3, text_dim=4096, text_len=512), card)
+    return str(path)
+
+
+def test_policies_that_a_student_cannot_use_are_left_out(without_slow, tmp_path, caplog):
+    plan = Plan(students=parse_students(without_slow, [], "oracle,fifo"), gaps=(0,), columns=(9,), rollouts=2)
+    cells, _ = evaluate(plan, "cpu", "fp32", tmp_path / "out")
+    shown = {column.header: list(column.cells) for column in cells.columns}
+    assert shown["who"] == ["fifo", "fifo"] and all(shown["motion"])
+    assert "without_slow cannot be measured under policy oracle: slow: 0 latent frames" in caplog.text
+    with pytest.raises(ValueError, match="policies: the students can use none of them"):
+        evaluate(dataclasses.replace(plan, students=parse_students(without_slow, [], "rag")), "cpu", "fp32", tmp_path)

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from context_forcing.model.checkpoints.student import StudentSource
-from context_forcing.train.evaluation.judge import QUARTERS, World, judge, judge_long, path_of
+from context_forcing.train.evaluation.judge import QUARTERS, WHOLE, World, judge, judge_long, landmark, path_of
 from context_forcing.train.world.camera import render_latent_frames
 from context_forcing.train.world.geometry import stations_in_view
 from context_forcing.train.world.prompts import ALL_STYLES
-from context_forcing.train.world.scene import Scene
+from context_forcing.train.world.scene import Scene, templates
 from context_forcing.train.world.scripts import benchmark_script
 from context_forcing.video.pipeline import Pipeline
 
@@ -38,11 +38,44 @@ def test_the_true_world_scores_full_marks(world, kind, mirror):
         film, scene = true_film(world, script.moves, style, k)
         trial = judge(world, film, script, style)
         assert trial.first == trial.remembered == trial.returned
-        assert trial.recall == trial.recall_first == 1
+        assert trial.recall == trial.recall_first == trial.recall_whole == trial.share_whole == 1
         assert set(trial.remembered) <= set(scene.class_ids)
         assert trial.heading_accuracy == 1 and trial.motion == 1
         assert trial.change == pytest.approx(1, abs=1e-4)
         assert trial.residual < 1e-6
+
+
+def test_half_drawn_landmarks_are_not_whole_and_do_not_count(world):
+    """The right half of the first target is of another class, so that it has no class to return to."""
+    script, style = benchmark_script("dwell", 4, False), ALL_STYLES[0]
+    film, scene = true_film(world, script.moves, style, 0)
+    (station, column), *others = stations_in_view(script.target_heading)
+    classes = world.encode(templates(style, station))
+    other = (scene.class_ids[station] + 12) % len(classes)
+    landmark(film[:, script.target_frame], column)[..., 2:] = classes[other, ..., 2:]
+    landmark(film[:, script.return_frame + 1], column)[:] = classes[5]
+    trial = judge(world, film, script, style)
+    assert trial.whole == (False, *(True for _ in others))
+    assert trial.recall == len(others) / (1 + len(others)) == trial.share_whole
+    assert trial.recall_whole == 1
+
+
+def test_soft_landmarks_are_whole_and_mixed_ones_are_not(world):
+    """What the docstring of WHOLE says of noise and of even mixtures of two classes."""
+    generator = torch.Generator().manual_seed(0)
+    soft, mixed = [], []
+    for station, style in enumerate(ALL_STYLES[::3]):
+        classes = world.encode(templates(style, station))
+        pairs = torch.combinations(torch.arange(len(classes)))
+        picture = torch.zeros(16, 8, 16)
+        for one, two in classes[pairs]:
+            for distances, drawn in (
+                (soft, one + 0.25 * torch.randn(one.shape, generator=generator)),
+                (mixed, 0.5 * (one + two)),
+            ):
+                landmark(picture, 2)[:] = drawn
+                distances.append(world.classify(picture, 2, style, station)[1])
+    assert max(soft) < WHOLE and np.mean(np.array(mixed) < WHOLE) == pytest.approx(0.05, abs=0.02)
 
 
 def test_a_still_picture_is_caught_by_the_motion_figures(world):

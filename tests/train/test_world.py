@@ -175,6 +175,31 @@ def test_benchmark_scripts_return_exactly_and_hide_the_targets_between(kind, gap
     assert tuple(-move for move in script.moves) == benchmark_script(kind, gap, not mirror).moves
 
 
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("kind, gap", [("dwell", 0), ("dwell", 80), ("wander", 4), ("wander", 80)])
+def test_a_trip_of_nine_columns_is_the_script_without_columns(kind, gap, mirror):
+    elsewhere = {"dwell": [0] * gap, "wander": [1, 1, -1, -1] * (gap // 4)}[kind]
+    moves = [0, 1, 1, 0, 1, 1, 1, *elsewhere, -1, -1, -1, 0, 0]
+    script = benchmark_script(kind, gap, mirror, columns=9)
+    assert script == benchmark_script(kind, gap, mirror)
+    assert script.moves == tuple(-move for move in moves) if mirror else tuple(moves)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("kind, gap", [("dwell", 8), ("wander", 8)])
+@pytest.mark.parametrize("columns", [9, 18, 27, 33])
+def test_longer_trips_hide_the_targets_all_the_way(columns, kind, gap, mirror):
+    script = benchmark_script(kind, gap, mirror, columns)
+    path = np.array(script.headings)
+    away = np.abs(path - script.target_heading)[script.target_frame :]
+    assert away.max() == columns + (6 if kind == "wander" else 0)
+    assert (path[script.return_frame :] == script.target_heading).all()
+    targets = stations_touched(script.target_heading)
+    assert not any(targets & stations_touched(path[frame]) for frame in script.hidden_frames)
+    first = script.hidden_frames[0]
+    assert script.hidden_frames == tuple(range(first, first + 3 * gap + 3 + 2 * (columns - 9)))
+
+
 def test_random_clips_return_to_something_that_was_hidden_for_a_chunk():
     returns = 0
     for seed in range(40):
@@ -222,6 +247,7 @@ def test_shared_pictures_cannot_be_written_to():
         (lambda: render_latent_frames(make_scene(), [], []), "moves: 0 entries"),
         (lambda: benchmark_script("sleep", 4, False), "kind: 'sleep'"),
         (lambda: benchmark_script("wander", 3, False), "gap_chunks: 3"),
+        (lambda: benchmark_script("dwell", 4, False, 36), "columns: 36 is not one of 9, .*, 33"),
     ],
 )
 def test_bad_values_are_named(call, match):

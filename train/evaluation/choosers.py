@@ -121,6 +121,7 @@ def last_chunk_mass(sampler: CausalSampler, memory: Memory) -> dict[int, float]:
     past = memory.restrict_to([frame for frame in memory.slots.all if frame not in chunk])
     frames = [*past.slots.all, *chunk]
     recorder = AttentionRecorder(network.attention, sampler.text, len(frames))
-    recording = dataclasses.replace(sampler, network=dataclasses.replace(network, attention=recorder))
+    network = dataclasses.replace(network, attention=recorder)
+    recording = dataclasses.replace(sampler, network=network, commit_attends="all")
     recording.commit(past, memory.latents_of(chunk).to(network.device))
     return dict(zip(frames, torch.stack(recorder.shares).mean(dim=0).tolist()))
