@@ -1,5 +1,7 @@
 """Policies for evaluation only: what they choose, and that what they choose is read and attended to."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -130,6 +132,8 @@ def test_tether_keeps_the_best_of_what_is_held(pipeline):
     held = memory.slots.slow
     assert len(held) == 7
     shares = last_chunk_mass(camera.sampler(memory), memory)
+    alone = dataclasses.replace(camera.sampler(memory), commit_attends="itself")
+    assert last_chunk_mass(alone, memory) == shares
     assert sum(shares.values()) == pytest.approx(1, abs=1e-4) and {*memory.slots.all} == {*shares}
     mass = {frame: shares[frame] / sum(shares[f] for f in held) for frame in held}
     span = 0.5 * (max(held) - min(held) + 1)

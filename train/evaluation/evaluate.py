@@ -296,7 +296,7 @@ def _empty_memory(pipeline: Pipeline, policy: str) -> Memory:
         if not memory.config.slow:
             raise ValueError(f"slow: 0 latent frames; {policy} chooses slow frames")
         return memory
-    return pipeline.empty_memory(**({"slow": 0} if policy == NO_SLOW else {"policy": policy}))
+    return pipeline.empty_memory(slow=0) if policy == NO_SLOW else pipeline.empty_memory(policy=policy)
 
 
 def _usable(plan: Plan, pipelines: dict[str, Pipeline]) -> Plan:
