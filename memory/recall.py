@@ -1,7 +1,10 @@
 """Policy recall: before every chunk, slow frames are chosen anew from the whole film (docs/memory.md, Policies).
 
-A latent frame is described by its clean latents. A frame is relevant if the tokens of the latest frame find themselves
-in it, anywhere in their row: a view that overlaps with the latest one is found after a pan, too.
+A latent frame is described by its clean latents. The latest frame is compared with every frame at every shift along the
+rows, so that views which overlap are found after a pan. The shift since the last chunk says where the view goes; frames
+that show what lies there are the most relevant.
+
+Likeness of two tokens: 2 a.b / (|a|^2 + |b|^2), which is 1 for equal ones and less for another direction or length.
 
 Shapes: T latent frames, R C rows and columns of tokens, D values of a token.
 """
@@ -64,20 +67,47 @@ class Archive:
     """The film so far, described. Values of tokens are relative to the film's mean token."""
 
     def __init__(self, chunks: Sequence[Tensor]):
-        self.tokens = torch.cat([describe(chunk) for chunk in chunks])
+        self.tokens, self.last_chunk = torch.cat([describe(chunk) for chunk in chunks]), chunks[-1].shape[2]
         sums = [block.double().sum((0, 1, 2)) for block in self.tokens.split(BLOCK)]
         self.mean = (torch.stack(sums).sum(0) / self.tokens[..., 0].numel()).float()
 
-    def relevance(self, latest: int) -> Tensor:
-        """Likeness of the tokens of a frame with the best ones in their row of every frame, mean over tokens, [T]."""
-        (query,) = self._centred(slice(latest, latest + 1))
-        best = [_likeness(query[None, :, :, None], block[:, :, None]).amax(-1).mean((1, 2)) for block in self._blocks()]
-        return torch.cat(best)
+    def shifts(self, frame: int) -> tuple[Tensor, Tensor]:
+        """Shifts in columns, [S], and the likeness of a frame with every frame shifted by them, [S, T].
+
+        A frame that begins d columns further right than `frame` fits at shift d. At least two columns overlap.
+        """
+        (query,) = self._centred(slice(frame, frame + 1))
+        columns = query.shape[1]
+        most = max(0, columns - 2)
+        found = []
+        for block in self._blocks():
+            pairs = torch.einsum("rcd,trkd->trck", query, block)
+            squares = query.square().sum(-1)[None, :, :, None] + block.square().sum(-1)[:, :, None]
+            pairs = 2 * pairs / squares.clamp(min=1e-12)
+            found.append(
+                torch.stack([pairs.diagonal(-d, 2, 3).mean((1, 2)).clamp(min=0) for d in range(-most, most + 1)])
+            )
+        return torch.arange(-most, most + 1), torch.cat(found, dim=1)
+
+    def relevance(self, latest: int, earlier: int) -> Tensor:
+        """How much every frame shows of what comes after `latest`, if the view goes on as since `earlier`, [T].
+
+        For the best shift d of a frame: the square of the likeness there, times the root of the share of columns that
+        overlap with `latest`, times the nearness of d to the shift of the coming view.
+        """
+        shifts, likeness = self.shifts(latest)
+        columns = self.tokens.shape[2]
+        fit = likeness.square() * (1 - shifts.abs() / columns).sqrt()[:, None]
+        coming = -shifts[fit[:, earlier].argmax()]
+        nearness = (1 - (shifts - coming).abs() / (1.5 * columns)).clamp(min=0)
+        return (fit * nearness[:, None]).amax(0)
 
     def similarity(self, frame: int) -> Tensor:
         """Likeness with every frame, place by place, [T]."""
         query = self._centred(slice(frame, frame + 1))
-        return torch.cat([_likeness(query, block).mean((1, 2)) for block in self._blocks()])
+        squares = lambda tokens: tokens.square().sum(-1)
+        likeness = lambda block: 2 * (query * block).sum(-1) / (squares(query) + squares(block)).clamp(min=1e-12)
+        return torch.cat([likeness(block).mean((1, 2)) for block in self._blocks()])
 
     def choose(
         self, count: int, held: Collection[int], remembered: Sequence[int], readable: Sequence[range], reads: int
@@ -90,7 +120,10 @@ class Archive:
         free[[*held, *itertools.chain(*readable)]] = True
         free[list(remembered)] = False
         chosen, read = [], set()
-        for frame in self.relevance(len(self.tokens) - 1).argsort(descending=True, stable=True).tolist():
+        latest = len(self.tokens) - 1
+        for frame in (
+            self.relevance(latest, max(0, latest - self.last_chunk)).argsort(descending=True, stable=True).tolist()
+        ):
             if len(chosen) == count:
                 break
             if not free[frame]:
@@ -109,9 +142,3 @@ class Archive:
 
     def _centred(self, frames: slice) -> Tensor:
         return self.tokens[frames].float() - self.mean
-
-
-def _likeness(a: Tensor, b: Tensor) -> Tensor:
-    """2 a.b / (|a|^2 + |b|^2) of tokens [..., D]: 1 for equal ones, less for another direction or length."""
-    squares = a.square().sum(-1) + b.square().sum(-1)
-    return 2 * torch.einsum("...d,...d->...", a, b) / squares.clamp(min=1e-12)

@@ -33,12 +33,24 @@ def runs(num_frames):
     return [range(first, first + 3) for first in range(0, num_frames, 3)]
 
 
-def test_overlapping_views_are_relevant_in_the_order_of_their_overlap(film_of):
-    headings = [0, 1, 2, 3, 5, 7, 20, 25, 30, 33, 36, 0]
-    relevance = Archive(film_of(headings)).relevance(11)
-    order = relevance.argsort(descending=True).tolist()
-    assert order[:5] == [11, 0, 1, 2, 3] and {order[5], order[6]} == {4, 10}
-    assert relevance[0] > 0.9 > 0.5 > relevance[6]
+def test_shifts_are_found(film_of):
+    headings = [0, 1, 2, 5, 38, 20]
+    shifts, likeness = Archive(film_of(headings)).shifts(0)
+    assert shifts[likeness.argmax(0)].tolist()[:5] == [0, 1, 2, 5, -2]
+    assert likeness.amax(0)[:5].min() > 0.9 and likeness.amax(0)[5] < 0.5
+
+
+@pytest.mark.parametrize("move", [-1, 0, 1])
+def test_frames_ahead_are_relevant(film_of, move):
+    """Every view around heading 20 is in the film. The camera stands still at 20, or comes there by three columns."""
+    around = [*range(10, 31)]
+    headings = [*around, *(20 - move * t for t in (5, 4, 3, 2, 1, 0))]
+    archive = Archive(film_of(headings))
+    order = [headings[frame] for frame in archive.relevance(26, 23).argsort(descending=True).tolist() if frame < 21]
+    if move:
+        assert order[0] in (20 + 2 * move, 20 + 3 * move) and all((heading - 20) * move >= 0 for heading in order[:5])
+    else:
+        assert order[0] == 20 and set(order[:5]) == {18, 19, 20, 21, 22}
 
 
 def test_views_around_the_latest_are_chosen_and_each_once(film_of):
@@ -46,7 +58,7 @@ def test_views_around_the_latest_are_chosen_and_each_once(film_of):
     headings = [*range(24), *[24] * 30, *range(23, 11, -1)]
     chosen = Archive(film_of(headings)).choose(8, range(54), [63, 64, 65], runs(63), 20)
     assert len({headings[frame] for frame in chosen}) == 8
-    assert {10, 11, 13, 14} <= {headings[frame] for frame in chosen} <= set(range(6, 19))
+    assert {7, 8, 9, 10, 11} <= {headings[frame] for frame in chosen} <= set(range(4, 16))
     assert list(chosen) == sorted(chosen)
 
 
