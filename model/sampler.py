@@ -178,7 +178,7 @@ class CausalSampler:
             chunk = next(frames for frames in memory.chunks() if unread[0] in frames)
             past = memory.restrict_to([frame for frame in memory.slots.all if frame not in {*unread, *chunk}])
             text = memory.text_of(chunk.start)
-            reader = self if text is memory.text else self.under(text)
+            reader = self if text is None or text is memory.text else self.under(text)
             new_kv = reader._read(past, memory.latents_of(chunk), chunk)
             wanted = [frame - chunk.start for frame in chunk if frame in unread]
             frames = [chunk[t] for t in wanted]
@@ -189,7 +189,7 @@ class CausalSampler:
         """The sampler under the text embeddings [1, L, C] of another prompt."""
         return dataclasses.replace(self, text=self.network.embed_text(text_BLC))
 
-    def _read(self, past: Memory, latents_BCTHW: Tensor, frames: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    def _read(self, past: Memory, latents_BCTHW: Tensor, frames: Sequence[int]) -> Sequence[Any]:
         """Keys and values of frames of the film after the remembered frames of `past`."""
         x0 = latents_BCTHW.to(self.network.device)
         new = self._keys(past, x0, self.view(past))
