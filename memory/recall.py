@@ -119,11 +119,9 @@ class Archive:
         free = torch.zeros(len(self.tokens), dtype=torch.bool)
         free[[*held, *itertools.chain(*readable)]] = True
         free[list(remembered)] = False
-        chosen, read = [], set()
-        latest = len(self.tokens) - 1
-        for frame in (
-            self.relevance(latest, max(0, latest - self.last_chunk)).argsort(descending=True, stable=True).tolist()
-        ):
+        chosen, read, latest = [], set(), len(self.tokens) - 1
+        relevance = self.relevance(latest, max(0, latest - self.last_chunk))
+        for frame in relevance.argsort(descending=True, stable=True).tolist():
             if len(chosen) == count:
                 break
             if not free[frame]:
