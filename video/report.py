@@ -144,8 +144,8 @@ class _Report:
             if fitting:
                 draw.text((x + 2, bar.top - 20), fitting[-1], INK, font(13))
                 free = x + font(13).getlength(fitting[-1]) + 4
-        if reach_frames(self.memory):
-            self._reach(x_of(min(self.memory.slots.slow + self.memory.slots.fast)), bar.bottom + 34)
+        if reach := reach_frames(self.memory):
+            self._reach(x_of(self.memory.num_frames - 1 - reach), bar.bottom + 34)
 
     def _boundary(self, segment: Segment, x: float, top: float, bottom: float) -> None:
         self.sheet.draw.line((x, top, x, bottom), FORGETS if segment.change in FORGETTING else FAINT, 1)
