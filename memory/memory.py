@@ -5,6 +5,7 @@ P tokens per latent frame, N heads, E head dim, L text tokens.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 from .config import RECALL, MemoryConfig
 from .layer_store import LayerStore
 from .policy import Decision, Slots
-from .recall import MAX_READS, Archive, Choose, Recall
+from .recall import MAX_READS, Archive, Recall
 from .stores import FrameStore, KVStore
 from .view import Rotate
 
@@ -68,7 +69,7 @@ class Memory:
     text: Tensor | None = None
     """Embedding of the last prompt, [1, L, 4096], without padding rows."""
     texts: tuple[Tensor | None, ...] = ()
-    """The same of every segment, for policy recall."""
+    """The embedding of every segment's prompt, or of the prompt of a later recache; for policy recall."""
     start_latents: Tensor | None = None
     """Clean latents that the next chunks begin with, [1, C, T, H, W], on the CPU: a start image, a clip to continue."""
     scene_begins: bool = False
@@ -138,7 +139,9 @@ class Memory:
         """Begin a segment, and forget the frames that `change` forgets (CHANGES)."""
         self.check_change(change)
         segment = Segment(self.num_frames, prompt, seed, change)
-        texts = (*self.texts, text) if self.config.policy == RECALL else ()
+        texts = ()
+        if self.config.policy == RECALL:
+            texts = (*((text,) * len(self.texts) if change == "recache" else self.texts), text)
         begun = dataclasses.replace(self, segments=(*self.segments, segment), text=text, texts=texts)
         slots = self.slots
         if change == "flush":
@@ -176,7 +179,7 @@ class Memory:
         num_new, start = latents_BCTHW.shape[2], self.start_latents
         frames = range(self.num_frames, self.num_frames + num_new)
         chunks = (*self.latent_chunks, latents_BCTHW.detach().to("cpu", copy=True))
-        store, decisions = self.store.append(self.config, frames, new_kv, self._choose(chunks))
+        store, decisions = self.store.append(self.config, frames, new_kv, functools.partial(self._choose, chunks))
         return dataclasses.replace(
             self,
             store=store,
@@ -197,30 +200,26 @@ class Memory:
         ends = list(itertools.accumulate(chunk.shape[2] for chunk in self.latent_chunks))
         return [range(first, end) for first, end in zip([0, *ends], ends)]
 
-    def _choose(self, latent_chunks: Sequence[Tensor]) -> Choose:
-        """How policy recall chooses slow frames after a commit; `latent_chunks` include the new chunk."""
+    def _choose(
+        self, latent_chunks: Sequence[Tensor], held: tuple[int, ...], remembered: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        """What policy recall chooses after a commit; `latent_chunks` include the new chunk."""
         readable = [frames for frames in self.chunks() if frames.start >= self.first_recalled]
         # A read for every chunk of the film, saved up while nothing has to be read.
         reads = min(MAX_READS, len(latent_chunks) - sum(recall.num_reads for recall in self.recalls))
-        return lambda held, remembered: Archive(latent_chunks).choose(
-            self.config.slow, held, remembered, readable, reads
-        )
+        return Archive(latent_chunks).choose(self.config.slow, held, remembered, readable, reads)
 
     @property
     def unread(self) -> tuple[int, ...]:
         """Remembered frames whose keys and values must be computed from their latents (CausalSampler.read)."""
-        held = {frame for frame, _ in self.store.frame_kvs()}
-        return () if self.config.per_layer else tuple(f for f in self.slots.all if f not in held)
+        return self.store.unread
 
     def _recalled(self, frame: int, store: KVStore) -> Recall:
-        held = {held for held, _ in store.frame_kvs()}
-        read = tuple(slow for slow in store.slots.slow if slow not in held)
-        return Recall(
-            frame, store.slots.slow, read, sum(any(slow in chunk for slow in read) for chunk in self.chunks())
-        )
+        reads = sum(any(frame in chunk for frame in store.unread) for chunk in self.chunks())
+        return Recall(frame, store.slots.slow, reads)
 
     def text_of(self, frame: int) -> Tensor | None:
-        """The embedding of the prompt that a latent frame was generated under."""
+        """The embedding of the prompt that keys and values of a latent frame are computed under."""
         number = sum(segment.first_frame <= frame for segment in self.segments) - 1
         return self.texts[number] if 0 <= number < len(self.texts) else self.text
 

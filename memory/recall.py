@@ -38,10 +38,8 @@ class Recall:
     frame: int
     """First latent frame of the chunk that they were chosen for."""
     slow: tuple[int, ...]
-    read: tuple[int, ...]
-    """Those whose keys and values were computed again from the film."""
     num_reads: int
-    """Passes for that, one per chunk of the film."""
+    """Chunks of the film that were read again for them, each in one pass."""
 
 
 Choose = Callable[[tuple[int, ...], tuple[int, ...]], tuple[int, ...]]

@@ -112,7 +112,7 @@ def load_memory(path: str | Path, student: str = "") -> Memory:
         if bad := [name for name, tensor in tensors.items() if not all_finite([tensor])]:
             raise ValueError(f"NaN or infinity in {bad[0]}; continue from an earlier memory")
         return _build(header, tensors)
-    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+    except (LookupError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: damaged header ({error!r})") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -155,9 +155,7 @@ def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
         latent_chunks=tuple(chunk.contiguous() for chunk in film.split(chunks, dim=2)) if chunks else (),
         decisions=tuple(Decision(*decision) for decision in header["decisions"]),
         segments=tuple(Segment(*segment) for segment in header["segments"]),
-        recalls=tuple(
-            Recall(frame, tuple(slow), tuple(read), count) for frame, slow, read, count in header.get("recalls", ())
-        ),
+        recalls=tuple(Recall(frame, tuple(slow), reads) for frame, slow, reads in header.get("recalls", ())),
         student=header["student"],
         text=text,
         texts=texts,

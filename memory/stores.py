@@ -105,6 +105,11 @@ class KVStore(abc.ABC):
         return self.map(lambda kv: kv.to(device, dtype, existing.get(id(kv.written))))
 
     @property
+    def unread(self) -> tuple[int, ...]:
+        """Remembered frames without keys and values, for policy recall."""
+        return ()
+
+    @property
     def key_shapes(self) -> set[tuple[int, ...]]:
         """Shapes of the frames' keys, [layers, B, P, N, E]."""
         return {tuple(kv.keys.shape) for _, kv in self.frame_kvs()}
@@ -159,6 +164,10 @@ class FrameStore(KVStore):
 
     def frame_kvs(self) -> Iterator[tuple[int, FrameKV]]:
         yield from self.frames.items()
+
+    @property
+    def unread(self) -> tuple[int, ...]:
+        return tuple(frame for frame in self.slots.all if frame not in self.frames)
 
     def map(self, change: Callable[[FrameKV], FrameKV]) -> "FrameStore":
         return dataclasses.replace(self, frames={frame: change(kv) for frame, kv in self.frames.items()})

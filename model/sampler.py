@@ -185,6 +185,10 @@ class CausalSampler:
             memory = memory.write(frames, [(k[:, wanted], v[:, wanted]) for k, v in new_kv]).to(self._home)
         return memory
 
+    def restore(self, memory: Memory) -> Memory:
+        """Compute all keys and values of a compact memory: each frame under its own prompt where it is known."""
+        return self.read(memory) if memory.texts else self.recache(memory)
+
     def under(self, text_BLC: Tensor) -> "CausalSampler":
         """The sampler under the text embeddings [1, L, C] of another prompt."""
         return dataclasses.replace(self, text=self.network.embed_text(text_BLC))

@@ -51,7 +51,7 @@ def generate_segment(
         if before is None:
             raise ValueError("memory: it is compact and has no prompt for its keys; use an exact one")
         old = sampler_of(before)
-        memory = old.recache(old.prepare(memory))
+        memory = old.restore(old.prepare(memory))
     sampler = sampler_of(text)
     memory = sampler.prepare(memory.begin(prompt, seed, text, change))
     if change == "recache":

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from ..memory.config import RECALL
 from ..memory.history import FORGETTING, PARTS, forgotten_frames, frame_status, reach_frames
 from ..memory.memory import Memory, Segment
 from ..model.units import latent_seconds
@@ -170,13 +169,6 @@ class _Report:
         config, sheet = self.memory.config, self.sheet
         scores = [(d.frame, d.similarity, d.promoted) for d in self.memory.decisions if d.similarity is not None]
         if not scores:
-            if config.policy == RECALL:
-                sheet.text(
-                    "Policy recall decides about no single frame: it chooses from the film before every chunk.",
-                    13,
-                    FAINT,
-                )
-                return
             text = f"Policy {config.policy} compares no frames, or no frame has left fast yet."
             if config.per_layer:
                 text = (
@@ -185,10 +177,7 @@ class _Report:
             sheet.text(text, 13, FAINT)
             return
         tau = config.slow_similarity_threshold
-        others = "the frame before it" if config.policy == "clean" else "everything remembered"
-        text = (
-            f"Similarity of each frame with {others} when it left fast. A frame below the threshold {tau:g} (red line)"
-        )
+        text = f"Similarity of each frame with {config.compares_with} when it left fast. A frame below the threshold {tau:g} (red line)"
         sheet.text(f"{text} is kept (green), other frames are not (grey).", 13)
         top = sheet.room(196) + 6
         low = min(tau, *(score for _, score, _ in scores))

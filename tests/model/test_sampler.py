@@ -76,7 +76,7 @@ def test_recall_chained_equals_one_run(net, make_sampler, empty_memory, same_mem
     parts = in_segments(net, make_sampler, empty_memory(**RECALL), (4, 3, 3), through_a_file if exact else lambda m: m)
     assert same_memory(one, parts)
     assert [recall.frame for recall in one.recalls] == list(range(2, 22, 2)) and one.recalls[-1].slow == one.slots.slow
-    assert any(recall.read for recall in one.recalls), "frames came back"
+    assert any(recall.num_reads for recall in one.recalls), "frames came back"
     assert not one.unread and list(dict(one.store.frame_kvs())) == list(one.slots.all)
 
 
@@ -100,6 +100,22 @@ def test_a_frame_is_read_under_its_own_prompt_as_it_was_committed(net, make_samp
     again = dict(reader.read(later.restrict_to(()).with_slow([frame])).store.frame_kvs())
     assert torch.equal(again[frame].keys, first.store.frames[frame].keys)
     assert torch.equal(again[frame].values, first.store.frames[frame].values)
+
+
+def test_a_compact_memory_is_restored_under_the_prompts_of_its_frames(net, make_sampler, empty_memory):
+    memory = in_segments(net, make_sampler, empty_memory(**RECALL), (1, 4))
+    first = memory.restrict_to(()).with_slow(memory.slots.sink)
+    for prompt in (0, 1):
+        restored = dict(make_sampler(net, prompt=prompt).restore(first.compact()).store.frame_kvs())
+        assert torch.equal(restored[0].keys, memory.store.frames[0].keys), "the sink, committed with nothing remembered"
+
+
+def test_recache_replaces_the_prompts_of_all_frames(empty_memory):
+    one, two, three = (torch.full((1, 5, 32), float(n)) for n in range(3))
+    memory = empty_memory(**RECALL).begin("one", 1, one).begin("two", 1, two)
+    assert [float(text.mean()) for text in memory.texts] == [0, 1]
+    assert [float(text.mean()) for text in memory.begin("three", 1, three).texts] == [0, 1, 2]
+    assert [float(text.mean()) for text in memory.begin("three", 1, three, "recache").texts] == [2, 2, 2]
 
 
 @pytest.mark.parametrize("change", ["flush", "cut", "cut_new_sink"])
