@@ -177,8 +177,11 @@ class _Report:
             sheet.text(text, 13, FAINT)
             return
         tau = config.slow_similarity_threshold
-        text = f"Similarity of each frame with {config.compares_with} when it left fast. A frame below the threshold {tau:g} (red line)"
-        sheet.text(f"{text} is kept (green), other frames are not (grey).", 13)
+        sheet.text(
+            f"Similarity of each frame with {config.compares_with} when it left fast. A frame below the threshold"
+            f" {tau:g} (red line) is kept (green), other frames are not (grey).",
+            13,
+        )
         top = sheet.room(196) + 6
         low = min(tau, *(score for _, score, _ in scores))
         low -= 0.06 * (1 - low) + 1e-3

@@ -175,3 +175,9 @@ def test_weights_of_one_network_are_gathered_at_a_time(tiny, monkeypatch):
     stage._update(1, "student")
     # Rollout, critic, teacher, and the student's backward pass.
     assert freed == ["critic", "student", "critic", "teacher", "student", "critic", "teacher"]
+
+
+@pytest.mark.parametrize("stage", ["local", "contextual"])
+def test_policy_recall_is_refused(stage):
+    with pytest.raises(ValueError, match="memory.policy: recall .* train with novel"):
+        load_config(stage, "smoke", ["memory.policy=recall"])
