@@ -1,3 +1,4 @@
+import asyncio
 import importlib
 import json
 import sys
@@ -57,3 +58,11 @@ def node_module():
     for name in list(sys.modules):
         if name.split(".")[0] in comfyui_stub.PACKAGES or name.startswith("context_forcing.nodes"):
             del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def schemas(node_module) -> dict:
+    """Schemas of the nodes by id, without ComfyUI."""
+    nodes = asyncio.run(node_module("").ContextForcingExtension().get_node_list())
+    schemas = [node.define_schema() for node in nodes]
+    return {schema.node_id: schema for schema in schemas}

@@ -1,6 +1,5 @@
 """Schemas of the nodes without ComfyUI: permanent ids and inputs, tooltips, help pages, workflows that fit."""
 
-import asyncio
 import json
 
 import pytest
@@ -26,13 +25,6 @@ INPUTS = {
     " fast=-1 card=as_is?",
 }
 """Name, default and `?` for an optional input, in order. Saved workflows depend on them: they are only appended to."""
-
-
-@pytest.fixture(scope="module")
-def schemas(node_module):
-    nodes = asyncio.run(node_module("").ContextForcingExtension().get_node_list())
-    schemas = [node.define_schema() for node in nodes]
-    return {schema.node_id: schema for schema in schemas}
 
 
 def described(entry) -> str:
