@@ -84,6 +84,11 @@ class MemoryConfig:
         return self.policy == RELEASED
 
     @property
+    def recalls(self) -> bool:
+        """Whether slow frames are chosen anew from the film before every chunk (memory/recall.py)."""
+        return self.policy == RECALL
+
+    @property
     def uses_threshold(self) -> bool:
         """Whether the policy compares similarities with slow_similarity_threshold."""
         return self.policy in ("novel", "clean", RELEASED)

@@ -1,6 +1,5 @@
 """What became of every latent frame of a video."""
 
-from .config import RECALL
 from .memory import FORGETTING, Memory, Segment
 
 PARTS = ("sink", "slow", "fast")
@@ -18,7 +17,7 @@ def frame_status(memory: Memory) -> list[str]:
             status[decision.frame] = "not kept"
         if decision.evicted is not None:
             status[decision.evicted] = "was slow"
-    if memory.config.policy == RECALL:
+    if memory.config.recalls:
         status[memory.first_recalled :] = ["not recalled"] * (memory.num_frames - memory.first_recalled)
         for frame in (frame for recall in memory.recalls for frame in recall.slow if frame >= memory.first_recalled):
             status[frame] = "was slow"
@@ -62,6 +61,6 @@ def reach_frames(memory: Memory) -> int:
     Policy recall can choose any frame of the film since the last flush or cut. Other policies have their slots.
     """
     frames = memory.slots.slow + memory.slots.fast
-    if memory.config.policy == RECALL and memory.config.slow and frames:
+    if memory.config.recalls and memory.config.slow and frames:
         frames = (*frames, max(memory.first_recalled, memory.config.sink))
     return memory.num_frames - 1 - min(frames) if frames else 0

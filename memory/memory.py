@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import RECALL, MemoryConfig
+from .config import MemoryConfig
 from .layer_store import LayerStore
 from .policy import Decision, Slots
 from .recall import MAX_READS, Archive, Recall
@@ -140,7 +140,7 @@ class Memory:
         self.check_change(change)
         segment = Segment(self.num_frames, prompt, seed, change)
         texts = ()
-        if self.config.policy == RECALL:
+        if self.config.recalls:
             texts = (*((text,) * len(self.texts) if change == "recache" else self.texts), text)
         begun = dataclasses.replace(self, segments=(*self.segments, segment), text=text, texts=texts)
         slots = self.slots
@@ -185,7 +185,7 @@ class Memory:
             store=store,
             decisions=self.decisions + decisions,
             latent_chunks=chunks,
-            recalls=(*self.recalls, self._recalled(frames.stop, store)) if self.config.policy == RECALL else (),
+            recalls=(*self.recalls, self._recalled(frames.stop, store)) if self.config.recalls else (),
             start_latents=start[:, :, num_new:] if start is not None and start.shape[2] > num_new else None,
             scene_begins=False,
         )

@@ -6,7 +6,7 @@ Between chunks fast holds `fast - chunk` frames: the oldest fast frames leave wh
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .config import RECALL, MemoryConfig
+from .config import MemoryConfig
 from .recall import Choose
 
 Similarity = Callable[[int, Sequence[int]], Sequence[float]]
@@ -74,15 +74,15 @@ def advance(
             if len(slow) > config.slow:
                 evicted = _most_redundant(slow, similarity) if config.eviction == "redundant" else slow[0]
                 slow = tuple(kept for kept in slow if kept != evicted)
-        if config.policy != RECALL:
+        if not config.recalls:
             decisions.append(Decision(frame, promoted, score, evicted))
-    if config.policy == RECALL and config.slow:
+    if config.recalls and config.slow:
         slow = choose((*slow, *left), (*sink, *fast))
     return Slots(sink, slow, tuple(fast), tuple(similarity_to_previous)), tuple(decisions)
 
 
 def _is_promoted(frame: int, score: float | None, config: MemoryConfig) -> bool:
-    if not config.slow or config.policy == RECALL:
+    if not config.slow or config.recalls:
         return False
     if config.policy == "uniform":
         return frame % config.uniform_stride == 0

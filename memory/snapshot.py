@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .config import RECALL, MemoryConfig
+from .config import MemoryConfig
 from .files import atomic_path
 from .memory import Memory, Segment, all_finite, store_class
 from .policy import Decision, Slots
@@ -43,7 +43,7 @@ def save_memory(path: str | Path, memory: Memory) -> None:
         "segments": [dataclasses.astuple(segment) for segment in memory.segments],
         **store_header,
     }
-    if memory.config.policy == RECALL:
+    if memory.config.recalls:
         header["recalls"] = [dataclasses.astuple(recall) for recall in memory.recalls]
         header["texts"], distinct = _numbered(memory.texts)
         tensors |= {f"text.{number}": text.clone() for number, text in enumerate(distinct)}
@@ -133,7 +133,7 @@ def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
         "slots": not header["slots"] and len(set(slots.all)) == len(slots.all),
         "likeness": len(slots.similarity_to_previous) == len(slots.fast),
         "text": all(each.ndim == 3 and each.shape[0] == 1 for each in (text, *texts) if each is not None),
-        "texts": len(texts) == (len(header["segments"]) if config.policy == RECALL else 0),
+        "texts": len(texts) == (len(header["segments"]) if config.recalls else 0),
         "given": start is None or start_size == (1, channels, height, width),
     }.items():
         if not is_valid:

@@ -216,6 +216,17 @@ def test_a_forged_header_with_a_right_digest(path, edit, name):
     assert f"{name} has an impossible value" in refused(path)
 
 
+@pytest.mark.parametrize("number", [1, -2, 2.5, "0"], ids=repr)
+def test_a_text_that_is_not_in_the_file_is_refused(empty_memory, tmp_path, number):
+    """The number of a segment's text comes from the header, and is looked up among the texts of the file."""
+    text, path = torch.ones(1, 5, 32), tmp_path / "recall.safetensors"
+    memory = empty_memory(**SIZES | {"policy": "recall"}).begin("one", 1, text)
+    save_memory(path, memory)
+    assert load_memory(path).texts[0].equal(text)
+    rewrite(path, lambda header: header.update(texts=[number]), forge=True)
+    assert "damaged header" in refused(path, "")
+
+
 @pytest.mark.parametrize("name", ["text", "given"])
 def test_forged_tensors_with_a_right_digest(path, name):
     rewrite(path, edit_tensors=lambda tensors: tensors.update({name: torch.zeros(3, 3)}), forge=True)

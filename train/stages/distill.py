@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...memory.config import RECALL
 from ...memory.memory import Memory, empty_memory
 from ...memory.view import ATTENDS
 from ...model.codecs.backbone import backbone_of
@@ -107,7 +106,7 @@ class DistillConfig(NetworkConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.memory.policy == RECALL:
+        if self.memory.recalls:
             raise ValueError("memory.policy: recall is not known to rollouts in training; train with novel")
         check_range(self, "target_from", "critic_per_student", "sample_chunks", above=0)
         check_choice(self, "teacher_sees", TEACHER_SEES)
