@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .containers import PICKLES, SAFETENSORS, open_container
+from .published import KNOWN
 
 BUILT_IN = "demo"
 """The name of the built-in student."""
@@ -51,7 +52,8 @@ def locate(kind: str, name: str, models_dir: Path | None) -> Path:
     for path in paths:
         if path.exists():
             return path
-    raise ValueError(f"--{kind}: no such file: {', nor '.join(map(str, paths))}")
+    known = f"; {KNOWN}" if kind == "student" else ""
+    raise ValueError(f"--{kind}: no such file: {', nor '.join(map(str, paths))}{known}")
 
 
 def find(kind: str, models_dir: Path, why_not: Callable[[Mapping[str, Tensor]], str]) -> Path:

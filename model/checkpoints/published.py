@@ -25,7 +25,7 @@ class PublishedStudent:
     weights: str
     """The set of weights that its authors run, where a file has two."""
     hints: tuple[str, ...]
-    """Parts of a path that suggest this student; for messages only."""
+    """Words that suggest this student where a path has all words of one entry; for messages only."""
     differs: str
     """How the authors' own code differs from this package."""
 
@@ -40,6 +40,12 @@ BASE = "wan2.1-base"
 
 _STUDENTS = (
     _student("self-forcing", LONGER, "self_forcing", "self-forcing", "sfwan"),
+    _student("self-gradient-forcing", MEMORY_PRESETS["longlive"], "self_gradient", "sgf", "chunkwise/ar/"),
+    _student(
+        "self-gradient-forcing-framewise",
+        MemoryConfig(sink=4, slow=0, fast=17, chunk=1, policy="fifo"),
+        "self_gradient framewise", "sgf framewise", "framewise/ar/",
+    ),
     _student("causal-forcing", LONGER, "causal_forcing", "causal-forcing", weights="generator"),
     _student("causal-forcing-framewise", FRAMEWISE, "framewise"),
     _student("causal-forcing-2step", FRAMEWISE, "2step", steps=(1000.0, 500.0), first_steps=FOUR_STEPS),
@@ -62,6 +68,12 @@ _STUDENTS = (
         "krea-14b", MemoryConfig(sink=0, slow=0, fast=6, window=6, policy="fifo"), "krea", base="wan2.1-14b",
         differs="remembered frames are not encoded again for every chunk",
     ),
+    _student(
+        "livewan", MemoryConfig(sink=21, slow=0, fast=9, window=30, policy="fifo"), "livewan", "t14b_b64",
+        steps=(1000.0, 500.0), shift=1.0, size=(640, 368),
+        differs="it continues a clip of 81 frames (start image or clip); positions are ranks in the memory, the clip is"
+        " encoded in chunks, and chunks are not matched to the clip's mean and deviation (docs/students.md, LiveWan)",
+    ),
     # commit_attends was not part of the training; docs/memory.md, The commit pass, has the figures.
     _student(
         "context-forcing", MEMORY_PRESETS["released"], "context_forcing", "context-forcing", commit_attends="fast only",
@@ -77,6 +89,11 @@ PUBLISHED: Mapping[str, PublishedStudent] = {student.card.name: student for stud
 """By name: what `--card` takes."""
 DEFAULT = "self-forcing"
 CARDS = ("auto", *PUBLISHED)
+KNOWN = f"known students (docs/students.md): {', '.join(PUBLISHED)}"
+"""The end of the message for a missing file, and for a file that is no student."""
+CHOOSE = f"Choose with card: {', '.join(PUBLISHED)}"
+ROLLING = ("longvideo", "rolling_forcing", "rollingforcing", "rolling-forcing")
+"""Parts of a path that suggest a student of Rolling Forcing, which has no card (docs/students.md, Rolling Forcing)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +129,7 @@ def choose_card(container: Container, weights: str, name: str, config: WanConfig
     """
     path, base = container.path, published_size(config) or "wan2.1"
     architecture = str(container.config.get("_class_name", ""))
+    mark = mark_of(container)
     if name != "auto":
         known, reason = published_student(name), f"requested: {name}"
         note = f"{path}: used as {name}; {known.differs}" if known.differs else ""
@@ -122,26 +140,49 @@ def choose_card(container: Container, weights: str, name: str, config: WanConfig
             f"{path}: config.json names {architecture}, the bidirectional Wan 2.1; for a causal student choose card:"
             f" {', '.join(name for name in PUBLISHED if name != BASE)}; to use the model anyway, card: {BASE}"
         )
+    elif mark:
+        known, reason = PUBLISHED[mark[0]], f"recognised by {mark[1]}"
+        note = f"{path}: the file has no card; {_use(known, reason)}.{_hint(path, known)} {CHOOSE}"
     else:
         known, reason = PUBLISHED[DEFAULT], f"default, the file has no card: {DEFAULT}"
-        steps, memory = " ".join(f"{step:g}" for step in known.card.steps), known.card.memory
         is_causal = weights.startswith("generator") or architecture.startswith("Causal")
-        is_causal = is_causal or transformer_config(container.metadata).get("causal_ar") is True
-        note = (
-            f"{path}: the file has no card{'' if is_causal else ' and may not be a causal student'}; used as {DEFAULT}:"
-            f" steps {steps}, shift {known.card.shift:g}, chunk {memory.chunk}, window {memory.window}."
-            f"{_hint(path)} Choose with card: {', '.join(PUBLISHED)}"
-        )
+        doubt = "" if is_causal else " and may not be a causal student"
+        note = f"{path}: the file has no card{doubt}; {_use(known)}.{_hint(path, known)} {CHOOSE}"
     return CardChoice(card=dataclasses.replace(known.card, base=base), reason=reason, note=note)
 
 
-def _hint(path: Path) -> str:
-    """The student that the names of a file and its folder suggest; variants are tried before their family."""
-    text = "/".join(path.absolute().parts[-2:]).lower()
-    variants = ("causal-forcing-1step", "causal-forcing-2step", "causal-forcing-framewise")
+def mark_of(container: Container) -> tuple[str, str] | None:
+    """The published student whose mark a file has, and the mark; None for a file without any."""
+    options = container.tree.get("args")
+    if isinstance(options, Mapping) and "rope_gap_max" in options:
+        return "livewan", "the training option rope_gap_max in it"
+    if transformer_config(container.metadata).get("causal_ar") is True:
+        return "causal-forcing-framewise", "ComfyUI's mark causal_ar in its metadata"
+    return None
+
+
+def _use(known: PublishedStudent, reason: str = "") -> str:
+    """How a file without a card is used."""
+    card, memory = known.card, known.card.memory
+    steps, differs = " ".join(f"{step:g}" for step in card.steps), known.differs and f"; {known.differs}"
+    return (
+        f"{reason and reason + ', '}used as {card.name}: steps {steps}, shift {card.shift:g}, chunk {memory.chunk},"
+        f" window {memory.window}{differs}"
+    )
+
+
+def _hint(path: Path, used: PublishedStudent) -> str:
+    """What the name of a file and of its folders suggests, if not `used`; variants are tried before their family."""
+    text = "/".join(path.absolute().parts[-3:]).lower()
+    if any(hint in text for hint in ROLLING):
+        return " Its name suggests Rolling Forcing, whose chunks are denoised together; here they are not."
+    variants = (
+        "causal-forcing-1step", "causal-forcing-2step", "self-gradient-forcing-framewise", "self-gradient-forcing",
+        "causal-forcing-framewise",
+    )  # fmt: skip
     for name in (*variants, *PUBLISHED):
-        if any(hint in text for hint in PUBLISHED[name].hints):
-            return f" Its name suggests {name}."
+        if any(all(word in text for word in hint.split()) for hint in PUBLISHED[name].hints):
+            return f" Its name suggests {name}." if name != used.card.name else ""
     return ""
 
 

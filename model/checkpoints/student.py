@@ -19,7 +19,7 @@ from .containers import DTYPE_NAMES, SAFETENSORS, Container, open_container, wri
 from .float8 import scaled
 from .layouts import Named, name_tensors
 from .lora import Lora, read_lora
-from .published import DEFAULT, CardChoice, choose_card, override, published_student, transformer_config
+from .published import DEFAULT, KNOWN, CardChoice, choose_card, override, published_student, transformer_config
 
 log = logging.getLogger("context_forcing")
 
@@ -82,7 +82,10 @@ class StudentFile:
 
     @cached_property
     def container(self) -> Container:
-        return open_container(self.source.path or DEMO_STUDENT)
+        path = Path(self.source.path or DEMO_STUDENT)
+        if not path.exists():
+            raise ValueError(f"{path}: no such file; {KNOWN}")
+        return open_container(path)
 
     @cached_property
     def weights(self) -> tuple[str, dict[str, Tensor]]:
@@ -191,9 +194,9 @@ def infer_config(state: Mapping[str, Tensor], num_heads: int | None, path: str |
     """Sizes of the network with this state dict. Raises ValueError if it is not a Wan 2.1 text-to-video model."""
     for key, ndim in CHARACTERISTIC.items():
         if key not in state:
-            raise ValueError(f"{path}: not a Wan 2.1 model, {key} is missing; give a student's weights")
+            raise ValueError(f"{path}: not a Wan 2.1 model, {key} is missing; {KNOWN}")
         if state[key].ndim != ndim:
-            raise ValueError(f"{path}: not a Wan 2.1 model, {key} has shape {tuple(state[key].shape)}; give a student")
+            raise ValueError(f"{path}: not a Wan 2.1 model, {key} has shape {tuple(state[key].shape)}; {KNOWN}")
     dim, channels = state["patch_embedding.weight"].shape[:2]
     last = max(int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key))
     if last >= len(state):

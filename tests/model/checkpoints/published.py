@@ -4,8 +4,11 @@ import json
 import re
 from dataclasses import dataclass
 
+import pytest
 import torch
 from safetensors.torch import save_file
+
+from context_forcing.model.checkpoints.student import StudentSource
 
 SIZES = dict(dim=16, ffn_dim=32, num_heads=2, num_layers=2, text_dim=8)
 
@@ -41,6 +44,15 @@ TO_FASTVIDEO = [
     (r"\.ffn\.net\.0\.proj\.", ".ffn.fc_in."),
     (r"\.ffn\.net\.2\.", ".ffn.fc_out."),
 ]
+
+
+def refused(path, **reading):
+    """The message for a file that cannot be used."""
+    with pytest.raises(ValueError) as caught:
+        StudentSource(path, **reading).open()
+    says = str(caught.value)
+    assert "\n" not in says and len(says) < 700
+    return says
 
 
 def renamed(state, rules):
@@ -137,6 +149,13 @@ def flat(folder, state, name="model.safetensors", prefix=""):
     return folder / name
 
 
+def comfyui_causal(folder, state):
+    """As repackaged for ComfyUI's ar_video sampler: fp32 under Wan's names, marked as causal."""
+    path = folder / "causal_forcing-framewise.safetensors"
+    save_file(state, path, {"config": json.dumps({"transformer": {"causal_ar": True}})})
+    return path
+
+
 def pickled(folder, tree, name="model.pt"):
     torch.save(tree, folder / name)
     return folder / name
@@ -149,6 +168,8 @@ def official_folder(folder, state):
     return folder
 
 
+LIVEWAN_OPTIONS = dict(out="checkpoints", fsdp=True, world=9, world_choices="3,6,9", rope_gap_max=240, lr_gen=2e-6)
+"""Some of the training options that LiveWan's trainer writes beside the weights."""
 BF16, FP16 = torch.bfloat16, torch.float16
 ASKED = lambda card: (("card", card),)
 ROWS = [
@@ -177,6 +198,18 @@ ROWS = [
     Row("Causal-Forcing, causal_ode", lambda f, s: pickled(f, {"generator": prefixed(s, "model.")}, "causal_ode.pt")),
     Row("Causal-Forcing, longvideo", lambda f, s: pickled(f, {
         "generator": prefixed(other(s), "model."), "generator_ema": prefixed(s, "model.")}, "longvideo.pt")),
+    Row("Causal-Forcing, framewise, repackaged", comfyui_causal, card="causal-forcing-framewise"),
+    Row("Self Gradient Forcing", lambda f, s: pickled(f, {
+        "generator": prefixed(other(s), "model."), "critic": prefixed(other(s), "model."), "generator_ema": fsdp(s)}),
+        reading=ASKED("self-gradient-forcing"), card="self-gradient-forcing"),
+    Row("Self Gradient Forcing, framewise", lambda f, s: pickled(f, {
+        "generator": prefixed(other(s), "model."), "generator_ema": prefixed(s, "model.")}),
+        reading=ASKED("self-gradient-forcing-framewise"), card="self-gradient-forcing-framewise"),
+    Row("LiveWan", lambda f, s: pickled(f, {
+        "model": s, "ema": other(s), "step": 3000, "args": LIVEWAN_OPTIONS}, "latest.pt"), card="livewan"),
+    Row("LiveWan, without average", lambda f, s: pickled(f, {
+        "model": s, "step": 2250, "args": LIVEWAN_OPTIONS, "note": "no average"}, "step002250_noema.pt"),
+        card="livewan"),
     Row("LongLive", lambda f, s: pickled(f, {
         "generator": prefixed(s, "model."), "generator_ema": fsdp(other(s))}, "longlive_base.pt"),
         reading=ASKED("longlive"), card="longlive"),

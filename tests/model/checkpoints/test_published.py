@@ -6,7 +6,6 @@ import pickle
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from context_forcing.model.checkpoints.convert import convert, inspect
-from context_forcing.model.checkpoints.published import PUBLISHED, _hint, override
+from context_forcing.model.checkpoints.published import PUBLISHED, override
 from context_forcing.model.checkpoints.student import StudentSource, infer_config
 from context_forcing.model.config import PRESETS, StudentCard
 from context_forcing.model.wan import WanModel
@@ -27,7 +26,6 @@ from .published import (
     SIZES,
     cast,
     diffusers,
-    diffusers_folder,
     fastvideo,
     flat,
     fsdp,
@@ -35,20 +33,8 @@ from .published import (
     pickled,
     prefixed,
     quantise,
+    refused,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def state(make_net):
-    return {name: tensor.to(BF16).float() for name, tensor in make_net(**SIZES).state_dict().items()}
-
-
-def refused(path, **reading):
-    with pytest.raises(ValueError) as caught:
-        StudentSource(path, **reading).open()
-    says = str(caught.value)
-    assert "\n" not in says and len(says) < 700
-    return says
 
 
 def same(student, state):
@@ -76,44 +62,6 @@ def test_every_row_converts_to_a_file_of_ours(row, state, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["out.safetensors"]
 
 
-def test_a_file_that_does_not_say_is_taken_as_self_forcings_with_a_note(state, tmp_path, caplog):
-    path = pickled(tmp_path, {"generator": prefixed(state, "model.")}, "longlive_base.pt")
-    student = StudentSource(path).open()
-    assert student.card.name == "self-forcing" and student.card.memory.window == 21
-    for words in (str(path), "self-forcing", "1000 750 500 250", "Its name suggests longlive", "context-forcing"):
-        assert words in student.note
-    assert "may not be a causal student" not in student.note
-    assert "may not be a causal student" in StudentSource(flat(tmp_path, state)).open().note
-    StudentSource(path).open().load()
-    assert [record.getMessage() for record in caplog.records] == [student.note]
-
-
-def test_what_a_folder_says_decides(state, tmp_path):
-    """A Self-Forcing scheduler, Wan's bidirectional class, a causal class."""
-    base = diffusers_folder(tmp_path / "base", state, "WanTransformer3DModel", "UniPCMultistepScheduler")
-    assert "bidirectional Wan 2.1" in refused(base) and "wan2.1-base" in refused(base)
-    assert "not a causal student" in StudentSource(base, card="wan2.1-base").open().note
-    told = diffusers_folder(tmp_path / "told", state, "WanTransformer3DModel", "SelfForcingFlowMatchScheduler")
-    assert not StudentSource(told).open().note and StudentSource(told).open().config.num_heads == SIZES["num_heads"]
-    causal = diffusers_folder(tmp_path / "causal", state, "CausalWanTransformer3DModel", "Other")
-    assert "has no card" in StudentSource(causal).open().note and "may not be" not in StudentSource(causal).open().note
-
-
-def test_the_base_is_what_the_weights_are(state, tmp_path):
-    path = flat(tmp_path, state)
-    assert StudentSource(path, card="krea-14b").open().card.base == "wan2.1"
-    assert StudentSource(path, card="krea-14b", overrides=("base=demo",)).open().card.base == "demo"
-
-
-def test_the_released_weights_commit_over_fast_frames(state, tmp_path):
-    """The best published choice (docs/memory.md); a note says so, and every other student attends to all."""
-    student = StudentSource(flat(tmp_path, state), card="context-forcing").open()
-    assert student.card.commit_attends == "fast only" and "commit pass attends to fast frames only" in student.note
-    assert [name for name, known in PUBLISHED.items() if known.card.commit_attends != "all"] == ["context-forcing"]
-    overridden = StudentSource(flat(tmp_path, state), card="context-forcing", overrides=("commit_attends=all",))
-    assert overridden.open().card.commit_attends == "all"
-
-
 def test_what_was_asked_for_must_be_there(state, tmp_path):
     one = pickled(tmp_path, {"generator": prefixed(state, "model.")})
     assert "holds generator, no generator_ema" in refused(one, weights="generator_ema")
@@ -129,35 +77,6 @@ def test_every_field_of_a_card_can_be_replaced(row):
     assert card.memory.chunk == 1 and card.memory.slow == 0
     assert override(card, ["steps=[900]", "size=640,368", "train_steps=3"]).size == (640, 368)
     assert StudentCard.from_json(card.to_json()) == card
-
-
-@pytest.mark.parametrize(
-    "text, words",
-    [("stepps=3", "stepps: unknown key"), ("steps", "key=value"), ("memory.sinks=3", "sinks"), ("shift=a", "shift"),
-     ("steps=500,1000", "must decrease"), ("memory.fast=99", "window"), ("chunk=two", "chunk")],
-)  # fmt: skip
-def test_what_cannot_be_replaced(text, words):
-    with pytest.raises(ValueError, match=words) as caught:
-        override(PUBLISHED["self-forcing"].card, [text])
-    assert str(caught.value).startswith("set: ") and "\n" not in str(caught.value)
-
-
-def test_known_cards():
-    """docs/students.md, Published files: chunk, steps, window, base."""
-    cards = {name: known.card for name, known in PUBLISHED.items()}
-    framewise = {name for name, card in cards.items() if card.memory.chunk == 1}
-    assert framewise == {"causal-forcing-framewise", "causal-forcing-2step", "causal-forcing-1step"}
-    assert cards["causal-forcing-2step"].steps == (1000, 500) and cards["causal-forcing-1step"].steps == (1000,)
-    assert all(cards[f"causal-forcing-{n}step"].first_steps == (1000, 750, 500, 250) for n in (1, 2))
-    sizes = {name: (c.memory.sink, c.memory.slow, c.memory.fast, c.memory.window) for name, c in cards.items()}
-    assert sizes["longlive"] == (3, 0, 9, 12) and sizes["infinite-forcing"] == (1, 0, 5, 6)
-    assert sizes["context-forcing"] == (3, 12, 6, 21) and sizes["self-forcing"] == (3, 12, 6, 21)
-    assert cards["context-forcing"].memory.policy == "released" and cards["self-forcing"].memory.policy == "novel"
-    assert all(card.shift == 5 and card.solver == "renoise" for name, card in cards.items() if name != "wan2.1-base")
-    assert cards["krea-14b"].base == "wan2.1-14b"
-    assert {name for name, known in PUBLISHED.items() if known.weights == "generator"} == {
-        "causal-forcing", "longlive", "memflow",
-    }  # fmt: skip
 
 
 def five_b(state):
@@ -479,17 +398,6 @@ def test_dicts_that_lie_in_themselves_are_refused(tmp_path):
     torch.save({"generator": both, "generator_ema": both}, tmp_path / "twice.pt")
     with pytest.raises(ValueError, match="not a Wan 2.1 model"):
         StudentSource(tmp_path / "twice.pt").open()
-
-
-@pytest.mark.parametrize("path, name", [
-    ("framewise/causal_forcing.pt", "causal-forcing-framewise"),
-    ("causal-forcing++/framewise-2step.pt", "causal-forcing-2step"),
-    ("causal-forcing++/framewise-1step.pt", "causal-forcing-1step"),
-    ("chunkwise/causal_forcing.pt", "causal-forcing"),
-    ("SFWan2.1-T2V/x.pt", "self-forcing"),
-])  # fmt: skip
-def test_a_path_suggests_the_kind_before_its_family(path, name):
-    assert f"suggests {name}." in _hint(Path("/somewhere") / path)
 
 
 def test_a_block_beyond_all_tensors_is_refused_at_once(state, tmp_path):
