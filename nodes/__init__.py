@@ -9,12 +9,16 @@ from .sampler import ContextForcingSampler
 from .save_load import ContextForcingLoadMemory, ContextForcingSaveMemory
 from .start import ContextForcingRemember
 from .storyboard import ContextForcingStoryboard
+from .storyboard_route import add_routes
 from .student_settings import ContextForcingStudentSettings
 from .video import ContextForcingSaveVideo
 
 
 class ContextForcingExtension(ComfyExtension):
     """The node pack."""
+
+    async def on_load(self) -> None:
+        add_routes()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

@@ -24,6 +24,7 @@ from .handle import MemoryHandle, MemoryType
 from .model_access import StudentModel
 from .patches import attention_of, ignored_patches
 from .save_load import keep_memory, write_autosave
+from .segment_ui import segment_ui
 from .shared import ADVANCED, CATEGORY, attention_input, log, seed_input, storage_inputs
 
 PREVIEW_SIDE = 512
@@ -143,14 +144,16 @@ class ContextForcingSampler(io.ComfyNode):
             sampler_of, before, text, prompt=positive[0][1].get(WORDS, ""), seed=seed, num_chunks=num_chunks,
             sigmas=card.sigmas, change=change, blend=blend,
         )  # fmt: skip
-        after = before
+        after, shown = before, None
         try:
             for finished, after in enumerate(chunks, 1):
-                progress.update_absolute(finished, num_chunks, preview(after.latent_chunks[-1][:, :, -1:]))
+                shown = preview(after.latent_chunks[-1][:, :, -1:])
+                progress.update_absolute(finished, num_chunks, shown)
         finally:
             # Also after an interrupt or an error.
             if autosave and after is not before:
                 write_autosave(after)
         latents = torch.cat(after.latent_chunks[-num_chunks:], dim=2)
         samples = model.model.process_latent_out(latents).to(mm.intermediate_device())
-        return io.NodeOutput(MemoryHandle.of(keep_memory(after, keep_in, before), before), {"samples": samples})
+        handle = MemoryHandle.of(keep_memory(after, keep_in, before), before)
+        return io.NodeOutput(handle, {"samples": samples}, ui=segment_ui(after, num_chunks, card.fps, shown))

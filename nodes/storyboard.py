@@ -6,7 +6,7 @@ from comfy_execution.graph_utils import GraphBuilder
 from ..video.storyboard import chunk_story, parse_storyboard, write_storyboard
 from .handle import MemoryHandle, MemoryType
 from .model_access import StudentModel
-from .shared import CATEGORY, attention_input, seed_input, storage_inputs
+from .shared import ADVANCED, CATEGORY, attention_input, seed_input, storage_inputs
 
 EXAMPLE = """\
 # when a segment begins, [how its prompt takes over], its prompt
@@ -41,10 +41,13 @@ class ContextForcingStoryboard(io.ComfyNode):
                 seed_input("Seed of every line that has no seed=N."),
                 attention_input(),
                 *storage_inputs(),
+                io.Int.Input("branch_after", default=0, min=0, max=1000, **ADVANCED,
+                    tooltip="Number of the segment, from 1, whose memory the output branch has. 0: the last segment."),
             ],
             outputs=[
                 MemoryType.Output("memory", tooltip="The memory after the last segment."),
                 io.String.Output("text", tooltip="The storyboard with its times on whole chunks."),
+                MemoryType.Output("branch", tooltip="The memory after the segment branch_after, for another future."),
             ],
         )  # fmt: skip
 
@@ -59,19 +62,24 @@ class ContextForcingStoryboard(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: io.Model.Type, clip: io.Clip.Type, memory: MemoryHandle, text: str, seed: int, **options: str | bool
-    ) -> io.NodeOutput:
+        cls, model: io.Model.Type, clip: io.Clip.Type, memory: MemoryHandle, text: str, seed: int,
+        branch_after: int = 0, **options: str | bool,
+    ) -> io.NodeOutput:  # fmt: skip
         """`options` are inputs of the samplers."""
         card = StudentModel.of(model).card
         story = chunk_story(parse_storyboard(text), card.fps, memory.memory.config.chunk, seed)
         # The samplers take links, not values: ComfyUI then finds the samplers of unchanged lines in its cache.
         links = cls.hidden.dynprompt.get_node(cls.hidden.unique_id)["inputs"]
-        graph, end = GraphBuilder(), links["memory"]
+        if branch_after > len(story.segments):
+            raise ValueError(
+                f"branch_after: {branch_after} is too large, there are {len(story.segments)} segments; 0 is the last"
+            )
+        graph, ends = GraphBuilder(), [links["memory"]]
         for segment in story.resolve(card, memory.memory).segments:
             prompt = graph.node("CLIPTextEncode", clip=links["clip"], text=segment.prompt)
             sampler = graph.node(
-                "ContextForcingSampler", model=links["model"], positive=prompt.out(0), memory=end,
+                "ContextForcingSampler", model=links["model"], positive=prompt.out(0), memory=ends[-1],
                 seconds=segment.seconds, seed=segment.seed, change=segment.change, blend=segment.blend, **options,
             )  # fmt: skip
-            end = sampler.out(0)
-        return io.NodeOutput(end, write_storyboard(story), expand=graph.finalize())
+            ends.append(sampler.out(0))
+        return io.NodeOutput(ends[-1], write_storyboard(story), ends[branch_after or -1], expand=graph.finalize())

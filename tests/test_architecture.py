@@ -24,6 +24,7 @@ PACKAGES = {
     "train/data": {"torch", "einops", "safetensors", "numpy"},
     "train/evaluation": {"torch", "numpy", "rich", "PIL", "matplotlib", "transformers"},
     "train/world": {"numpy"},
+    "nodes/storyboard_route.py": {"aiohttp", "server"},
     "nodes": {"torch", "numpy", "PIL", "comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview"},
     "cli": {"typer", "rich", "torch", "imageio_ffmpeg", "yaml"},
     "__init__.py": set(),
@@ -112,7 +113,16 @@ def test_what_is_imported_is_declared():
     declared = {imported_as.get(name, name) for name in declared}
     for path in FILES:
         used = {module.split(".")[0] for module, ours, _ in imports(path) if not ours}
-        comfyui = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "nodes"}
+        comfyui = {
+            "comfy",
+            "comfy_api",
+            "comfy_execution",
+            "folder_paths",
+            "latent_preview",
+            "nodes",
+            "server",
+            "aiohttp",
+        }
         missing = used - declared - set(sys.stdlib_module_names) - comfyui
         assert not missing, f"{path.relative_to(ROOT)}: {missing}"
 

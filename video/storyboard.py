@@ -36,6 +36,8 @@ MAXIMUM = {"seed": MAX_SEED, "blend": MAX_BLEND}
 class StoryboardLine:
     """One line: when a prompt begins, which, and how."""
 
+    number: int
+    """Its place in the text, from 1."""
     name: str
     """The number and text of the line, for messages."""
     begins: float
@@ -46,31 +48,33 @@ class StoryboardLine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WrongLine:
+    """A line that is refused."""
+
+    number: int
+    name: str
+    reason: str
+    """The problem and the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Storyboard:
     """Lines as they are written. Their times are not rounded to chunks."""
 
     lines: tuple[StoryboardLine, ...]
     ends: float
     """Seconds."""
+    end_line: int
+    """The number of the last line, which is only a time."""
 
 
 def parse_storyboard(text: str) -> Storyboard:
     """Read timed lines. Raises ValueError, one line, that names the wrong lines and the remedy."""
-    numbered = ((number, raw.strip()) for number, raw in enumerate(text.removeprefix("\ufeff").split("\n"), 1))
-    written = [(number, raw) for number, raw in numbered if raw and not raw.startswith("#")]
-    lines, errors = [], []
-    for number, raw in written:
-        name = _name(number, raw)
-        try:
-            line = _line(name, raw)
-            _check_order(line, lines[-1] if lines else None, number == written[0][0], number == written[-1][0])
-            lines.append(line)
-        except ValueError as error:
-            errors.append(f"{name}: {error}")
-    _raise(errors)
+    lines, wrong = _read(text)
+    _raise(wrong)
     if len(lines) < 2:
         raise ValueError("storyboard: no prompt; write a line per segment, `0:00 A meadow.`, and the time of its end")
-    return Storyboard(lines=tuple(lines[:-1]), ends=lines[-1].begins)
+    return Storyboard(lines=tuple(lines[:-1]), ends=lines[-1].begins, end_line=lines[-1].number)
 
 
 def chunk_story(storyboard: Storyboard, fps: float, chunk: int, seed: int = 0) -> Story:
@@ -78,21 +82,17 @@ def chunk_story(storyboard: Storyboard, fps: float, chunk: int, seed: int = 0) -
 
     Raises ValueError, one line, for segments without a chunk.
     """
-    chunk_seconds = latent_seconds(chunk, fps)
-    times = [*(line.begins for line in storyboard.lines), storyboard.ends]
-    # Times are rounded, not lengths, so that errors do not add up.
-    bounds = [math.floor(round(time / chunk_seconds, 6) + 0.5) for time in times]
-    segments, errors = [], []
-    for line, (first, last), (begins, ends) in zip(
-        storyboard.lines, itertools.pairwise(bounds), itertools.pairwise(times)
-    ):
-        if first == last:
-            errors.append(
-                f"{line.name}: {ends - begins:g} s is too short for a whole chunk ({chunk_seconds:g} s); make it longer"
-            )
-        segments.append(SegmentSpec(prompt=line.prompt, seconds=(last - first) * chunk_seconds, **line.options))
-    _raise(errors)
+    segments, wrong = _segments(storyboard, latent_seconds(chunk, fps))
+    _raise(wrong)
     return Story(segments=tuple(segments), seed=seed)
+
+
+def wrong_lines(text: str, fps: float, chunk: int) -> dict[int, str]:
+    """Numbers of the lines that `parse_storyboard` or `chunk_story` refuses, each with the reason."""
+    lines, wrong = _read(text)
+    if not wrong and len(lines) >= 2:
+        _, wrong = _segments(parse_storyboard(text), latent_seconds(chunk, fps))
+    return {line.number: line.reason for line in wrong}
 
 
 def write_storyboard(story: Story) -> str:
@@ -114,14 +114,47 @@ def read_story(path: str | Path, fps: float, chunk: int) -> Story:
     return load_story(path, lambda text: chunk_story(parse_storyboard(text), fps, chunk))
 
 
-def _line(name: str, raw: str) -> StoryboardLine:
+def _read(text: str) -> tuple[list[StoryboardLine], list[WrongLine]]:
+    """The lines of a text, and those that cannot be read or stand in a wrong place."""
+    numbered = ((number, raw.strip()) for number, raw in enumerate(text.removeprefix("\ufeff").split("\n"), 1))
+    written = [(number, raw) for number, raw in numbered if raw and not raw.startswith("#")]
+    lines, wrong = [], []
+    for number, raw in written:
+        name = _name(number, raw)
+        try:
+            line = _line(number, name, raw)
+            _check_order(line, lines[-1] if lines else None, number == written[0][0], number == written[-1][0])
+            lines.append(line)
+        except ValueError as error:
+            wrong.append(WrongLine(number=number, name=name, reason=str(error)))
+    return lines, wrong
+
+
+def _segments(storyboard: Storyboard, chunk_seconds: float) -> tuple[list[SegmentSpec], list[WrongLine]]:
+    """Segments of whole chunks, and the lines whose segment has none."""
+    times = [*(line.begins for line in storyboard.lines), storyboard.ends]
+    # Times are rounded, not lengths, so that errors do not add up.
+    bounds = [math.floor(round(time / chunk_seconds, 6) + 0.5) for time in times]
+    segments, wrong = [], []
+    for line, (first, last), (begins, ends) in zip(
+        storyboard.lines, itertools.pairwise(bounds), itertools.pairwise(times)
+    ):
+        if first == last:
+            reason = f"{ends - begins:g} s is too short for a whole chunk ({chunk_seconds:g} s); make it longer"
+            wrong.append(WrongLine(number=line.number, name=line.name, reason=reason))
+        segments.append(SegmentSpec(prompt=line.prompt, seconds=(last - first) * chunk_seconds, **line.options))
+    return segments, wrong
+
+
+def _line(number: int, name: str, raw: str) -> StoryboardLine:
     match = LINE.fullmatch(raw)
     if not match:
         raise ValueError("it must begin with a time, 0:06, 1:02:03 or 12.5")
     begins, prompt = _seconds(match["time"]), match["prompt"]
     if match["options"] is None and prompt.startswith("["):
         raise ValueError("the bracket is not closed; put ] before the prompt")
-    return StoryboardLine(name=name, begins=begins, prompt=prompt, options=_options(match["options"] or ""))
+    options = _options(match["options"] or "")
+    return StoryboardLine(number=number, name=name, begins=begins, prompt=prompt, options=options)
 
 
 def _seconds(text: str) -> float:
@@ -178,8 +211,8 @@ def _name(number: int, raw: str) -> str:
     return f'line {number} ("{text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 3] + "..."}")'
 
 
-def _raise(errors: Sequence[str]) -> None:
-    """Raises ValueError, one line, unless there are no errors."""
-    if errors:
-        more = f"; and {len(errors) - MAX_ERRORS} more" if len(errors) > MAX_ERRORS else ""
-        raise ValueError("; ".join(errors[:MAX_ERRORS]) + more)
+def _raise(wrong: Sequence[WrongLine]) -> None:
+    """Raises ValueError, one line, unless no line is wrong."""
+    if wrong:
+        more = f"; and {len(wrong) - MAX_ERRORS} more" if len(wrong) > MAX_ERRORS else ""
+        raise ValueError("; ".join(f"{line.name}: {line.reason}" for line in wrong[:MAX_ERRORS]) + more)

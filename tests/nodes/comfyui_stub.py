@@ -6,7 +6,7 @@ import sys
 import types
 from unittest.mock import MagicMock
 
-PACKAGES = ("comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview")
+PACKAGES = ("comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "aiohttp", "server")
 
 
 class StubModule(types.ModuleType):

@@ -229,7 +229,8 @@ def to_api(workflow: dict, object_info: dict) -> dict:
         inputs = {}
         for name, (kind, *options) in _specs(object_info[node["type"]]):
             if _is_widget(kind):
-                inputs[name] = next(values)
+                # A workflow that was saved before an input was added has no value of it. The page takes the default.
+                inputs[name] = next(values, options[0].get("default") if options else None)
                 if options and options[0].get("control_after_generate"):
                     next(values)
             if name in wired:

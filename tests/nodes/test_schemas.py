@@ -15,7 +15,7 @@ INPUTS = {
     "ContextForcingRemember": "memory vae? images? latent?",
     "ContextForcingSampler": "model positive memory seconds=3.0 seed=0 attention=sdpa? commit_attends=card?"
     f" change=keep? blend=0? {STORAGE}",
-    "ContextForcingStoryboard": f"model clip memory text=EXAMPLE seed=0 attention=sdpa? {STORAGE}",
+    "ContextForcingStoryboard": f"model clip memory text=EXAMPLE seed=0 attention=sdpa? {STORAGE} branch_after=0?",
     "ContextForcingSaveVideo": "memory vae filename_prefix=video/context_forcing fps=16.0 scale=0 crf=16?",
     "ContextForcingMemoryReport": "memory vae fps=16.0 model?",
     "ContextForcingConsistency": "memory? vae? images? clip_vision? every=1.0 fps=16.0",

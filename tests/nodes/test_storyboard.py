@@ -1,9 +1,12 @@
 """A storyboard in a real ComfyUI: it equals a chain of samplers, and every line is cached."""
 
+import base64
+import io
 import json
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from .graph import PROMPTS, Graph, failure, film, interrupt_at, memory_file, only, succeeded, text_shown
@@ -177,3 +180,52 @@ def test_demo_storyboard_makes_the_video(host, object_info):
     assert host.output_path(shown).stat().st_size > 10_000
     made = text_shown(run, only(prompt, "PreviewAny")).split("\n")
     assert len(made) == 8 and made[-1] == "0:21"
+
+
+def test_a_branch_has_the_memory_after_its_segment(host, graph, demo):
+    """No segment is made again for it, and what follows equals one storyboard."""
+    lines = [f"0 {PROMPTS[0]}", f"0.75 {PROMPTS[1]}", f"1.5 {PROMPTS[2]}", "2.25"]
+    board = add_storyboard(graph, demo, "\n".join(lines), seed=24)
+    graph.save_memory(board)
+    succeeded(host.run(graph.prompt))
+
+    graph.prompt[board]["inputs"]["branch_after"] = 2
+    inputs = {"model": [demo, 0], "clip": [demo, 1], "memory": [board, 2], "seed": 24}
+    branch = graph.add("ContextForcingStoryboard", **inputs, text=f"0 {PROMPTS[0]}\n0.75")
+    saved = graph.save_memory(branch)
+    run = succeeded(host.run(graph.prompt))
+    assert not lines_run(run, board) and lines_run(run, branch) == [1]
+
+    other = Graph()
+    demo = other.add("ContextForcingLoadDemo")
+    whole = add_storyboard(other, demo, "\n".join([*lines[:2], f"1.5 {PROMPTS[0]}", "2.25"]), seed=24)
+    whole = other.save_memory(whole)
+    branched, expected = tensors(host, run, saved), tensors(host, succeeded(host.run(other.prompt)), whole)
+    assert all(torch.equal(branched[name], expected[name]) for name in expected)
+
+
+def test_a_branch_after_no_segment_is_refused(host, graph, demo):
+    board = add_storyboard(graph, demo, f"0 {PROMPTS[0]}\n0.75", branch_after=2)
+    graph.save_memory(board)
+    assert failure(host, graph)["exception_message"].startswith("branch_after: 2 is too large, there are 1 segments")
+
+
+def test_the_page_is_told_about_every_segment(host, graph, demo):
+    """A thumbnail, its place, and what is remembered after it."""
+    board = add_storyboard(graph, demo, f"0 {PROMPTS[0]}\n1.5 {PROMPTS[1]}\n2.25", seed=25)
+    graph.save_memory(board)
+    executed = succeeded(host.run(graph.prompt)).all("executed")
+    told = [data for data in executed if "context_forcing_segment" in (data["output"] or {})]
+    assert [data["node"] for data in told] == [f"{board}.0.0.2", f"{board}.0.0.4"]
+    one, two = (data["output"]["context_forcing_segment"][0] for data in told)
+    assert (one["begins"], one["ends"], two["begins"], two["ends"]) == (0, 6, 6, 9)
+    assert (two["fps"], two["chunk"]) == (16, 3) and two["remembered"]["fast"][-1] == 8
+    picture = Image.open(io.BytesIO(base64.b64decode(two["thumbnail"].removeprefix("data:image/jpeg;base64,"))))
+    assert max(picture.size) == 192
+
+
+def test_the_page_asks_the_server_for_segments(host):
+    answer = host.post("/context_forcing/storyboard", {"text": "0:00 A meadow.\n0:06"})
+    assert [segment["chunks"] for segment in answer["segments"]] == [8]
+    assert host.post("/context_forcing/storyboard", {"text": "x"})["reasons"]["1"].startswith("it must begin")
+    assert "text: " in host.post("/context_forcing/storyboard", {"text": 1})["error"]

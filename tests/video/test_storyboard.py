@@ -214,5 +214,5 @@ def test_the_sample():
 def test_a_line_has_its_number_and_text():
     first = parse_storyboard(TEXT).lines[0]
     assert first == StoryboardLine(
-        name='line 4 ("0:00 A meadow. The camera pans right.")', begins=0, prompt=first.prompt, options={}
+        number=4, name='line 4 ("0:00 A meadow. The camera pans right.")', begins=0, prompt=first.prompt, options={}
     )
