@@ -12,6 +12,8 @@ SOURCE = """A folder of videos, each with a caption in a .txt beside it; a .csv 
 and optionally start and end in seconds; or a .txt with a prompt per line."""
 MODEL = "`demo`, or a local copy of Wan-AI/Wan2.1-T2V-1.3B-Diffusers (vae, text_encoder, tokenizer)."
 SIZE = "WIDTHxHEIGHT, multiples of 16. Default: 128x64 for the demo, 832x480 for Wan."
+NEGATIVE_PROMPT = """Prompt of what a video should not be; its text is stored for training. Default: that published with
+Wan 2.1; the demo has none."""
 MAX_SKIPPED = 20
 """Skipped sources that are printed."""
 
@@ -28,6 +30,7 @@ def encode(
     shard_mb: Annotated[int, Option(min=1, help="Megabytes of a shard.")] = 256,
     device: Device = "auto",
     retry: Annotated[bool, Option("--retry", help="Try skipped videos again.")] = False,
+    negative_prompt: Annotated[str | None, Option(help=NEGATIVE_PROMPT)] = None,
 ) -> None:
     """Encode videos with captions, or prompts, into a training set of latents and text embeddings."""
     from ..train.data.encode import EncodeSettings, SetEncoder, parse_size
@@ -42,6 +45,7 @@ def encode(
         shard_mb=shard_mb,
         device=device,
         retry=retry,
+        negative_prompt=negative_prompt,
     )
     encoder = SetEncoder(source, output, settings)
     with progress_bar() as bar:

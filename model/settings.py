@@ -80,6 +80,8 @@ def _typed(name: str, value: Any, current: Any) -> Any:
         if isinstance(value, str):  # 1000,500: a list without brackets
             value = [_scalar(part) for part in value.split(",")]
         return tuple(_typed(name, part, each) for part in (value if isinstance(value, (list, tuple)) else [value]))
+    if value is None and isinstance(current, str):
+        value = ""  # key= with nothing after it
     converted = value
     if isinstance(current, float) and type(value) in (int, str):
         try:

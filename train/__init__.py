@@ -1,7 +1,6 @@
 """Headless training of Context Forcing students."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,13 +41,13 @@ def plan_stage(stage: str, config_name: str, overrides: Sequence[str], tflops: f
     """
     import yaml
 
-    from .config import NetworkConfig
+    from .config import NetworkConfig, plain
     from .plan import plan
     from .presets import load_config
 
     settings = load_config(stage, config_name, overrides)
-    plain = json.loads(json.dumps(dataclasses.asdict(settings)))
-    parts: list[Any] = [f"{stage}, {config_name}", yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)]
+    values = plain(dataclasses.asdict(settings))
+    parts: list[Any] = [f"{stage}, {config_name}", yaml.safe_dump(values, sort_keys=False, default_flow_style=None)]
     if isinstance(settings, NetworkConfig):
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         parts.append(plan(settings, world_size).table(f"one of {world_size} processes, an iteration", tflops))

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from ..model.checkpoints.containers import read_json
+from .config import field_defaults, plain
 from .stage import Stage
 
 MAY_CHANGE = (
@@ -47,7 +48,7 @@ class Checkpoints:
 
     def __init__(self, run: Path, stage: Stage, name: str):
         self.run, self.stage, self.name, self.parallel = run, stage, name, stage.parallel
-        self.config = json.loads(json.dumps(dataclasses.asdict(stage.config)))
+        self.config = plain(dataclasses.asdict(stage.config))
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
     def _tensors(self) -> dict[str, dict]:
@@ -97,10 +98,7 @@ class Checkpoints:
 
     def _check_config(self, before: dict[str, Any], path: Path) -> None:
         # Settings that are newer than the checkpoint had their default values.
-        fields = dataclasses.fields(self.stage.config)
-        defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
-        parts = {f.name: f.default_factory() for f in fields if f.default_factory is not dataclasses.MISSING}
-        before = defaults | json.loads(json.dumps(parts, default=dataclasses.asdict)) | before
+        before = plain(field_defaults(self.stage.config)) | before
         for name, value in self.config.items():
             if name not in MAY_CHANGE and _fixed(before.get(name)) != _fixed(value):
                 raise ValueError(

@@ -1,7 +1,9 @@
 """Settings of training: one frozen dataclass per stage, and the parts that stages share. Defaults are Wan 2.1 1.3B."""
 
+import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any
 
 import torch
 
@@ -30,6 +32,17 @@ def check_choice(config: object, name: str, choices) -> None:
     """Raises ValueError for a field that is none of `choices`."""
     if getattr(config, name) not in choices:
         raise ValueError(f"{name}: {getattr(config, name)!r} is not one of {', '.join(choices)}")
+
+
+def field_defaults(config: Any) -> dict[str, Any]:
+    """The default values of a dataclass, without the fields that have none."""
+    made = {f.name: f.default_factory() for f in fields(config) if f.default_factory is not MISSING}
+    return made | {f.name: f.default for f in fields(config) if f.default is not MISSING}
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings as JSON gives them back."""
+    return json.loads(json.dumps(values, default=asdict))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from ..memory.config import MemoryConfig
+from ..model.codecs.backbone import WAN
 from ..model.settings import parse_overrides, read_settings, with_settings
-from .config import ExportConfig, LoopConfig, OptimConfig
+from .config import ExportConfig, LoopConfig, OptimConfig, field_defaults, plain
 from .parallel import start_parallel
 from .stage import Stage
 from .stages.anchor import AnchorConfig
@@ -69,7 +70,7 @@ CONFIGS: dict[str, dict[str, StageConfig]] = {
     "local": {
         "wan2.1-1.3b": DistillConfig(
             **NO_CONTEXT, data="data/prompts", student="causal_init.safetensors", teacher=WAN_TEACHER, target_from=1,
-            out="runs/local",
+            out="runs/local", negative_prompt=WAN.negative_prompt,
         ),
         "demo": DistillConfig(
             **DEMO_DISTILL, **NO_CONTEXT, student="runs/pretrain/student.safetensors", target_from=1, target_chunks=4,
@@ -81,7 +82,7 @@ CONFIGS: dict[str, dict[str, StageConfig]] = {
     "contextual": {
         "wan2.1-1.3b": DistillConfig(
             data="data/prompts", student="runs/local/student.safetensors", steps=500,
-            teacher="runs/teacher/teacher.safetensors",
+            teacher="runs/teacher/teacher.safetensors", negative_prompt=WAN.negative_prompt,
         ),
         # A lower learning rate than in `local`: with a higher one the student stops recalling from memory.
         "demo": DistillConfig(
@@ -120,8 +121,9 @@ def load_config(stage: str, name: str, overrides: Sequence[str] = ()) -> StageCo
 
 
 def config_from_json(stage: str, raw: dict) -> StageConfig:
-    """The settings that a checkpoint's `run.json` contains."""
-    return with_settings(next(iter(CONFIGS[stage].values())), raw)
+    """The settings that a checkpoint's `run.json` contains; those that are newer have their defaults."""
+    config = next(iter(CONFIGS[stage].values()))
+    return with_settings(config, plain(field_defaults(config)) | raw)
 
 
 def build_stage(stage: str, settings: Any) -> Stage:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.locate import default_models_dir, find, locate
+from ..checkpoints.student import ASSETS
 from .base import VAE, PrecomputedText, TextEncoder
 from .demo_text import DemoTextEncoder
 from .demo_vae import load_demo_codec
@@ -38,6 +39,8 @@ class Backbone:
     """Default width and height of a video in pixels."""
     preview_vae: VAE | None = None
     """A VAE on the CPU that is fast enough for previews."""
+    negative_prompt = (ASSETS / "wan2.1_negative_prompt.txt").read_text(encoding="utf-8").strip()
+    """The prompt of what a video should not be, as published with the network; empty for none."""
 
     def load_codecs(
         self,
@@ -83,6 +86,7 @@ class DemoBackbone(Backbone):
     """The demo world; its codecs are in the package."""
 
     size = (128, 64)
+    negative_prompt = ""
 
     def load_codecs(self, device, dtype, prompts=(), *, text_encoder=None, vae=None, models_dir=None) -> Codecs:
         for option, path in (("--text-encoder", text_encoder), ("--vae", vae)):

@@ -80,8 +80,9 @@ def test_settings_that_are_newer_than_a_checkpoint_had_their_defaults(tiny, tmp_
     run_stage("local", "smoke", ["steps=1", f"out={tmp_path}"], False)
     path = newest_checkpoint(tmp_path) / "run.json"
     run = json.loads(path.read_text())
-    del run["config"]["anchor"], run["config"]["gate_every"]
+    del run["config"]["anchor"], run["config"]["gate_every"], run["config"]["negative_prompt"]
     path.write_text(json.dumps(run))
+    assert run_stage("export", "demo", [f"run={tmp_path}", f"out={tmp_path / 'export'}"], False).is_file()
     run_stage("local", "smoke", ["steps=2", f"out={tmp_path}"], True)
     with pytest.raises(ValueError, match="anchor"):
         run_stage("local", "smoke", ["steps=3", "anchor.weight=1", f"out={tmp_path}"], True)

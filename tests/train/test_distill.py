@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from context_forcing.model.checkpoints.student import StudentSource
+from context_forcing.model.codecs.demo_text import encode_demo_text
 from context_forcing.model.config import PRESETS, WanConfig
 from context_forcing.model.sampler import seeded_generator
+from context_forcing.model.segment import used_rows
 from context_forcing.train import parallel, run_stage
 from context_forcing.train.presets import load_config
 from context_forcing.train.stages import distill
@@ -66,9 +68,10 @@ def test_the_student_is_trained_with_the_commit_pass_on_its_card(tiny, files, mo
         load_config("contextual", "smoke", ["commit_attends=sink"])
 
 
-@pytest.mark.parametrize("guidance", [0.0, 3.0])
-def test_the_student_s_gradient_is_critic_minus_guided_teacher(tiny, files, guidance):
-    stage = DistillStage(load_config("contextual", "smoke", [*files, f"guidance={guidance}"]), ALONE)
+@pytest.mark.parametrize("guidance, negative", [(0.0, ""), (3.0, ""), (3.0, "snow at night")])
+def test_the_student_s_gradient_is_critic_minus_guided_teacher(tiny, files, guidance, negative):
+    settings = [*files, f"guidance={guidance}", f"negative_prompt={negative}"]
+    stage = DistillStage(load_config("contextual", "smoke", settings), ALONE)
     torch.manual_seed(0)
     for p in stage.critic.net.parameters():
         p.data.add_(0.05 * torch.randn_like(p))
@@ -83,10 +86,10 @@ def test_the_student_s_gradient_is_critic_minus_guided_teacher(tiny, files, guid
     with torch.no_grad():
         fake = x0_given_context(stage.critic, context, context_text, x, sigma, target_text)
         real = x0_given_context(stage.teacher, context, context_text, x, sigma, target_text)
-        no_text = torch.zeros(1, 1, 4096)
-        unguided = x0_given_context(stage.teacher, context, no_text, x, sigma, no_text)
-        assert (real - unguided).abs().mean() > 1e-3
-        real = real + guidance * (real - unguided)
+        unwanted_text = used_rows(encode_demo_text(negative)) if negative else torch.zeros(1, 1, 4096)
+        unwanted = x0_given_context(stage.teacher, context, unwanted_text, x, sigma, unwanted_text)
+        assert (real - unwanted).abs().mean() > 1e-3
+        real = real + guidance * (real - unwanted)
     expected = (fake - real) / (leaf.detach() - real).abs().mean() / leaf.numel()
     torch.testing.assert_close(leaf.grad, expected.float(), rtol=1e-4, atol=1e-9)
     assert values["dmd_gradient"] > 0

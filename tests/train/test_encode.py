@@ -1,16 +1,20 @@
 """Videos -> encoded sets: frames and captions match, bad files are skipped, killed runs continue."""
 
+import dataclasses
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
 from context_forcing import cli
 from context_forcing.model.codecs.demo_text import encode_demo_text
+from context_forcing.model.segment import used_rows
 from context_forcing.train.data import encode as encode_module
 from context_forcing.train.data.encode import Encoder, EncodeSettings, SetEncoder, load_encoder
-from context_forcing.train.data.shards import EncodedSet, read_manifest
+from context_forcing.train.data.shards import NEGATIVE_TEXT, EncodedSet, read_manifest
 
 from .videos import CAPTION, CLIP, LENGTHS, SETTINGS, contents, film, run, tensors, world_frames
 
@@ -63,6 +67,21 @@ def test_a_second_run_does_nothing(videos, tmp_path, monkeypatch):
     encoder = run(videos, tmp_path / "set")
     assert encoder.num_clips == 6 and encoder.new_clips == 0
     assert contents(tmp_path / "set") == before
+
+
+def test_the_negative_prompt_is_added_to_a_finished_set(whole_set, tmp_path):
+    folder = shutil.copytree(whole_set, tmp_path / "set")
+    with pytest.raises(ValueError, match="negative_prompt: 'snow at night' is not in"):
+        EncodedSet(folder, 0).negative("snow at night")
+    for prompt in ("fog", "snow at night", "snow at night"):
+        source = Path(read_manifest(folder).header.source)
+        assert run(source, folder, dataclasses.replace(SETTINGS, negative_prompt=prompt)).new_clips == 0
+    encoded = EncodedSet(folder, 0)
+    expected = used_rows(encode_demo_text("snow at night")).half().float()
+    assert torch.equal(encoded.negative("snow at night"), expected) and len(expected[0]) == 2
+    assert torch.equal(encoded.negative(""), encoded.empty)
+    (folder / NEGATIVE_TEXT).unlink()
+    assert contents(folder) == contents(whole_set), "nothing else was touched"
 
 
 def test_videos_that_are_added_later_are_encoded(videos, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from context_forcing.model.codecs.base import WAN_MEAN, WAN_STD
 from context_forcing.train.data.encode import EncodeSettings, SetEncoder, load_encoder
 from context_forcing.train.data.shards import EncodedSet, read_manifest
+from context_forcing.train.presets import load_config
 from context_forcing.video.reading import read_runs
 
 from .videos import CAPTION, CLIP, run, tensors
@@ -82,6 +83,8 @@ def test_wan_latents_and_text_are_what_the_libraries_give(tiny_wan, whole_videos
     length = int(padded.attention_mask.sum())
     assert len(text) == length < 512
     torch.testing.assert_close(text.float(), rows[:length], atol=2e-3, rtol=2e-3)
+    negative = EncodedSet(tmp_path / "set", 0).negative(load_config("local", "wan2.1-1.3b").negative_prompt)
+    assert negative.shape[1] > 1, "Wan's own negative prompt is in the set"
     assert EncodedSet(tmp_path / "set", 0).sample(5)[0].shape == (1, 16, 4, 6, 8)
     assert len(load_encoder(EncodeSettings(model=str(tiny_wan)), False).text("day " * 600)) == 512
 

@@ -7,6 +7,7 @@ from context_forcing.model.checkpoints.student import StudentSource
 from context_forcing.train import run_stage
 from context_forcing.train.data.shards import Header, ShardWriter
 from context_forcing.train.presets import load_config
+from context_forcing.train.stages.distill import DistillStage
 from context_forcing.train.stages.teacher import TeacherStage
 
 from .helpers import ALONE, metrics_of, random
@@ -26,6 +27,7 @@ def encoded(tmp_path_factory):
         writer.add(f"source {number}", None, "words", tensors)
     for writer in (clips, prompts):
         writer.write_empty_text(lambda: torch.zeros(1, 4096).half())
+        writer.write_negative_text("ugly, blurred", lambda: random(2, 4096, seed=9).half())
         writer.flush()
     return root
 
@@ -36,6 +38,17 @@ def test_stages_train_on_encoded_sets(tiny, tmp_path, encoded, name, data):
     path = run_stage(name, "smoke", settings, False)
     assert "made up" in StudentSource(path).open().card.data and len(metrics_of(tmp_path)) == 2
     assert not (tmp_path / "samples").exists()
+
+
+@pytest.mark.parametrize("data", ["clips", "prompts"])
+def test_guidance_takes_the_negative_prompt_of_the_set(tiny, encoded, data):
+    make = lambda *more: DistillStage(load_config("contextual", "smoke", [f"data={encoded / data}", *more]), ALONE)
+    of_set = make("guidance=3", "negative_prompt=ugly, blurred").negative
+    assert torch.equal(of_set, random(2, 4096, seed=9).half().float()[None])
+    assert torch.equal(make("guidance=3").negative, torch.zeros(1, 1, 4096))
+    assert make("guidance=0", "negative_prompt=ugly").negative is None, "not read where it is not used"
+    with pytest.raises(ValueError, match="^negative_prompt: 'ugly' is not in .* with --negative-prompt"):
+        make("guidance=3", "negative_prompt=ugly")
 
 
 def test_the_anchor_needs_clips(tiny, tmp_path, encoded):

@@ -14,6 +14,13 @@ def test_every_named_configuration_loads():
             assert load_config(stage, name) == CONFIGS[stage][name]
 
 
+def test_the_negative_prompt_is_wan_s_for_wan_and_empty_elsewhere():
+    for stage in ("local", "contextual"):
+        assert load_config(stage, "wan2.1-1.3b").negative_prompt.count("\uff0c") == 27
+        assert load_config(stage, "wan2.1-1.3b", ["negative_prompt="]).negative_prompt == ""
+        assert load_config(stage, "demo").negative_prompt == load_config(stage, "smoke").negative_prompt == ""
+
+
 def test_overrides():
     config = load_config(
         "pretrain", "demo", ["steps=7", "optim.lr=1e-3", "optim.clip=2", "memory.slow=0", "out=some/where"]

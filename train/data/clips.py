@@ -154,6 +154,10 @@ class DemoPrompts:
         """The text of the empty prompt, [1, 1, 4096]."""
         return torch.zeros(1, 1, TEXT_DIM)
 
+    def negative(self, prompt: str) -> Tensor:
+        """The text of a negative prompt, [1, L, 4096]."""
+        return to_text([prompt])
+
     def describe(self) -> str:
         """The `data` field of a student card."""
         return "captions of the demo world"

@@ -51,6 +51,8 @@ class EncodeSettings:
     device: str = "auto"
     retry: bool = False
     """Try skipped sources again."""
+    negative_prompt: str | None = None
+    """Its text is stored beside the set, for guidance; None is the model's own, empty none."""
 
     def __post_init__(self):
         check_range(self, "fps", "frames", "shard_mb", least=1)
@@ -121,6 +123,8 @@ class SetEncoder:
         of_videos = self.sources[0].video is not None
         self.encoder = load_encoder(settings, of_videos)
         self.size = settings.size or self.encoder.size
+        own = backbone_of(settings.model).negative_prompt
+        self.negative_prompt = own if settings.negative_prompt is None else settings.negative_prompt
         header = Header(
             source=str(Path(path).resolve()),
             model="demo" if backbone_of(settings.model) is DEMO else Path(settings.model).resolve().name,
@@ -140,6 +144,10 @@ class SetEncoder:
     def run(self, on_clip: Callable[[int], None] = lambda num_sources: None) -> None:
         """Encode what is missing. `on_clip` gets the number of processed sources after every clip and source."""
         self.writer.write_empty_text(lambda: self.encoder.text("").to(self.dtype))
+        if self.negative_prompt:
+            self.writer.write_negative_text(
+                self.negative_prompt, lambda: self.encoder.text(self.negative_prompt).to(self.dtype)
+            )
         for number, source in enumerate(self.sources):
             on_clip(number)
             if self._is_full():

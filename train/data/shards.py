@@ -3,6 +3,7 @@
 A set is a folder. `manifest.jsonl`: the header, then one line per clip, per finished source and per skipped source.
 `shard-00000.safetensors`: `KEY.latents` [C, T, H, W], normalised, and `KEY.text` [L, D] of its clips; sets of prompts
 have no latents. `empty_text.safetensors`: the text of the empty prompt, for text dropout and guidance.
+`negative_text.safetensors`: that of a negative prompt, for guidance; the prompt is in its metadata.
 
 Shapes: C latent channels, T latent frames, H W latent rows and columns, L text tokens, D text width.
 """
@@ -27,6 +28,7 @@ from ...memory.files import atomic_path
 
 MANIFEST = "manifest.jsonl"
 EMPTY_TEXT = "empty_text.safetensors"
+NEGATIVE_TEXT, PROMPT_KEY = "negative_text.safetensors", "prompt"
 VERSION = 1
 WINDOW = 4
 """Shards whose clips are shuffled together, so that few files are read at a time."""
@@ -183,6 +185,11 @@ class ShardWriter:
         if not (self.folder / EMPTY_TEXT).exists():
             self._save(EMPTY_TEXT, {"text": encode()})
 
+    def write_negative_text(self, prompt: str, encode: Callable[[], Tensor]) -> None:
+        """Write the text [L, D] of a negative prompt if it is not that of the set."""
+        if _negative_prompt(self.folder) != prompt:
+            self._save(NEGATIVE_TEXT, {"text": encode()}, {PROMPT_KEY: prompt})
+
     def add(self, source: str, start: float | None, caption: str, tensors: dict[str, Tensor]) -> None:
         """Add a clip: `text` [L, D] and, of a video, `latents` [C, T, H, W]. Writes the shard when it is full."""
         self._pending.append((source, start, caption, tensors))
@@ -224,11 +231,11 @@ class ShardWriter:
         self._num_shards += bool(entries)
         self._pending, self._pending_bytes, self._records = [], 0, []
 
-    def _save(self, name: str, tensors: dict[str, Tensor]) -> None:
+    def _save(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         # The clips of one video share their text, and safetensors does not write shared tensors.
         separate = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
         with _one_line_errors(self.folder / name), atomic_path(self.folder / name) as part:
-            save_file(separate, part)
+            save_file(separate, part, metadata)
 
 
 def _line(record: dict) -> str:
@@ -310,9 +317,26 @@ class EncodedSet:
         """The text of the empty prompt, [1, L, D] float32; at least one row."""
         return _at_least_one_row(open_shard(self.folder / EMPTY_TEXT).get_tensor("text"))
 
+    def negative(self, prompt: str) -> Tensor:
+        """The text of a negative prompt, [1, L, D] float32. Raises ValueError if the set does not have it."""
+        if not prompt:
+            return self.empty
+        if _negative_prompt(self.folder) != prompt:
+            raise ValueError(
+                f"negative_prompt: {prompt!r} is not in {self.folder}; run its `context-forcing encode` again with"
+                " --negative-prompt, which adds it, or give negative_prompt="
+            )
+        return _at_least_one_row(open_shard(self.folder / NEGATIVE_TEXT).get_tensor("text"))
+
     def describe(self) -> str:
         """The `data` field of a student card."""
         return f"{len(self.entries)} clips or prompts of {self.header.source}"
+
+
+def _negative_prompt(folder: Path) -> str:
+    """The negative prompt whose text a set has; empty for none."""
+    path = folder / NEGATIVE_TEXT
+    return (open_shard(path).metadata() or {}).get(PROMPT_KEY, "") if path.exists() else ""
 
 
 def _at_least_one_row(text_LD: Tensor) -> Tensor:

@@ -81,7 +81,9 @@ class DistillConfig(NetworkConfig):
     """In an iteration of the student, the critic learns from the student's rollouts and gets none of its own. The
     student's scores come before that, so the critic has not seen what it scores."""
     guidance: float = 3.0
-    """w of teacher + w (teacher - teacher without text); 0 is no guidance."""
+    """w of teacher + w (teacher - teacher under `negative_prompt`); 0 is no guidance."""
+    negative_prompt: str = ""
+    """The prompt of the teacher's other pass for guidance. A text that is not empty must be in the encoded set."""
     recall_weight: float = 1.0
     """Demo world: factor of the student's gradient in columns that only sink or slow frames show."""
     normaliser: str = "all"
@@ -162,6 +164,7 @@ class DistillStage(Stage):
         self.critic = self.load_network(config.teacher, "critic", config.critic_optim, config.scored_by)
         self.teacher = self.load_network(config.teacher, preset=config.scored_by)
         self.prompts = open_prompts(config, pacing=config.pacing, long_trips=config.long_trips)
+        self.negative = self.prompts.negative(config.negative_prompt) if config.guidance else None
         self.sigmas = warped_sigmas(config.denoising_steps, config.shift)
         self.anchor = Anchor(config, config.anchor, self.sigmas, parallel) if config.anchor.weight else None
         self.gate = RecallGate(config, config.anchor, config.gate_limit, parallel) if config.gate_every else None
@@ -296,10 +299,10 @@ class DistillStage(Stage):
             sigma, _, x = self.noised_target(target.detach(), generator)
             fake = x0_given_context(self.critic, context, context_text, x, sigma, target_text)
             real = x0_given_context(self.teacher, context, context_text, x, sigma, target_text)
-            if self.config.guidance:
-                empty = self.prompts.empty.to(text)
-                unguided = x0_given_context(self.teacher, context, empty, x, sigma, empty)
-                real = real + self.config.guidance * (real - unguided)
+            if self.negative is not None:
+                negative = self.negative.to(text)
+                unwanted = x0_given_context(self.teacher, context, negative, x, sigma, negative)
+                real = real + self.config.guidance * (real - unwanted)
             difference = (target - real).abs()
             gradient = ((fake - real) / self.normaliser(difference, shown_by)).nan_to_num()
             if shown_by is not None and self.config.recall_weight != 1:
