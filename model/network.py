@@ -32,6 +32,8 @@ class Network:
     """Runs the whole network and each of its blocks: for sharding, recomputing, offloading, compiling and checks."""
     on_pass: Callable[[], None] = lambda: None
     """Called before every forward pass, for example to stop after an interrupt."""
+    commit: "Network | None" = None
+    """The network of the commit pass, if the student has weights of its own for it (docs/method.md, Sampling)."""
 
     @property
     def num_layers(self) -> int:

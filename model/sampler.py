@@ -59,10 +59,12 @@ def make_sampler(
     Raises ValueError for an attention that is not installed, and for a text too long.
     """
     attention = load_attention(options.attention) if isinstance(options.attention, str) else options.attention
-    network = dataclasses.replace(network, attention=attention)
+    commit = network.commit and dataclasses.replace(network.commit, attention=attention)
+    network = dataclasses.replace(network, attention=attention, commit=commit)
     return CausalSampler(
         network=network,
         text=network.embed_text(text_BLC),
+        commit_text=commit and commit.embed_text(text_BLC),
         options=options,
         solver=card.solver,
         first_sigmas=card.first_sigmas,
@@ -99,6 +101,8 @@ class CausalSampler:
 
     network: Network
     text: TextContext
+    commit_text: TextContext | None = None
+    """The prompt in the network of the commit pass, if that is another one."""
     options: SamplerOptions = SamplerOptions()
     solver: str = "renoise"
     """One of flow.SOLVERS."""
@@ -108,6 +112,9 @@ class CausalSampler:
     """What the pass over clean latents attends to while it computes their keys: one of COMMIT_ATTENDS."""
     student: str = ""
     """Fingerprint of the network. It marks memories, and memories of other students are refused; empty: no check."""
+
+    def __post_init__(self):
+        assert (self.commit_text is None) == (self.network.commit is None)
 
     def rollout(self, memory: Memory, num_chunks: int, *, sigmas: Sequence[float], noise: Noise) -> Iterator[Memory]:
         """Continue a memory by `num_chunks` chunks; yields the memory after each."""
@@ -191,7 +198,9 @@ class CausalSampler:
 
     def under(self, text_BLC: Tensor) -> "CausalSampler":
         """The sampler under the text embeddings [1, L, C] of another prompt."""
-        return dataclasses.replace(self, text=self.network.embed_text(text_BLC))
+        commit = self.network.commit
+        commit_text = commit and commit.embed_text(text_BLC)
+        return dataclasses.replace(self, text=self.network.embed_text(text_BLC), commit_text=commit_text)
 
     def _read(self, past: Memory, latents_BCTHW: Tensor, frames: Sequence[int]) -> Sequence[Any]:
         """Keys and values of frames of the film after the remembered frames of `past`."""
@@ -213,8 +222,9 @@ class CausalSampler:
 
     def _keys(self, memory: Memory, x0_BCTHW: Tensor, view: Any) -> ChunkAttention:
         num_frames = x0_BCTHW.shape[2]
-        attend_self = self.network.attend(view, num_frames, memory.latent_size, self.commit_attends, keep=True)
-        self.network.flow(x0_BCTHW, 0.0, self.text, attend_self)
+        network, text = self.network.commit or self.network, self.commit_text or self.text
+        attend_self = network.attend(view, num_frames, memory.latent_size, self.commit_attends, keep=True)
+        network.flow(x0_BCTHW, 0.0, text, attend_self)
         return attend_self
 
     def _check_finite(
@@ -227,7 +237,10 @@ class CausalSampler:
         # The chunk's view is still allocated: there may be no room for a second one.
         kv_placement = "by layer" if self.options.kv_placement == "at once" else self.options.kv_placement
         options = dataclasses.replace(self.options, kv_placement=kv_placement, check_finite=False)
-        repeat(dataclasses.replace(self, network=dataclasses.replace(self.network, run=check), options=options))
+        commit = self.network.commit
+        commit = commit and dataclasses.replace(commit, run=FiniteCheck(commit, memory, frames))
+        network = dataclasses.replace(self.network, run=check, commit=commit)
+        repeat(dataclasses.replace(self, network=network, options=options))
         raise check.not_reproduced()
 
     def view(self, memory: Memory, lazy: bool = False) -> Any:
@@ -256,7 +269,7 @@ def working_bytes(network: Network, memory: Memory, kv_placement: str = "at once
     net, size, config = network.net, network.dtype.itemsize, memory.config
     rows, columns = network.grid(memory.latent_size)
     tokens, dim = rows * columns, network.num_heads * network.head_dim
-    text = 2 * network.num_layers * dim * net.text_len * size
+    text = 2 * network.num_layers * dim * net.text_len * size * (2 if network.commit else 1)
     activations = tokens * config.chunk * (6 * dim + 2 * net.blocks[0].ffn[0].out_features) * size
     sizes = network.num_layers, dim * tokens, size
     stored, in_pass, after_pass = memory.store.working_bytes(config, kv_placement, *sizes)

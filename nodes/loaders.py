@@ -8,7 +8,7 @@ from ..model.checkpoints.published import CARDS
 from ..model.checkpoints.student import DEMO_STUDENT, WEIGHTS, StudentSource, student_metadata
 from ..model.codecs.demo_vae import load_demo_codec
 from .demo import DemoCLIP, DemoVAE
-from .model_access import CARD
+from .model_access import CARD, COMMIT
 from .shared import ADVANCED, CATEGORY, log
 
 
@@ -27,8 +27,17 @@ def load_model(path: str, weights: str = "auto", card: str = "auto", disable_dyn
         model = comfy.sd.load_diffusion_model_state_dict(state, metadata=metadata, **options)
         # ComfyUI calls this to load the weights again, for a second GPU.
         model.cached_patcher_init = (load_model, (path, weights, card))
+        if student.named.commit:
+            commit = comfy.sd.load_diffusion_model_state_dict(dict(student.named.commit), metadata=metadata, **options)
+            commit.cached_patcher_init = (load_commit, (path, weights, card))
+            model.set_additional_models(COMMIT, [commit])
     model.set_attachments(CARD, student.card)
     return model
+
+
+def load_commit(path: str, weights: str, card: str, disable_dynamic: bool = False) -> io.Model.Type:
+    """The MODEL of a student's commit pass."""
+    return load_model(path, weights, card, disable_dynamic).get_additional_models_with_key(COMMIT)[0]
 
 
 class ContextForcingLoadDemo(io.ComfyNode):

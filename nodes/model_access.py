@@ -19,6 +19,8 @@ from .shared import log
 
 CARD = "context_forcing_card"
 """Name of the attachment of a MODEL that holds its StudentCard."""
+COMMIT = "context_forcing_commit"
+"""Name of the additional model of a MODEL that computes the commit pass."""
 TEXT_TO_VIDEO = ("WAN21", "WAN21_CausalAR")
 """ComfyUI's classes of Wan 2.1 text-to-video. Related models have other classes and additional layers."""
 
@@ -53,7 +55,14 @@ class StudentModel:
         """The network with the dtype of its activations, whatever dtype its weights are stored in."""
         dtype = self.model.get_model_object("manual_cast_dtype") or self.model.model.get_dtype()
         on_pass = mm.throw_exception_if_processing_interrupted
-        return Network(self.net, self.model.load_device, dtype, run=runner_of(self.model), on_pass=on_pass)
+        network = Network(self.net, self.model.load_device, dtype, run=runner_of(self.model), on_pass=on_pass)
+        commit = [dataclasses.replace(network, net=wan_network(model)) for model in self.commit]
+        return dataclasses.replace(network, commit=commit[0]) if commit else network
+
+    @property
+    def commit(self) -> list[io.Model.Type]:
+        """The MODEL of the commit pass, if the student has weights of its own for it."""
+        return self.model.get_additional_models_with_key(COMMIT)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -67,7 +76,7 @@ class StudentModel:
             name.replace(COMPILED, ""): weight for name, weight in [*self.net.named_parameters(), *backups.items()]
         }
         numbers = {name: w._qdata if isinstance(w, QuantizedTensor) else w for name, w in stored.items()}
-        return fingerprint(self.net, numbers)
+        return fingerprint(self.net, numbers, wan_network(self.commit[0]) if self.commit else None)
 
 
 def wan_network(model: io.Model.Type) -> nn.Module:

@@ -71,7 +71,7 @@ def make_room(student: StudentModel, memory: Memory, layout: str) -> None:
             f" {total / 1e9:.1f} GB; by the sampler's layout: {sizes}"
         )
     present = 0 if layout == "from RAM" else memory.num_bytes_on(network.device)
-    mm.load_models_gpu([student.model], memory_required=needed[layout] - present)
+    mm.load_models_gpu([student.model, *student.commit], memory_required=needed[layout] - present)
 
 
 def prepare_sampler(

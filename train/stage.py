@@ -61,6 +61,8 @@ class Stage(ABC):
         if path:
             # Any network can be trained further: the card of a file without one is not used.
             student = StudentSource(path, card=BASE).open()
+            if student.named.commit:
+                raise ValueError(f"{path}: has weights of its own for the commit pass; train from a student without")
             check_tensors(net, student.named.tensors, path)
             net.load_state_dict({weight: student.tensor(weight) for weight in student.named.tensors})
             card = student.own_card

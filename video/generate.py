@@ -166,7 +166,7 @@ def open_job(request: GenerateRequest) -> Iterator[GenerateJob]:
         if request.start is not None:
             memory = memory.with_start_latents(pipeline.encode_file(request.start, memory, resolved.fps))
         inputs = {
-            "student": fingerprint(pipeline.network.net),
+            "student": pipeline.merged_fingerprint,
             "text encoder": pipeline.text_encoder.name,
             "codec": fingerprint(pipeline.vae),
             "device": pipeline.device.type,

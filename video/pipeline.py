@@ -21,6 +21,7 @@ from ..model.offload import Offload
 from ..model.sampler import CausalSampler, SamplerOptions, make_sampler
 from ..model.segment import generate_segment
 from ..model.units import latent_size, pixel_size
+from ..model.wan import WanModel
 from .frames import num_start_frames, to_pixels
 from .reading import VideoError, check_video, read_runs
 from .story import ResolvedStory
@@ -49,10 +50,18 @@ class Pipeline:
         """A student on a device, with the built-in codecs by default. `offload` keeps its blocks in CPU memory."""
         net, card = student.load(dtype), student.card
         codecs = codecs or backbone_of(card.base).built_in_codecs(device)
-        run = Offload(net, device) if offload else run_directly
-        network = Network(net if offload else net.to(device), device, dtype, run=run)
+
+        def network_of(net: WanModel, commit: Network | None = None) -> Network:
+            run = Offload(net, device) if offload else run_directly
+            return Network(net if offload else net.to(device), device, dtype, run=run, commit=commit)
+
+        commit = student.load_commit(dtype)
         return cls(
-            network=network, card=card, text_encoder=codecs.text_encoder, vae=codecs.vae, unmerged=student.unmerged
+            network=network_of(net, commit and network_of(commit)),
+            card=card,
+            text_encoder=codecs.text_encoder,
+            vae=codecs.vae,
+            unmerged=student.unmerged,
         )
 
     @property
@@ -63,7 +72,16 @@ class Pipeline:
     @cached_property
     def fingerprint(self) -> str:
         """Names the weights without LoRAs: a memory can be continued by the same student with another LoRA."""
-        return fingerprint(self.network.net, self.unmerged)
+        return self._fingerprint(self.unmerged)
+
+    @property
+    def merged_fingerprint(self) -> str:
+        """Names the weights with LoRAs."""
+        return self._fingerprint({})
+
+    def _fingerprint(self, instead: Mapping[str, Tensor]) -> str:
+        commit = self.network.commit
+        return fingerprint(self.network.net, instead, commit.net if commit else None)
 
     def empty_memory(self, size: tuple[int, int] | None = None, **settings) -> Memory:
         """A memory as the card describes it. `size` is (width, height); `settings` replace fields of its config."""

@@ -31,7 +31,7 @@ def convert(source: StudentSource, output: Path, dtype: str = KEEP, force: bool 
     if output.exists() and path.exists() and output.samefile(path):
         raise ValueError(f"output: {output} is the source; give another name")
     student = source.open()
-    tensors, loras = student.named.tensors, [[lora.path.name, lora.strength] for lora in student.loras]
+    tensors, loras = student.stored, [[lora.path.name, lora.strength] for lora in student.loras]
     kept = {name: (chosen or student.dtype_of(name), tuple(tensor.shape)) for name, tensor in tensors.items()}
     origin = {"file": path.name, "weights": student.weights[0], "loras": loras}
     metadata = student_metadata(student.config.num_heads, student.card) | {ORIGIN_KEY: json.dumps(origin)}
@@ -65,7 +65,8 @@ def _rows(student: StudentFile) -> Iterator[tuple[str, str]]:
     with torch.device("meta"):
         expected = WanModel(config).state_dict()
     fitting = sum(key in expected and tensor.shape == expected[key].shape for key, tensor in named.tensors.items())
-    yield "tensors", f"{fitting} of {len(expected)}" + (f", {len(named.scales)} scaled" if named.scales else "")
+    also = ", and as many for the commit pass" if named.commit else ""
+    yield "tensors", f"{fitting} of {len(expected)}" + (f", {len(named.scales)} scaled" if named.scales else "") + also
     millions = sum(x.numel() for x in expected.values()) / 1e6
     shape = f"width {config.dim}, {config.num_layers} layers of {config.num_heads} heads"
     yield "size", f"{published_size(config) or 'no published size'}: {millions:,.1f} M parameters, {shape}"

@@ -17,6 +17,10 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 DISCRIMINATOR = ("_cls_pred_branch", "_register_tokens", "_gan_ca_blocks")
 """Parts of a GAN discriminator that some trainers save with the student."""
 
+COMMIT = "memory_"
+"""Begins the last part of a block's name, or the whole name outside the blocks, where SGF+ has weights for the commit
+pass beside those of denoising."""
+
 STEMS = {
     # Wan: (diffusers, FastVideo)
     "patch_embedding": ("patch_embedding", "patch_embedding.proj"),
@@ -76,6 +80,8 @@ class Named:
     tensors: dict[str, Tensor]
     scales: dict[str, Tensor]
     """Factors of float8 weights, by the weight's name."""
+    commit: dict[str, Tensor]
+    """The network of the commit pass under Wan's names, as stored; empty if `tensors` is used for it too."""
 
 
 def plain_name(name: str) -> tuple[str, list[str]]:
@@ -118,6 +124,19 @@ def wan_name(name: str, layout: str) -> str | None:
     return stem and f"{stem}.{leaf}"
 
 
+def commit_name(name: str) -> str:
+    """The name in a file of a weight of the commit pass: blocks.0.norm3.memory_bias, memory_head.head.bias."""
+    stem, dot, leaf = name.rpartition(".") if name.startswith("blocks.") else ("", "", name)
+    return f"{stem}{dot}{COMMIT}{leaf}"
+
+
+def split_commit(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights of denoising, and those of the commit pass without their mark (commit_name)."""
+    marked = {name: re.sub(rf"(^|(?<=\.)){COMMIT}", "", name, count=1) for name in state}
+    commit = {short: state[name] for name, short in marked.items() if short != name}
+    return {name: state[name] for name, short in marked.items() if short == name}, commit
+
+
 def name_tensors(state: Mapping[str, Tensor], metadata: Mapping[str, str], where: object) -> Named:
     """Tensors of any known layout under Wan's names; scales of float8 weights apart from them.
 
@@ -132,13 +151,14 @@ def name_tensors(state: Mapping[str, Tensor], metadata: Mapping[str, str], where
             plain[short] = tensor
             removed |= dict.fromkeys(parts)
     check_supported(plain, where)
+    plain, commit = split_commit(plain)
     layout, named = layout_of(plain), {}
     for name, tensor in plain.items():
         if (wan := wan_name(name, layout)) is None:
             raise ValueError(f"{where}: {name} is not part of a Wan 2.1 model in {layout} layout; {SUPPORTED}")
         named[wan] = tensor
     tensors, scales = split_scales(named, metadata, where)
-    return Named(layout=layout, removed=tuple(removed), tensors=tensors, scales=scales)
+    return Named(layout=layout, removed=tuple(removed), tensors=tensors, scales=scales, commit=commit)
 
 
 def check_supported(tensors: Mapping[str, Tensor], where: object) -> None:

@@ -122,14 +122,15 @@ def transformer_config(metadata: Mapping[str, str]) -> Mapping:
     return config if isinstance(config, dict) else {}
 
 
-def choose_card(container: Container, weights: str, name: str, config: WanConfig) -> CardChoice:
+def choose_card(container: Container, weights: str, name: str, config: WanConfig, has_commit: bool) -> CardChoice:
     """The card of a file that has none of its own; `name` is a published student, or `auto`.
 
-    `weights` is the set taken from the file. Raises ValueError for bidirectional weights with `auto`.
+    `weights` is the set taken from the file; `has_commit`: it has weights for the commit pass. Raises ValueError for
+    bidirectional weights with `auto`.
     """
     path, base = container.path, published_size(config) or "wan2.1"
     architecture = str(container.config.get("_class_name", ""))
-    mark = mark_of(container)
+    mark = mark_of(container, has_commit)
     if name != "auto":
         known, reason = published_student(name), f"requested: {name}"
         note = f"{path}: used as {name}; {known.differs}" if known.differs else ""
@@ -151,8 +152,10 @@ def choose_card(container: Container, weights: str, name: str, config: WanConfig
     return CardChoice(card=dataclasses.replace(known.card, base=base), reason=reason, note=note)
 
 
-def mark_of(container: Container) -> tuple[str, str] | None:
+def mark_of(container: Container, has_commit: bool) -> tuple[str, str] | None:
     """The published student whose mark a file has, and the mark; None for a file without any."""
+    if has_commit:
+        return "self-gradient-forcing", "weights for the commit pass (memory_*)"
     options = container.tree.get("args")
     if isinstance(options, Mapping) and "rope_gap_max" in options:
         return "livewan", "the training option rope_gap_max in it"

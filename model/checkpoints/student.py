@@ -17,7 +17,7 @@ from ..config import CARD_KEY, PUBLISHED_SIZES, StudentCard, WanConfig
 from ..wan import WanModel
 from .containers import DTYPE_NAMES, SAFETENSORS, Container, open_container, write_safetensors
 from .float8 import scaled
-from .layouts import Named, name_tensors
+from .layouts import Named, commit_name, name_tensors
 from .lora import Lora, read_lora
 from .published import DEFAULT, KNOWN, CardChoice, choose_card, override, published_student, transformer_config
 
@@ -129,7 +129,8 @@ class StudentFile:
         if self.source.card == "auto" and self.own_card:
             choice = CardChoice(card=self.own_card, reason="the card in its metadata")
         else:
-            choice = choose_card(self.container, self.weights[0], self.source.card, self.config)
+            has_commit = bool(self.named.commit)
+            choice = choose_card(self.container, self.weights[0], self.source.card, self.config, has_commit)
         return dataclasses.replace(choice, card=override(choice.card, self.source.overrides))
 
     @cached_property
@@ -142,7 +143,9 @@ class StudentFile:
         with torch.device("meta"):
             net = WanModel(self.config)
         check_tensors(net, self.named.tensors, self.container.path)
-        for name, tensor in self.named.tensors.items():
+        if self.named.commit:
+            check_tensors(net, self.named.commit, f"{self.container.path}: weights for the commit pass (memory_*)")
+        for name, tensor in self.stored.items():
             if tensor.dtype not in DTYPE_NAMES:
                 raise ValueError(f"{self.container.path}: {name} is {tensor.dtype}; weights are floats of 8 to 64 bits")
         _ = self.card_choice, self.loras
@@ -160,7 +163,7 @@ class StudentFile:
     def is_plain(self) -> bool:
         """Whether ComfyUI can read the file itself: one safetensors file with Wan's names, and heads it can infer."""
         is_file = self.container.kind == "safetensors" and self.container.path.suffix.lower() in SAFETENSORS
-        is_wan = self.named.layout == "Wan" and not self.named.removed and not self.loras
+        is_wan = self.named.layout == "Wan" and not (self.named.removed or self.loras or self.named.commit)
         num_heads = transformer_config(self.container.metadata).get("num_heads", self.config.dim // 128)
         return is_file and is_wan and num_heads == self.config.num_heads
 
@@ -169,16 +172,21 @@ class StudentFile:
         """The weights without LoRAs, for the fingerprint; empty if there are no LoRAs."""
         return self.named.tensors if self.loras else {}
 
+    @cached_property
+    def stored(self) -> Mapping[str, Tensor]:
+        """All weights under Wan's names, as stored; those of the commit pass under `commit_name`."""
+        return self.named.tensors | {commit_name(name): tensor for name, tensor in self.named.commit.items()}
+
     def tensor(self, name: str) -> Tensor:
-        """A weight under Wan's name: as stored, or in float32 where it is scaled or a LoRA changes it."""
-        tensor = scaled(self.named.tensors[name], self.named.scales.get(name))
+        """One of `stored`: as it is, or in float32 where it is scaled or a LoRA changes it."""
+        tensor = scaled(self.stored[name], self.named.scales.get(name))
         for lora in self.loras:
             tensor = lora.add(name, tensor)
         return tensor
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The default dtype of a weight in a new file: as stored, but bfloat16 for a changed float8 one."""
-        stored = self.named.tensors[name].dtype
+        stored = self.stored[name].dtype
         is_changed = name in self.named.scales or any(lora.changes(name) for lora in self.loras)
         return torch.bfloat16 if is_changed and stored.itemsize == 1 else stored
 
@@ -186,7 +194,15 @@ class StudentFile:
         """The network on the CPU, ready to run; logs `note`."""
         if self.note:
             log.warning("%s", self.note)
-        state = {name: self.tensor(name).to(dtype) for name in self.named.tensors}
+        return self._build({name: self.tensor(name).to(dtype) for name in self.named.tensors})
+
+    def load_commit(self, dtype: torch.dtype = torch.float32) -> WanModel | None:
+        """The network of the commit pass on the CPU; None if it is that of denoising. LoRAs do not change it."""
+        if not self.named.commit:
+            return None
+        return self._build({name: tensor.to(dtype) for name, tensor in self.named.commit.items()})
+
+    def _build(self, state: Mapping[str, Tensor]) -> WanModel:
         return build(lambda: WanModel(self.config), state, self.container.path)
 
 

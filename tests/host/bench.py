@@ -54,8 +54,8 @@ class Bench:
         after, latent = ContextForcingSampler.execute(model, positive, memory, 0.75 * chunks, 5, **options).result
         return latent["samples"], after
 
-    def headless(self, state: dict, dtype=torch.float32, shift=5.0):
-        """(latents, memory) of three chunks, by the headless sampler."""
+    def headless(self, state: dict, dtype=torch.float32, shift=5.0, commit: dict | None = None):
+        """(latents, memory) of three chunks, by the headless sampler. `commit` are weights for the commit pass."""
         from context_forcing.memory import empty_memory
         from context_forcing.memory.config import MemoryConfig
         from context_forcing.model.codecs.base import denormalise
@@ -65,11 +65,15 @@ class Bench:
         from context_forcing.model.sampler import make_sampler
         from context_forcing.model.segment import generate_segment
 
-        net = self.make_net(**SIZES)
-        net.load_state_dict({key: value.float() for key, value in state.items()})
-        net = net.to(dtype)
-        network, card = Network(net, torch.device("cpu"), dtype), StudentCard(shift=shift)
-        sampler_of = lambda text: make_sampler(network, card, text, student=fingerprint(net))
+        def network_of(state, commit=None):
+            net = self.make_net(**SIZES)
+            net.load_state_dict({key: value.float() for key, value in state.items()})
+            return Network(net.to(dtype), torch.device("cpu"), dtype, commit=commit)
+
+        second = network_of(commit) if commit else None
+        network, card = network_of(state, second), StudentCard(shift=shift)
+        student = fingerprint(network.net, commit=second and second.net)
+        sampler_of = lambda text: make_sampler(network, card, text, student=student)
         *_, memory = generate_segment(
             sampler_of, empty_memory(MemoryConfig(sink=1, slow=2, fast=4), (16, 4, 6)), self.positive[0][0], prompt="",
             seed=5, num_chunks=3, sigmas=card.sigmas,

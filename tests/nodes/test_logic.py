@@ -29,6 +29,7 @@ def fake_model(net):
         fields = dict(
             model=base, load_device=CPU, backup={}, object_patches={}, wrappers={},
             model_options={"transformer_options": {}}, get_attachment=lambda name: card,
+            get_additional_models_with_key=lambda key: [],
             get_model_object=lambda name: None,
         )  # fmt: skip
         return SimpleNamespace(**fields | attributes)
@@ -129,7 +130,7 @@ def test_the_card_says_what_the_commit_pass_attends_to_unless_the_node_does(
     sampler, card = node_module("sampler"), StudentCard(commit_attends="fast only")
     monkeypatch.setattr(sampler, "make_room", lambda *_: None)
     network = make_sampler(net).network
-    student = SimpleNamespace(model=fake_model(card), network=network, card=card, fingerprint="me")
+    student = SimpleNamespace(model=fake_model(card), commit=[], network=network, card=card, fingerprint="me")
 
     def attends(**given):
         return sampler.prepare_sampler(student, empty_memory(), **given)(torch.ones(1, 5, 32)).commit_attends

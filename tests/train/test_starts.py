@@ -8,6 +8,7 @@ from context_forcing.train.stages.distill import DistillStage
 from context_forcing.train.stages.pretrain import PretrainStage
 from context_forcing.train.stages.teacher import TeacherStage
 
+from ..model.checkpoints.published import with_second_set
 from .helpers import ALONE
 
 
@@ -61,6 +62,13 @@ def test_a_framewise_start_has_chunks_of_one_frame(start):
     stage = DistillStage(config, ALONE)
     rollout = stage.rollout(stage.prompts.text(0, 3), 1, 2, 0, 0, False)
     assert rollout.memory.num_frames == 3 and rollout.target_BCTHW.shape[2] == 2
+
+
+def test_a_start_with_weights_for_the_commit_pass_is_refused(start):
+    path, state = start("ode_init.pt")
+    torch.save({"generator": with_second_set(state, state)}, path)
+    with pytest.raises(ValueError, match="ode_init.pt: has weights of its own for the commit pass"):
+        PretrainStage(load_config("pretrain", "smoke", [f"init={path}"]), ALONE)
 
 
 def test_an_incomplete_start_is_refused_in_a_line(start):

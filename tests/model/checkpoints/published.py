@@ -82,6 +82,12 @@ def fsdp(state):
     return {f"model._fsdp_wrapped_module.{wrapped(name)}": tensor for name, tensor in state.items()}
 
 
+def with_second_set(state, second):
+    """A student whose commit pass has weights of its own, as SGF+ names them."""
+    inside = lambda name: re.sub(r"([a-z]+)$", r"memory_\1", name)
+    return state | {inside(name) if name.startswith("blocks") else f"memory_{name}": second[name] for name in second}
+
+
 def cast(state, dtype):
     return {name: tensor.to(dtype) for name, tensor in state.items()}
 
@@ -204,6 +210,13 @@ ROWS = [
         reading=ASKED("self-gradient-forcing"), card="self-gradient-forcing"),
     Row("Self Gradient Forcing, framewise", lambda f, s: pickled(f, {
         "generator": prefixed(other(s), "model."), "generator_ema": prefixed(s, "model.")}),
+        reading=ASKED("self-gradient-forcing-framewise"), card="self-gradient-forcing-framewise"),
+    Row("Self Gradient Forcing Plus", lambda f, s: pickled(f, {
+        "generator": prefixed(with_second_set(other(s), s), "model."),
+        "generator_ema": prefixed(with_second_set(s, other(s)), "model._fsdp_wrapped_module.")}),
+        card="self-gradient-forcing"),
+    Row("Self Gradient Forcing Plus, framewise", lambda f, s: pickled(f, {
+        "generator_ema": prefixed(with_second_set(s, other(s)), "model.")}),
         reading=ASKED("self-gradient-forcing-framewise"), card="self-gradient-forcing-framewise"),
     Row("LiveWan", lambda f, s: pickled(f, {
         "model": s, "ema": other(s), "step": 3000, "args": LIVEWAN_OPTIONS}, "latest.pt"), card="livewan"),
