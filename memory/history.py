@@ -2,7 +2,15 @@
 
 from .memory import FORGETTING, Memory, Segment
 
+REFERENCE = "reference"
 PARTS = ("sink", "slow", "fast")
+
+
+def remembered_parts(memory: Memory) -> dict[str, tuple[int, ...]]:
+    """The remembered frames in the order of their positions: references, if there are any, sink, slow, fast."""
+    slots = memory.slots
+    references = {REFERENCE: slots.references} if slots.references else {}
+    return references | {"sink": slots.sink[len(slots.references) :], "slow": slots.slow, "fast": slots.fast}
 
 
 def frame_status(memory: Memory) -> list[str]:
@@ -21,8 +29,8 @@ def frame_status(memory: Memory) -> list[str]:
         status[memory.first_recalled :] = ["not recalled"] * (memory.num_frames - memory.first_recalled)
         for frame in (frame for recall in memory.recalls for frame in recall.slow if frame >= memory.first_recalled):
             status[frame] = "was slow"
-    for part in PARTS:
-        for frame in getattr(memory.slots, part):
+    for part, frames in remembered_parts(memory).items():
+        for frame in frames if part != REFERENCE else ():
             status[frame] = part
     return status
 
@@ -49,7 +57,7 @@ def _sink_frames(memory: Memory) -> set[int]:
     sink, count = set(), 0
     for frame in range(memory.num_frames):
         count = 0 if frame in starts else count
-        if count < memory.config.sink:
+        if count < memory.config.sink - len(memory.references):
             sink.add(frame)
             count += 1
     return sink
@@ -62,5 +70,5 @@ def reach_frames(memory: Memory) -> int:
     """
     frames = memory.slots.slow + memory.slots.fast
     if memory.config.recalls and memory.config.slow and frames:
-        frames = (*frames, max(memory.first_recalled, memory.config.sink))
+        frames = (*frames, max(memory.first_recalled, memory.config.sink - len(memory.references)))
     return memory.num_frames - 1 - min(frames) if frames else 0

@@ -25,6 +25,7 @@ NO_CHANGE = "change: {} is not supported by policy released; use keep"
 UNSUPPORTED = {name: NO_CHANGE.format(name) for name in ("recache", "flush", "cut", "cut_new_sink")} | {
     "compact": f"compact: {FROM_NOISE}; use the exact form",
     "recommit": f"recommit: {FROM_NOISE}; generate the chunks again",
+    "references": "references: policy released keeps keys of noisy passes, a reference has none; use another policy",
     "attention report": "attention: with policy released every layer attends to other frames; leave the report out",
 }
 

@@ -18,6 +18,7 @@ from .config import MemoryConfig
 from .layer_store import LayerStore
 from .policy import Decision, Slots
 from .recall import MAX_READS, Archive, Recall
+from .references import Reference, reference_frames
 from .stores import FrameStore, KVStore
 from .view import Rotate
 
@@ -27,13 +28,13 @@ CHANGES = ("keep", "recache", "flush", "cut", "cut_new_sink")
 `keep`: nothing; the prompt acts through cross-attention alone. `recache`: keys and values are computed again under the
 new prompt. `flush`: sink and the last chunk stay. `cut`: a new scene; the sink stays, and the first chunk has the
 last positions of the window. `cut_new_sink`: a new scene; no frame stays, and the scene's first frames become the sink.
-`recache` and `flush` act only if the prompt differs from the one before.
+`recache` and `flush` act only if the prompt differs from the one before. References always stay.
 """
 
 FORGETTING = ("flush", "cut", "cut_new_sink")
 """Changes that forget frames."""
 
-OPERATIONS = (*CHANGES, "compact", "recommit", "attention report")
+OPERATIONS = (*CHANGES, "compact", "recommit", "attention report", "references")
 """What a store may not support. `compact`: keys and values are dropped and computed again from the latents. `recommit`:
 chunks of an interrupted run are committed from their latents. `attention report`: model/attention_mass.py."""
 
@@ -74,6 +75,8 @@ class Memory:
     """Clean latents that the next chunks begin with, [1, C, T, H, W], on the CPU: a start image, a clip to continue."""
     scene_begins: bool = False
     """Whether the next chunk is the first of a new scene."""
+    references: tuple[Reference, ...] = ()
+    """Remembered latent frames that are not in the film. They are the first ones of the sink."""
 
     @property
     def slots(self) -> Slots:
@@ -107,13 +110,15 @@ class Memory:
 
     def tensors(self) -> list[Tensor]:
         """All tensors of the memory."""
-        optional = (self.text, *self.texts[:-1], self.start_latents)
-        return [*self.latent_chunks, *self.store.tensors(), *(tensor for tensor in optional if tensor is not None)]
+        optional = (self.text, *self.texts[:-1], self.start_latents, *(each.text for each in self.references))
+        pictures = (each.latents for each in self.references)
+        given = (tensor for tensor in optional if tensor is not None)
+        return [*self.latent_chunks, *self.store.tensors(), *pictures, *given]
 
     @property
     def is_compact(self) -> bool:
-        """Whether keys and values must be computed from the latents first (CausalSampler.recache)."""
-        return bool(self.slots.all) and not self.store.tensors()
+        """Whether keys and values of the film must be computed from the latents first (CausalSampler.restore)."""
+        return bool(self.slots.film) and not self.store.tensors()
 
     def compact(self) -> "Memory":
         """The memory without keys and values. Raises ValueError if the store does not support it."""
@@ -142,12 +147,21 @@ class Memory:
         texts = ()
         if self.config.recalls:
             texts = (*((text,) * len(self.texts) if change == "recache" else self.texts), text)
-        begun = dataclasses.replace(self, segments=(*self.segments, segment), text=text, texts=texts)
+        begun = dataclasses.replace(
+            self,
+            segments=(*self.segments, segment),
+            text=text,
+            texts=texts,
+            references=tuple(
+                each if each.text is not None else dataclasses.replace(each, text=text) for each in self.references
+            ),
+        )
         slots = self.slots
         if change == "flush":
             return begun.restrict_to(slots.sink + slots.fast[-self.config.chunk :])
         if change in ("cut", "cut_new_sink") and self.latent_chunks:
-            return dataclasses.replace(begun.restrict_to(slots.sink if change == "cut" else ()), scene_begins=True)
+            kept = slots.sink if change == "cut" else slots.references
+            return dataclasses.replace(begun.restrict_to(kept), scene_begins=True)
         return begun
 
     def restrict_to(self, frames: Collection[int]) -> "Memory":
@@ -167,6 +181,32 @@ class Memory:
         if not all_finite([latents_BCTHW]):
             raise ValueError("latents: NaN or infinity in the start image or clip; check it, or run the VAE in fp32")
         return dataclasses.replace(self, start_latents=latents_BCTHW.detach().to("cpu", torch.float32, copy=True))
+
+    def with_references(self, references: Sequence[Reference]) -> "Memory":
+        """Pin latent frames that are not in the film. They take the first slots of the sink, after earlier references.
+
+        Their keys and values are computed when the first segment begins (CausalSampler.prepare).
+
+        Raises ValueError if the video has begun, if the sink is too small, if the policy does not support it, and for
+        latents or texts that do not fit or are not finite.
+        """
+        self.check_supports("references")
+        if self.latent_chunks:
+            raise ValueError(f"references: the memory has {self.num_frames} frames; references need an empty memory")
+        pinned = (*self.references, *references)
+        if len(pinned) > self.config.sink:
+            sizes = f"{len(pinned)} frames, the sink has {self.config.sink}"
+            raise ValueError(f"references: {sizes}; give fewer, or use a memory with a larger sink")
+        for number, each in enumerate(references, len(self.references) + 1):
+            self._check_fits(each.latents)
+            if (count := each.latents.shape[2]) != 1:
+                raise ValueError(f"references: number {number} has {count} latent frames; give one each")
+            if not all_finite([each.latents, *([] if each.text is None else [each.text])]):
+                raise ValueError(f"references: NaN or infinity in number {number}; check it, or encode it in fp32")
+        slots = dataclasses.replace(self.slots, sink=reference_frames(pinned))
+        return dataclasses.replace(
+            self, references=pinned, store=dataclasses.replace(self.store.compact(), slots=slots)
+        )
 
     def _check_fits(self, latents_BCTHW: Tensor) -> None:
         shape = tuple(latents_BCTHW.shape)
@@ -207,12 +247,17 @@ class Memory:
         readable = [frames for frames in self.chunks() if frames.start >= self.first_recalled]
         # A read for every chunk of the film, saved up while nothing has to be read.
         reads = min(MAX_READS, len(latent_chunks) - sum(recall.num_reads for recall in self.recalls))
-        return Archive(latent_chunks).choose(self.config.slow, held, remembered, readable, reads)
+        of_film = [frame for frame in remembered if frame >= 0]
+        return Archive(latent_chunks).choose(self.config.slow, held, of_film, readable, reads)
 
     @property
     def unread(self) -> tuple[int, ...]:
         """Remembered frames whose keys and values must be computed from their latents (CausalSampler.read)."""
         return self.store.unread
+
+    def run_of(self, frame: int) -> range:
+        """The frames whose keys and values are computed together with those of `frame`: its chunk, or a reference."""
+        return range(frame, frame + 1) if frame < 0 else next(run for run in self.chunks() if frame in run)
 
     def _recalled(self, frame: int, store: KVStore) -> Recall:
         reads = sum(any(frame in chunk for frame in store.unread) for chunk in self.chunks())
@@ -220,6 +265,8 @@ class Memory:
 
     def text_of(self, frame: int) -> Tensor | None:
         """The embedding of the prompt that keys and values of a latent frame are computed under."""
+        if frame < 0:
+            return self.references[frame].text
         number = sum(segment.first_frame <= frame for segment in self.segments) - 1
         return self.texts[number] if 0 <= number < len(self.texts) else self.text
 
@@ -246,7 +293,8 @@ class Memory:
         if not frames:
             return torch.zeros(1, self.latent_size[0], 0, *self.latent_size[1:])
         latents = [latent for chunk in self.latent_chunks for latent in chunk.split(1, dim=2)]
-        return torch.cat([latents[frame] for frame in frames], dim=2)
+        of_frame = lambda frame: self.references[frame].latents if frame < 0 else latents[frame]
+        return torch.cat([of_frame(frame) for frame in frames], dim=2)
 
     def to(
         self, device: torch.device | str, dtype: torch.dtype | None = None, before: "Memory | None" = None

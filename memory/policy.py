@@ -15,9 +15,10 @@ Similarity = Callable[[int, Sequence[int]], Sequence[float]]
 
 @dataclass(frozen=True)
 class Slots:
-    """Absolute indices of the remembered latent frames, each part oldest first."""
+    """Absolute indices of the remembered latent frames, each part oldest first. Those of references are below 0."""
 
     sink: tuple[int, ...] = ()
+    """References (references.py), then the first frames of the film or scene."""
     slow: tuple[int, ...] = ()
     fast: tuple[int, ...] = ()
     similarity_to_previous: tuple[float | None, ...] = ()
@@ -27,6 +28,16 @@ class Slots:
     def all(self) -> tuple[int, ...]:
         """In the order of their positions."""
         return self.sink + self.slow + self.fast
+
+    @property
+    def references(self) -> tuple[int, ...]:
+        """The references among them."""
+        return tuple(frame for frame in self.sink if frame < 0)
+
+    @property
+    def film(self) -> tuple[int, ...]:
+        """The frames of the film among them."""
+        return self.all[len(self.references) :]
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ def advance(
     sink = slots.sink + tuple(new_frames[:num_sink])
     slow = slots.slow
     fast, similarity_to_previous = list(slots.fast), list(slots.similarity_to_previous)
-    previous = (sink + slots.fast)[-1:]
+    previous = tuple(frame for frame in (sink + slots.fast)[-1:] if frame >= 0)  # a reference is before no frame
     for frame in new_frames[num_sink:]:
         compare = config.policy == "clean" and config.slow and previous
         similarity_to_previous.append(similarity(frame, previous)[0] if compare else None)

@@ -7,8 +7,9 @@ computed again when the video continues.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +20,7 @@ from .files import atomic_path
 from .memory import Memory, Segment, all_finite, store_class
 from .policy import Decision, Slots
 from .recall import Recall
+from .references import Reference, reference_frames
 
 HEADER_KEY = "context_forcing_memory"
 DIGEST_KEY = "sha256"
@@ -32,7 +34,7 @@ def save_memory(path: str | Path, memory: Memory) -> None:
     store_header, tensors = memory.store.state()
     header = {
         "version": VERSION,
-        "form": "compact" if memory.is_compact else "exact",
+        "form": "compact" if memory.unread else "exact",
         "student": memory.student,
         "scene_begins": memory.scene_begins,
         "config": dataclasses.asdict(memory.config),
@@ -43,10 +45,15 @@ def save_memory(path: str | Path, memory: Memory) -> None:
         "segments": [dataclasses.astuple(segment) for segment in memory.segments],
         **store_header,
     }
+    numbers, distinct = _numbered((*memory.texts, *(each.text for each in memory.references)))
+    tensors |= {f"text.{number}": text.clone() for number, text in enumerate(distinct)}
     if memory.config.recalls:
         header["recalls"] = [dataclasses.astuple(recall) for recall in memory.recalls]
-        header["texts"], distinct = _numbered(memory.texts)
-        tensors |= {f"text.{number}": text.clone() for number, text in enumerate(distinct)}
+        header["texts"] = numbers[: len(memory.texts)]
+    if memory.references:
+        prompts = [each.prompt for each in memory.references]
+        header["references"] = list(zip(prompts, numbers[len(memory.texts) :]))
+        tensors["references"] = torch.cat([each.latents for each in memory.references], dim=2)
     if memory.latent_chunks:
         tensors["film"] = torch.cat(memory.latent_chunks, dim=2)
     for name, tensor in (("text", memory.text), ("given", memory.start_latents)):
@@ -124,24 +131,31 @@ def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
     channels, height, width = header["latent_size"]
     chunks = header["chunks"]
     text, start = tensors.pop("text", None), tensors.pop("given", None)
-    distinct = [tensors.pop(f"text.{number}") for number in range(len({*header.get("texts", ())} - {None}))]
-    texts = tuple(None if number is None else distinct[number] for number in header.get("texts", ()))
+    captions = header.get("references", ())
+    numbers = [*header.get("texts", ()), *(number for _, number in captions)]
+    distinct = [tensors.pop(f"text.{number}") for number in range(len({*numbers} - {None}))]
+    all_texts = [None if number is None else distinct[number] for number in numbers]
+    texts, own_texts = tuple(all_texts[: len(numbers) - len(captions)]), all_texts[len(numbers) - len(captions) :]
+    pinned = tensors.pop("references") if captions else torch.zeros(1, channels, 0, height, width)
     start_size = None if start is None or start.ndim != 5 else (*start.shape[:2], *start.shape[3:])
     for name, is_valid in {
         "form": header["form"] in ("exact", "compact"),
         "chunks": all(type(length) is int and length > 0 for length in chunks),
         "slots": not header["slots"] and len(set(slots.all)) == len(slots.all),
         "likeness": len(slots.similarity_to_previous) == len(slots.fast),
-        "text": all(each.ndim == 3 and each.shape[0] == 1 for each in (text, *texts) if each is not None),
+        "text": all(each.ndim == 3 and each.shape[0] == 1 for each in (text, *all_texts) if each is not None),
         "texts": len(texts) == (len(header["segments"]) if config.recalls else 0),
         "given": start is None or start_size == (1, channels, height, width),
+        "references": pinned.shape == (1, channels, len(captions), height, width)
+        and slots.references == reference_frames(captions)
+        and len(captions) <= config.sink,
     }.items():
         if not is_valid:
             raise ValueError(f"damaged: {name} has an impossible value")
     film = tensors.pop("film") if chunks else torch.zeros(1, channels, 0, height, width)
     if film.shape != (1, channels, sum(chunks), height, width):
         raise ValueError(f"damaged: film has shape {tuple(film.shape)}, which does not fit the header")
-    if any(not 0 <= frame < film.shape[2] for frame in slots.all):
+    if any(not 0 <= frame < film.shape[2] for frame in slots.film):
         raise ValueError("damaged: slots have frames that the film does not have")
     store = store_class(config).from_state(slots, header, tensors)
     if tensors:
@@ -161,6 +175,10 @@ def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
         texts=texts,
         start_latents=start,
         scene_begins=header["scene_begins"],
+        references=tuple(
+            Reference(latents=latents.contiguous(), prompt=prompt, text=own)
+            for latents, (prompt, _), own in zip(pinned.split(1, dim=2), captions, own_texts)
+        ),
     )
 
 
@@ -170,7 +188,21 @@ def fingerprint_memory(memory: Memory) -> str:
     sha = hashlib.sha256(f"({memory.config}, {memory.latent_size}, {slots}, {memory.segments})".encode())
     others = [each for each in (memory.text, *memory.texts, memory.start_latents) if each is not None]
     stored = memory.store.tensors()
-    for tensor in (*memory.latent_chunks, *(others + stored if memory.config.per_layer else stored + others)):
+    _add(sha, (*memory.latent_chunks, *(others + stored if memory.config.per_layer else stored + others)))
+    if memory.references:
+        sha.update(fingerprint_references(memory.references).encode())
+    return sha.hexdigest()[:16]
+
+
+def fingerprint_references(references: Sequence[Reference]) -> str:
+    """Short hash of references, for journals."""
+    sha = hashlib.sha256(repr([(each.prompt, each.text is None) for each in references]).encode())
+    _add(sha, [tensor for each in references for tensor in (each.latents, each.text) if tensor is not None])
+    return sha.hexdigest()[:16]
+
+
+def _add(sha: Any, tensors: Iterable[torch.Tensor]) -> None:
+    """Add shapes and values of tensors to a hash."""
+    for tensor in tensors:
         sha.update(str(tuple(tensor.shape)).encode())
         sha.update(_bytes(tensor))
-    return sha.hexdigest()[:16]

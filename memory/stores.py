@@ -106,7 +106,7 @@ class KVStore(abc.ABC):
 
     @property
     def unread(self) -> tuple[int, ...]:
-        """Remembered frames without keys and values, for policy recall."""
+        """Remembered frames without keys and values, in the order of their positions."""
         return ()
 
     @property

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..memory.memory import Memory, all_finite
+from ..memory.references import frame_name
 from .attention import sdpa
 from .causal import TextContext, WanNet
 from .flow import TIMESTEPS
@@ -36,6 +37,8 @@ class FiniteCheck:
         self.network, self.memory = network, memory
         span, is_next = f"latent frames {frames[0]}-{frames[-1]}", frames[0] >= memory.num_frames
         self.place = f"chunk {frames[0] // memory.config.chunk + 1} ({span})" if is_next else f"remembered {span}"
+        if frames[0] < 0:
+            self.place = frame_name(frames[0], len(memory.references))
         self.current_pass, self.num_passes = "", 0
         remedy = REMEDIES.get(network.dtype, "check the student file and the strength of its LoRAs")
         self.remedy = remedy + " or use attention sdpa" * (network.attention is not sdpa)
@@ -49,7 +52,8 @@ class FiniteCheck:
             raise self.error("the prompt's embeddings", "check the text encoder, or run it in fp32")
         for frame, kv in memory.store.frame_kvs():
             if not all_finite([kv.keys, kv.values]):
-                raise self.error(f"the remembered latent frame {frame}", "continue from an earlier memory")
+                name = frame_name(frame, len(memory.references))
+                raise self.error(f"the remembered {name}", "continue from an earlier memory")
 
     def error(self, what: str, remedy: str) -> NotFiniteError:
         return NotFiniteError(f"{self.place}{self.current_pass}: NaN or infinity in {what}; {remedy}; nothing was kept")

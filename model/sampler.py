@@ -124,13 +124,13 @@ class CausalSampler:
             yield memory
 
     def prepare(self, memory: Memory) -> Memory:
-        """The memory on this sampler's device, with whole chunks of its start latents committed.
+        """The memory on this sampler's device: references are read, whole chunks of its start latents committed.
 
         Raises ValueError for a memory of another student.
         """
         self._check_fits(memory)
         memory = dataclasses.replace(memory.to(self._home, self.network.dtype), student=self.student or memory.student)
-        chunk = memory.config.chunk
+        memory, chunk = memory if memory.is_compact else self.read(memory), memory.config.chunk
         while memory.start_latents is not None and memory.start_latents.shape[2] >= chunk:
             memory = self.commit(memory, memory.start_latents[:, :, :chunk].to(self.network.device))
         return memory
@@ -144,7 +144,7 @@ class CausalSampler:
     def denoise(self, memory: Memory, view: Any, sigmas: Sequence[float], noise: Noise) -> Iterator[Tensor]:
         """Yields x0 [1, C, T, H, W] of the next chunk after every step."""
         first, with_start = memory.num_frames, self._start_frames(memory)
-        if self.first_sigmas and not memory.slots.all:
+        if self.first_sigmas and not memory.slots.film:
             sigmas = self.first_sigmas
         attend_self = self.network.attend(view, memory.config.chunk, memory.latent_size)
         x0 = eps = None
@@ -179,18 +179,23 @@ class CausalSampler:
         """Compute keys and values of remembered frames that have none (docs/memory.md, Policies).
 
         One pass per chunk of the film, over its clean latents and under its own prompt; it attends to the remembered
-        frames that have keys and values.
+        frames that have keys and values. One pass per reference, which attends to itself alone.
         """
-        while unread := memory.unread:
-            chunk = next(frames for frames in memory.chunks() if unread[0] in frames)
-            past = memory.restrict_to([frame for frame in memory.slots.all if frame not in {*unread, *chunk}])
-            text = memory.text_of(chunk.start)
-            reader = self if text is None or text is memory.text else self.under(text)
-            new_kv = reader._read(past, memory.latents_of(chunk), chunk)
-            wanted = [frame - chunk.start for frame in chunk if frame in unread]
-            frames = [chunk[t] for t in wanted]
-            memory = memory.write(frames, [(k[:, wanted], v[:, wanted]) for k, v in new_kv]).to(self._home)
+        while memory.unread:
+            memory = self._read_first(memory)
         return memory
+
+    def _read_first(self, memory: Memory) -> Memory:
+        """Compute keys and values of the first unread frame, and of others of its chunk."""
+        unread = memory.unread
+        run = memory.run_of(unread[0])
+        past = [] if run.start < 0 else [frame for frame in memory.slots.all if frame not in {*unread, *run}]
+        text = memory.text_of(run.start)
+        reader = self if text is None or text is memory.text else self.under(text)
+        new_kv = reader._read(memory.restrict_to(past), memory.latents_of(run), run)
+        wanted = [frame - run.start for frame in run if frame in unread]
+        frames = [run[t] for t in wanted]
+        return memory.write(frames, [(k[:, wanted], v[:, wanted]) for k, v in new_kv]).to(self._home)
 
     def restore(self, memory: Memory) -> Memory:
         """Compute all keys and values of a compact memory: each frame under its own prompt where it is known."""
@@ -203,7 +208,7 @@ class CausalSampler:
         return dataclasses.replace(self, text=self.network.embed_text(text_BLC), commit_text=commit_text)
 
     def _read(self, past: Memory, latents_BCTHW: Tensor, frames: Sequence[int]) -> Sequence[Any]:
-        """Keys and values of frames of the film after the remembered frames of `past`."""
+        """Keys and values of frames with these latents after the remembered frames of `past`."""
         x0 = latents_BCTHW.to(self.network.device)
         new = self._keys(past, x0, self.view(past))
         self._check_finite(past, frames, x0, new, lambda again: again._keys(past, x0, again.view(past)))
@@ -213,9 +218,12 @@ class CausalSampler:
         """Compute all remembered keys and values again under this prompt (docs/method.md, Prompt changes).
 
         Passes over a chunk of clean latents each, oldest first. Each attends to the remembered frames before it.
+        References come first, under their own prompts.
         """
-        frames, done = memory.slots.all, memory.compact()
-        for first in range(0, len(frames), memory.config.chunk):
+        frames, done, references = memory.slots.all, memory.compact(), memory.slots.references
+        for _ in references:
+            done = self._read_first(done)
+        for first in range(len(references), len(frames), memory.config.chunk):
             current, past = frames[first : first + memory.config.chunk], done.restrict_to(frames[:first])
             done = done.write(current, self._read(past, memory.latents_of(current), current)).to(self._home)
         return done

@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .consistency import ContextForcingConsistency
 from .loaders import ContextForcingLoadDemo, ContextForcingLoadStudent
 from .memory import ContextForcingMemory, ContextForcingMemoryReport
+from .reference import ContextForcingReference
 from .sampler import ContextForcingSampler
 from .save_load import ContextForcingLoadMemory, ContextForcingSaveMemory
 from .start import ContextForcingRemember
@@ -26,6 +27,7 @@ class ContextForcingExtension(ComfyExtension):
             ContextForcingLoadStudent,
             ContextForcingMemory,
             ContextForcingRemember,
+            ContextForcingReference,
             ContextForcingSampler,
             ContextForcingStoryboard,
             ContextForcingSaveVideo,

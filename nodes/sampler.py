@@ -38,7 +38,7 @@ def text_of(positive: io.Conditioning.Type) -> Tensor:
     """
     prompts = sum(conditioning.shape[0] for conditioning, _ in positive)
     if prompts != 1:
-        raise ValueError(f"positive: {prompts} prompts; a segment has one, chain another sampler for the next")
+        raise ValueError(f"positive: {prompts} prompts; give one, chain another node for the next")
     text, options = positive[0]
     if ignored := sorted(set(options) - {"pooled_output", WORDS}):
         log.warning("positive: %s of the conditioning has no effect in this sampler", ", ".join(ignored))

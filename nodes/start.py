@@ -4,11 +4,29 @@ import comfy.latent_formats
 import comfy.model_management as mm
 import comfy.utils
 from comfy_api.latest import io
+from torch import Tensor
 
+from ..memory.memory import Memory
 from ..model.units import pixel_size
 from ..video.frames import num_start_frames
 from .handle import MemoryHandle, MemoryType
 from .shared import CATEGORY
+
+
+def encode_images(vae: io.Vae.Type, images: io.Image.Type, memory: Memory) -> Tensor:
+    """Frames of a video, [T, H, W, 3] in 0..1, as latents of the VAE, resized and cropped to the size of a memory."""
+    pixels = images[..., :3].movedim(-1, 1)
+    pixels = comfy.utils.common_upscale(pixels, *pixel_size(memory.latent_size), "lanczos", "center")
+    mm.throw_exception_if_processing_interrupted()
+    return vae.encode(pixels.movedim(1, -1))
+
+
+def clean_latents(raw: Tensor) -> Tensor:
+    """Latents of a VAE as the network has them, float32, on the CPU. Raises ValueError if they are not of a video."""
+    # The latent of an image has four axes, and would be broadcast.
+    if raw.ndim != 5:
+        raise ValueError(f"latent: shape {list(raw.shape)}; a video's is [1, 16, T, H/8, W/8]")
+    return comfy.latent_formats.Wan21().process_in(raw.float().cpu())
 
 
 class ContextForcingRemember(io.ComfyNode):
@@ -44,12 +62,5 @@ class ContextForcingRemember(io.ComfyNode):
         elif vae is None:
             raise ValueError("vae: images must be encoded; connect a VAE")
         else:
-            pixels = images[: num_start_frames(len(images)), :, :, :3].movedim(-1, 1)
-            pixels = comfy.utils.common_upscale(pixels, *pixel_size(before.latent_size), "lanczos", "center")
-            mm.throw_exception_if_processing_interrupted()
-            raw = vae.encode(pixels.movedim(1, -1))
-        # The latent of an image has four axes, and would be broadcast.
-        if raw.ndim != 5:
-            raise ValueError(f"latent: shape {list(raw.shape)}; a video's is [1, 16, T, H/8, W/8]")
-        clean = comfy.latent_formats.Wan21().process_in(raw.float().cpu())
-        return io.NodeOutput(MemoryHandle.of(before.with_start_latents(clean), before))
+            raw = encode_images(vae, images[: num_start_frames(len(images))], before)
+        return io.NodeOutput(MemoryHandle.of(before.with_start_latents(clean_latents(raw)), before))

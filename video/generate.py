@@ -10,8 +10,9 @@ from pathlib import Path
 from torch import Tensor
 
 from ..memory.config import named_memory
+from ..memory.history import remembered_parts
 from ..memory.memory import Memory
-from ..memory.snapshot import fingerprint_memory, load_memory, save_memory
+from ..memory.snapshot import fingerprint_memory, fingerprint_references, load_memory, save_memory
 from ..model.attention import load_attention
 from ..model.checkpoints.student import StudentSource
 from ..model.codecs.backbone import backbone_of
@@ -122,7 +123,7 @@ class GenerateJob:
             self.memory = memory
             self.journal.keep(number - 1, new_chunks[-1])
             num_frames = max(0, number - len(kept)) * memory.config.chunk * FRAMES_PER_LATENT
-            slots = ", ".join(f"{len(getattr(memory.slots, part))} {part}" for part in ("sink", "slow", "fast"))
+            slots = ", ".join(f"{len(frames)} {part}" for part, frames in remembered_parts(memory).items())
             on_chunk(number, f"{num_frames / max(1e-6, time.monotonic() - began):.1f} frames/s  memory: {slots}")
             yield from new_chunks
 
@@ -145,7 +146,8 @@ def open_job(request: GenerateRequest) -> Iterator[GenerateJob]:
     story = story if request.seed is None else story.with_seed(request.seed)
     with hold_output(request.output):
         where = pick_device(request.device, request.dtype)
-        prompts = [segment.prompt for segment in story.segments]
+        captions = [reference.prompt for reference in story.references if reference.prompt]
+        prompts = captions + [segment.prompt for segment in story.segments]
         codecs = backbone_of(card.base).load_codecs(
             *where, prompts, text_encoder=request.text_encoder, vae=request.vae, models_dir=request.models_dir
         )
@@ -165,6 +167,8 @@ def open_job(request: GenerateRequest) -> Iterator[GenerateJob]:
             memory.check_supports("compact")
         if request.start is not None:
             memory = memory.with_start_latents(pipeline.encode_file(request.start, memory, resolved.fps))
+        references = [pipeline.encode_reference(spec, memory) for spec in story.references]
+        pinned = memory.with_references(references) if references else memory
         inputs = {
             "student": pipeline.merged_fingerprint,
             "text encoder": pipeline.text_encoder.name,
@@ -172,21 +176,23 @@ def open_job(request: GenerateRequest) -> Iterator[GenerateJob]:
             "device": pipeline.device.type,
             "dtype": str(pipeline.network.dtype),
             "loras": request.loras,
-            "story": _without_commit_attends(story),
-            "card": _without_commit_attends(card),
+            "story": _journal_fields(story),
+            "card": _journal_fields(card),
             "memory": fingerprint_memory(memory),
         }
         # Only if they are not the defaults: older journals do not have them.
         inputs |= {"attention": request.attention} if request.attention != "sdpa" else {}
         commit_attends = options.commit_attends or resolved.commit_attends
         inputs |= {"commit attends": commit_attends} if commit_attends != "all" else {}
+        inputs |= {"references": fingerprint_references(references)} if references else {}
         folder, num_chunks = journal_path(request.output), resolved.num_chunks
         journal = Journal(folder, inputs, request.resume, num_chunks=num_chunks, shape=memory.chunk_shape)
         yield GenerateJob(
-            request=request, pipeline=pipeline, options=options, story=resolved, memory=memory, journal=journal
+            request=request, pipeline=pipeline, options=options, story=resolved, memory=pinned, journal=journal
         )
 
 
-def _without_commit_attends(value: Story | StudentCard) -> dict:
-    """The fields of a story or card in a journal, where the choice that is in effect is an input of its own."""
-    return {name: field for name, field in dataclasses.asdict(value).items() if name != "commit_attends"}
+def _journal_fields(value: Story | StudentCard) -> dict:
+    """The fields of a story or card in a journal. What is in effect of the others is an input of its own."""
+    others = ("commit_attends", "references")
+    return {name: field for name, field in dataclasses.asdict(value).items() if name not in others}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..memory.memory import Memory, empty_memory
+from ..memory.references import Reference
 from ..model.checkpoints.student import StudentFile
 from ..model.codecs.backbone import Codecs, backbone_of
 from ..model.codecs.base import VAE, TextEncoder, denormalise, normalise
@@ -19,12 +20,12 @@ from ..model.fingerprint import fingerprint
 from ..model.network import Network, run_directly
 from ..model.offload import Offload
 from ..model.sampler import CausalSampler, SamplerOptions, make_sampler
-from ..model.segment import generate_segment
+from ..model.segment import generate_segment, used_rows
 from ..model.units import latent_size, pixel_size
 from ..model.wan import WanModel
 from .frames import num_start_frames, to_pixels
 from .reading import VideoError, check_video, read_runs
-from .story import ResolvedStory
+from .story import ReferenceSpec, ResolvedStory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +130,24 @@ class Pipeline:
         except VideoError as error:
             raise ValueError(f"start: {path}: {error}") from None
         frames = np.concatenate(runs)
-        pixels = to_pixels(frames[: num_start_frames(len(frames))])
-        return normalise(self.vae.encode(pixels.to(self.device))).cpu()
+        return self._encode(frames[: num_start_frames(len(frames))])
+
+    @torch.inference_mode()
+    def encode_reference(self, spec: ReferenceSpec, memory: Memory) -> Reference:
+        """A picture and its prompt as a reference for a memory. Raises ValueError for other files."""
+        try:
+            check_video(spec.image)
+            frames = next(read_runs(spec.image, 2, pixel_size(memory.latent_size), 1))
+            if len(frames) > 1:
+                raise VideoError("is a video; give a picture")
+        except VideoError as error:
+            raise ValueError(f"references: {spec.image}: {error}") from None
+        text = used_rows(self.text_encoder.encode(spec.prompt)) if spec.prompt else None
+        return Reference(latents=self._encode(frames), prompt=spec.prompt, text=text)
+
+    def _encode(self, frames_THWC: np.ndarray) -> Tensor:
+        """uint8 frames [T, H, W, 3] -> latents [1, 16, t, H/8, W/8], on the CPU."""
+        return normalise(self.vae.encode(to_pixels(frames_THWC).to(self.device))).cpu()
 
     @torch.inference_mode()
     def decode(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -6,13 +6,23 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from ..memory.history import FORGETTING, PARTS, forgotten_frames, frame_status, reach_frames
+from ..memory.history import (  # fmt: skip
+    FORGETTING,
+    PARTS,
+    REFERENCE,
+    forgotten_frames,
+    frame_status,
+    reach_frames,
+    remembered_parts,
+)
 from ..memory.memory import Memory, Segment
+from ..memory.references import frame_name
 from ..model.units import latent_seconds
 from .sheet import FAINT, INK, LEFT, MARGIN, PAPER, RIGHT, WIDTH, Axes, Sheet, at_time, font, shortened
 
 CHUNK = "the chunk itself"
 COLOURS = {
+    REFERENCE: (124, 84, 176),
     "sink": (196, 120, 20),
     "slow": (24, 132, 108),
     "fast": (36, 98, 196),
@@ -59,7 +69,7 @@ def summary(memory: Memory, fps: float, mass: Mass | None = None) -> str:
     tau = f", threshold {config.slow_similarity_threshold:g}" if config.uses_threshold else ""
     lines = [
         f"{memory.num_frames} latent frames ({seconds:.1f} s), memory reaches back {reach:.1f} s",
-        f"sink {len(slots.sink)} of {config.sink}, slow {len(slots.slow)} of {config.slow},"
+        f"sink {len(slots.sink)} of {config.sink}{_pinned(memory)}, slow {len(slots.slow)} of {config.slow},"
         f" fast {len(slots.fast)} (+ {config.chunk} being made) of {config.fast}; {memory.num_bytes / 1e6:.1f} MB",
         f"policy {config.policy}{tau}{kept}",
     ]
@@ -78,11 +88,18 @@ def summary(memory: Memory, fps: float, mass: Mass | None = None) -> str:
     return "\n".join(lines)
 
 
+def _pinned(memory: Memory) -> str:
+    """How many slots of the sink references have; empty for none."""
+    count = len(memory.references)
+    return f" ({count} reference{'s' * (count > 1)})" if count else ""
+
+
 def per_part(memory: Memory, frames: Sequence[float] | np.ndarray) -> dict[str, float]:
-    """Shares of frames (`slots.all`, then the chunk's) summed over sink, slow, fast and the chunk."""
-    ends = np.cumsum([len(getattr(memory.slots, part)) for part in PARTS])
+    """Shares of frames (`slots.all`, then the chunk's) summed over references, sink, slow, fast and the chunk."""
+    parts = remembered_parts(memory)
+    ends = np.cumsum([len(part) for part in parts.values()])
     sums = [float(np.sum(part)) for part in np.split(np.asarray(frames, np.float64), ends)]
-    return dict(zip((*PARTS, CHUNK), sums))
+    return dict(zip((*parts, CHUNK), sums))
 
 
 def draw_report(memory: Memory, thumbnails: np.ndarray | None, fps: float, mass: Mass | None = None) -> Image.Image:
@@ -93,7 +110,8 @@ def draw_report(memory: Memory, thumbnails: np.ndarray | None, fps: float, mass:
     """
     report = _Report(memory, fps)
     report.sheet.text(summary(memory, fps), size=16)
-    report.sheet.legend({LEGEND[status]: COLOURS[status] for status in LEGEND})
+    pinned = {"reference, not in the video": COLOURS[REFERENCE]} if memory.references else {}
+    report.sheet.legend(pinned | {LEGEND[status]: COLOURS[status] for status in LEGEND})
     report.draw_time()
     report.draw_similarity()
     report.draw_segments()
@@ -220,7 +238,7 @@ class _Report:
         num_frames = len(next(iter(mass.values())))
         rows = {f"noise {sigma:.2f}": frames for sigma, frames in mass.items()}
         rows["all equal"] = [1 / num_frames] * num_frames
-        left, right, draw = LEFT + 36, 700, self.sheet.draw
+        left, right, draw = LEFT + 36, 1196 - 124 * len(per_part(self.memory, rows["all equal"])), self.sheet.draw
         for name, frames in rows.items():
             top, x = self.sheet.room(22), float(left)
             draw.text((MARGIN, top + 1), name, FAINT if name == "all equal" else INK, font(13))
@@ -242,6 +260,7 @@ class _Report:
         shares = [f"  {share:.1%}" for share in np.mean(list(mass.values()), axis=0)] if mass else [""] * len(frames)
         text = " and their share of the next chunk's attention, mean over noise levels" if mass else ""
         sheet.text(f"The remembered frames, with their time in the video{text}.", 13)
+        num_references = len(self.memory.references)
         column = (WIDTH - 2 * MARGIN) // COLUMNS
         width, height = column - 12, int((column - 12) * thumbnails.shape[1] / thumbnails.shape[2])
         resampling = Image.Resampling.NEAREST if thumbnails.shape[2] < column else Image.Resampling.LANCZOS
@@ -249,9 +268,13 @@ class _Report:
             if i % COLUMNS == 0:
                 top = sheet.room(height + 6 + CAPTION) + 3
             left = MARGIN + i % COLUMNS * column + 3
-            sheet.draw.rectangle((left - 3, top - 3, left + width + 2, top + height + 2), COLOURS[self.status[frame]])
+            status = REFERENCE if frame < 0 else self.status[frame]
+            sheet.draw.rectangle((left - 3, top - 3, left + width + 2, top + height + 2), COLOURS[status])
             sheet.image.paste(Image.fromarray(np.asarray(pixels)).resize((width, height), resampling), (left, top))
-            words = f"{self.status[frame]}  {self._at(frame)}{share}"
+            words = f"{status}  {self._at(frame)}{share}"
+            if frame < 0:
+                prompt = self.memory.references[frame].prompt
+                words = shortened(f"{frame_name(frame, num_references)}{share}  {prompt}", width, 13)
             sheet.draw.text((left, top + height + 5), words, INK, font(13))
 
     def _at(self, frame: int) -> str:

@@ -37,6 +37,16 @@ class SegmentSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReferenceSpec:
+    """A picture that is remembered and is not in the video (docs/memory.md, References)."""
+
+    image: str
+    """A file; in a story relative to the story's folder."""
+    prompt: str = ""
+    """What it shows; empty: it is read under the prompt of the first segment."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResolvedSegment(SegmentSpec):
     """One segment with every default filled in; `seconds` are those of its whole chunks."""
 
@@ -72,6 +82,7 @@ class Story:
     seed: int = 0
     commit_attends: str | None = None
     """What the commit pass attends to (view.ATTENDS); None: as the student's card says."""
+    references: tuple[ReferenceSpec, ...] = ()
 
     def with_seed(self, seed: int) -> "Story":
         """The same story with one seed for all segments."""
@@ -116,7 +127,9 @@ def load_story(path: str | Path, parse: Callable[[str], Story] | None = None) ->
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-        return parse(text) if parse else parse_story(yaml.safe_load(text))
+        story = parse(text) if parse else parse_story(yaml.safe_load(text))
+        at = lambda spec: dataclasses.replace(spec, image=str(path.parent / spec.image))
+        return dataclasses.replace(story, references=tuple(map(at, story.references)))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
@@ -141,6 +154,7 @@ def parse_story(raw: object) -> Story:
         commit_attends=_choice("commit_attends", values["commit_attends"], ATTENDS)
         if "commit_attends" in values
         else None,
+        references=_references(values.get("references", [])),
     )
 
 
@@ -155,6 +169,19 @@ def _segment(where: str, raw: object) -> SegmentSpec:
     _integer(f"{where}.seed", values.get("seed", 0), 0, MAX_SEED)
     _integer(f"{where}.blend", values.get("blend", 0), 0, MAX_BLEND)
     return SegmentSpec(**{**values, "seconds": float(seconds)})
+
+
+def _references(raw: object) -> tuple[ReferenceSpec, ...]:
+    if not isinstance(raw, list):
+        raise ValueError(f"references: {raw!r} is not a list; give paths of pictures, or `image` and `prompt` of each")
+    references = []
+    for i, each in enumerate(raw):
+        values = checked_fields(ReferenceSpec, {"image": each} if isinstance(each, str) else each, f"references[{i}]")
+        for name, value in values.items():
+            if not isinstance(value, str):
+                raise ValueError(f"references[{i}].{name}: {value!r} is not text")
+        references.append(ReferenceSpec(**values))
+    return tuple(references)
 
 
 def _size(raw: object) -> tuple[int, int]:

@@ -33,6 +33,7 @@ NODE_IDS = (
     "ContextForcingLoadStudent",
     "ContextForcingMemory",
     "ContextForcingRemember",
+    "ContextForcingReference",
     "ContextForcingSampler",
     "ContextForcingStoryboard",
     "ContextForcingSaveVideo",

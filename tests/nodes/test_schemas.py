@@ -13,6 +13,7 @@ INPUTS = {
     "ContextForcingMemory": "model width=0 height=0 policy=as_trained sink=-1 slow=-1 fast=-1 threshold=-1.0"
     " preset=as_trained?",
     "ContextForcingRemember": "memory vae? images? latent?",
+    "ContextForcingReference": "memory vae images positive?",
     "ContextForcingSampler": "model positive memory seconds=3.0 seed=0 attention=sdpa? commit_attends=card?"
     f" change=keep? blend=0? {STORAGE}",
     "ContextForcingStoryboard": f"model clip memory text=EXAMPLE seed=0 attention=sdpa? {STORAGE} branch_after=0?",
