@@ -193,6 +193,8 @@ class Memory:
         self.check_supports("references")
         if self.latent_chunks:
             raise ValueError(f"references: the memory has {self.num_frames} frames; references need an empty memory")
+        on_cpu = lambda latents: latents.detach().to("cpu", torch.float32, copy=True).contiguous()
+        references = [dataclasses.replace(each, latents=on_cpu(each.latents)) for each in references]
         pinned = (*self.references, *references)
         if len(pinned) > self.config.sink:
             sizes = f"{len(pinned)} frames, the sink has {self.config.sink}"

@@ -53,7 +53,7 @@ def save_memory(path: str | Path, memory: Memory) -> None:
     if memory.references:
         prompts = [each.prompt for each in memory.references]
         header["references"] = list(zip(prompts, numbers[len(memory.texts) :]))
-        tensors["references"] = torch.cat([each.latents for each in memory.references], dim=2)
+        tensors["references"] = torch.cat([each.latents for each in memory.references], dim=2).contiguous()
     if memory.latent_chunks:
         tensors["film"] = torch.cat(memory.latent_chunks, dim=2)
     for name, tensor in (("text", memory.text), ("given", memory.start_latents)):

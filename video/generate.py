@@ -167,7 +167,7 @@ def open_job(request: GenerateRequest) -> Iterator[GenerateJob]:
             memory.check_supports("compact")
         if request.start is not None:
             memory = memory.with_start_latents(pipeline.encode_file(request.start, memory, resolved.fps))
-        references = [pipeline.encode_reference(spec, memory) for spec in story.references]
+        references = [pipeline.encode_reference(spec, memory, resolved.fps) for spec in story.references]
         pinned = memory.with_references(references) if references else memory
         inputs = {
             "student": pipeline.merged_fingerprint,

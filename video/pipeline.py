@@ -122,26 +122,15 @@ class Pipeline:
 
         Its first 1 + 4k frames are used. Raises ValueError for other files.
         """
-        try:
-            check_video(path)
-            runs = list(read_runs(path, 64, pixel_size(memory.latent_size), fps))
-            if not runs:
-                raise VideoError(f"has no frame at {fps:g} frames per second")
-        except VideoError as error:
-            raise ValueError(f"start: {path}: {error}") from None
-        frames = np.concatenate(runs)
+        frames = _frames_of("start", path, memory, fps)
         return self._encode(frames[: num_start_frames(len(frames))])
 
     @torch.inference_mode()
-    def encode_reference(self, spec: ReferenceSpec, memory: Memory) -> Reference:
+    def encode_reference(self, spec: ReferenceSpec, memory: Memory, fps: float) -> Reference:
         """A picture and its prompt as a reference for a memory. Raises ValueError for other files."""
-        try:
-            check_video(spec.image)
-            frames = next(read_runs(spec.image, 2, pixel_size(memory.latent_size), 1))
-            if len(frames) > 1:
-                raise VideoError("is a video; give a picture")
-        except VideoError as error:
-            raise ValueError(f"references: {spec.image}: {error}") from None
+        frames = _frames_of("references", spec.image, memory, fps)
+        if len(frames) > 1:
+            raise ValueError(f"references: {spec.image}: is a video; give a picture")
         text = used_rows(self.text_encoder.encode(spec.prompt)) if spec.prompt else None
         return Reference(latents=self._encode(frames), prompt=spec.prompt, text=text)
 
@@ -153,3 +142,15 @@ class Pipeline:
     def decode(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Consecutive normalised latents -> consecutive pixels [1, 3, T, H, W]."""
         yield from self.vae.decode_stream(denormalise(chunk.to(self.device)) for chunk in chunks)
+
+
+def _frames_of(name: str, path: str | Path, memory: Memory, fps: float) -> np.ndarray:
+    """The frames of a picture or video in the size of a memory, uint8 [T, H, W, 3]. Raises ValueError about `name`."""
+    try:
+        check_video(path)
+        runs = list(read_runs(path, 64, pixel_size(memory.latent_size), fps))
+        if not runs:
+            raise VideoError(f"has no frame at {fps:g} frames per second")
+    except VideoError as error:
+        raise ValueError(f"{name}: {path}: {error}") from None
+    return np.concatenate(runs)

@@ -7,6 +7,7 @@ from PIL import ImageDraw
 
 from context_forcing.memory import MemoryConfig, empty_memory
 from context_forcing.memory.history import forgotten_frames, frame_status, reach_frames
+from context_forcing.memory.references import Reference
 from context_forcing.video.report import COLOURS, draw_report, per_part, summary
 from context_forcing.video.sheet import LEFT, MARGIN, RIGHT, WIDTH, at_time, shortened
 
@@ -174,6 +175,48 @@ def test_attention_is_shown_per_part_and_per_frame(written):
     assert plain.height < image.height
     last = summary(memory, 16, {0.9: share}).splitlines()[-1]
     assert last.endswith("noise levels: sink 6.0%, slow 40.0%, fast 15.0%, the chunk itself 39.0%")
+
+
+def with_references(*changes):
+    pinned = [Reference(latents=torch.zeros(1, 16, 1, 4, 6), prompt=prompt) for prompt in ("a fox " * 40, "")]
+    memory = empty_memory(MemoryConfig(slow=4), (16, 4, 6)).with_references(pinned)
+    kept = [(torch.zeros(1, 2, 6, 4, 8),) * 2] * 2
+    return segments_of(changes, 5, memory.write((-2, -1), kept))
+
+
+def test_references_have_their_own_status(written):
+    memory = with_references("keep")
+    assert frame_status(memory) == ["sink"] + ["was slow"] * 7 + ["slow"] * 4 + ["fast"] * 3
+    assert "sink 3 of 3 (2 references), slow 4 of 4" in summary(memory, 16)
+    share = [0.05, 0.1, 0.02, *[0.05] * 4, *[0.1] * 3, *[0.11] * 3]
+    parts = per_part(memory, share)
+    assert list(parts) == ["reference", "sink", "slow", "fast", "the chunk itself"]
+    assert list(parts.values()) == pytest.approx([0.15, 0.02, 0.2, 0.3, 0.33])
+    image = np.asarray(draw_report(memory, pictures(memory), 16, {0.9: share}))
+    assert (image == COLOURS["reference"]).all(-1).sum() > 1000
+    text = words(written)
+    for expected in ("reference 1 5.0% a fox a fox", "reference 2 10.0%", "reference 15.0%", "not in the video"):
+        assert expected in text, expected
+    for number, (text, (left, top, right, bottom)) in enumerate(written):
+        assert 0 <= left and right <= WIDTH, text
+        for other, (a, b, c, d) in written[:number]:
+            assert right <= a or c <= left or bottom <= b or d <= top, (text, other)
+
+
+def test_without_references_nothing_is_said_of_them(written):
+    memory = memory_of("keep")
+    image = np.asarray(draw_report(memory, pictures(memory), fps=16))
+    assert "reference" not in words(written) + summary(memory, 16)
+    assert not (image == COLOURS["reference"]).all(-1).any()
+
+
+@pytest.mark.parametrize("change", ["flush", "cut", "cut_new_sink"])
+def test_what_a_change_takes_beside_references(change):
+    before = with_references("keep")
+    memory = segments_of([change], 5, before)
+    survivors = before.begin("", 7, change=change).slots.all
+    lost = sorted(frame for frame in before.slots.all if frame not in survivors)
+    assert lost and min(lost) >= 0 and sorted(forgotten_frames(memory)) == lost
 
 
 def test_without_a_codec_no_frames_are_drawn(written):

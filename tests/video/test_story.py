@@ -9,7 +9,7 @@ from context_forcing.memory.config import MEMORY_PRESETS
 from context_forcing.model.codecs.demo_text import canonical_words, encode_demo_text, unknown_words
 from context_forcing.model.config import StudentCard
 from context_forcing.model.units import check_size
-from context_forcing.video.story import MAX_SEED, ResolvedSegment, SegmentSpec, load_story, parse_story
+from context_forcing.video.story import MAX_SEED, ReferenceSpec, ResolvedSegment, SegmentSpec, load_story, parse_story
 
 SEGMENT = {"prompt": "a meadow", "seconds": 3}
 
@@ -30,6 +30,16 @@ def test_a_whole_story():
     story = parse_story({"segments": [SEGMENT]})
     assert story.size is None and story.commit_attends is None
     assert parse_story({"segments": [SEGMENT], "commit_attends": "itself"}).commit_attends == "itself"
+
+
+def test_references_are_files_beside_the_story(tmp_path):
+    (tmp_path / "story.yaml").write_text(
+        "references: [fox.png, {image: /far/place.png, prompt: a meadow}]\nsegments: [{prompt: a meadow, seconds: 3}]"
+    )
+    first, second = load_story(tmp_path / "story.yaml").references
+    assert first == ReferenceSpec(image=str(tmp_path / "fox.png"))
+    assert second == ReferenceSpec(image="/far/place.png", prompt="a meadow")
+    assert parse_story({"segments": [SEGMENT]}).references == ()
 
 
 def test_a_resolved_story_has_every_default(caplog):
@@ -88,6 +98,11 @@ def test_with_seed_replaces_every_seed():
         ({"segments": [{**SEGMENT, "seed": -1}]}, "segments[0].seed", "-1"),
         ({"segments": [SEGMENT], "seed": 1.5}, "seed", "1.5"),
         ({"segments": [SEGMENT], "seed": MAX_SEED + 1}, "seed", str(MAX_SEED + 1)),
+        ({"segments": [SEGMENT], "references": "fox.png"}, "references", "'fox.png' is not a list"),
+        ({"segments": [SEGMENT], "references": [3]}, "references[0]", "3"),
+        ({"segments": [SEGMENT], "references": ["a", {"prompt": "x"}]}, "references[1].image", "missing"),
+        ({"segments": [SEGMENT], "references": [{"image": "a", "text": "x"}]}, "references[0].text", "unknown"),
+        ({"segments": [SEGMENT], "references": [{"image": "a", "prompt": None}]}, "references[0].prompt", "None"),
         ({"segments": [SEGMENT], "fps": 0}, "fps", "0"),
         ({"segments": [SEGMENT], "fps": "16"}, "fps", "'16'"),
         ({"segments": [SEGMENT], "fps": None}, "fps", "None"),
