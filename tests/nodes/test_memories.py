@@ -7,6 +7,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from context_forcing.memory.snapshot import load_memory as load_snapshot
 from context_forcing.model.codecs.base import normalise
 
 from .graph import (  # fmt: skip
@@ -24,6 +25,7 @@ from .graph import (  # fmt: skip
     nodes,
     picture_shown,
     succeeded,
+    text_shown,
 )
 
 pytestmark = [pytest.mark.host, pytest.mark.slow]
@@ -212,6 +214,50 @@ def test_wrong_start_inputs_are_named(host, graph, demo, image, inputs, message)
     graph.save(graph.sampler(demo, graph.text(demo), begun))
     assert nodes(graph.prompt, "ContextForcingRemember") == [begun]
     assert message in failure(host, graph)["exception_message"]
+
+
+def test_references_are_those_of_generate(host, graph, demo, tmp_path):
+    """Two pictures of the video's size, one with a prompt: the same film, through a cut; the report shows them."""
+    for number, name in enumerate(("one.png", "two.png")):
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 16, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+        for folder in (tmp_path, host.base / "input"):
+            Image.fromarray(pixels).save(folder / name)
+    segments = [{"prompt": PROMPTS[0], "seconds": 3}, {"prompt": PROMPTS[1], "seconds": 3, "change": "cut_new_sink"}]
+    references = ["one.png", {"image": "two.png", "prompt": PROMPTS[2]}]
+    (tmp_path / "story.yaml").write_text(yaml.safe_dump({"seed": 7, "references": references, "segments": segments}))
+    options = ["--memory-out", "memory.safetensors", "--device", "cpu", "--dtype", "fp32"]
+    command_line(tmp_path, "generate", "story.yaml", "-o", "film.mp4", *options)
+    expected = load_file(tmp_path / "memory.safetensors")["film"]
+
+    memory, ends = graph.memory(demo), []
+    for name, prompt in (("one.png", None), ("two.png", PROMPTS[2])):
+        image = graph.add("LoadImage", image=name)
+        positive = {} if prompt is None else {"positive": [graph.text(demo, prompt), 0]}
+        links = {"memory": [memory, 0], "vae": [demo, 2], "images": [image, 0]}
+        memory = graph.add("ContextForcingReference", **links, **positive)
+    for prompt, change in ((PROMPTS[0], "keep"), (PROMPTS[1], "cut_new_sink")):
+        memory = graph.sampler(demo, graph.text(demo, prompt), memory, seconds=3.0, change=change)
+        ends.append(graph.save(memory))
+    report = graph.add("ContextForcingMemoryReport", memory=[memory, 0], vae=[demo, 2], fps=16.0)
+    text = graph.show_text(report)
+    run = succeeded(host.run(graph.prompt))
+    assert "sink 3 of 3 (2 references)" in text_shown(run, text)
+    result = normalise(latents(host, run, *ends))
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+
+
+def test_a_batch_of_pictures_is_several_references(host, graph, demo, image):
+    batch = graph.add("RepeatImageBatch", image=[image, 0], amount=2)
+    memory = [graph.memory(demo), 0]
+    begun = graph.add("ContextForcingReference", memory=memory, vae=[demo, 2], images=[batch, 0])
+    kept = graph.save_memory(graph.sampler(demo, graph.text(demo), begun), prefix="pinned")
+    memory = load_snapshot(memory_file(host, succeeded(host.run(graph.prompt)), kept))
+    assert memory.slots.references == (-2, -1) and memory.num_frames == 3
+    assert torch.equal(memory.references[0].latents, memory.references[1].latents)
+
+    later = graph.add("ContextForcingReference", memory=[begun, 0], vae=[demo, 2], images=[batch, 0])
+    graph.save(graph.sampler(demo, graph.text(demo), later))
+    assert "references: 4 frames, the sink has 3" in failure(host, graph)["exception_message"]
 
 
 def test_the_latent_of_an_image_is_refused(host, graph, demo):
