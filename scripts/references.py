@@ -1,6 +1,6 @@
 """Measure on the demo world what a reference does: docs/memory.md, References.
 
-    python scripts/references.py [--student FILE] [--scenes 24]
+    python scripts/references.py [--student FILE] [--scenes 16]
 
 A film begins with three true frames of a scene and pans away. References are true views: of the place where the camera
 stops, or also of the two places three and six columns before it. Do their landmarks turn up there? Landmarks that the
@@ -11,8 +11,6 @@ import argparse
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from context_forcing.memory.references import Reference
 from context_forcing.model.checkpoints.student import StudentSource
@@ -27,7 +25,7 @@ from context_forcing.train.world.prompts import ALL_STYLES, Style, caption
 from context_forcing.train.world.scene import Scene, panorama
 from context_forcing.video.pipeline import Pipeline
 
-COLUMNS = (3, 6, 9, 18, 27)
+COLUMNS = (3, 6, 9, 18)
 """From the beginning to the place."""
 BEFORE = {"no reference": (), "the place": (0,), "and two on the way": (6, 3, 0)}
 """Columns before the place of every reference."""
@@ -73,11 +71,11 @@ def measure(pipeline: Pipeline, world: World, number: int, columns: int, out: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default=None)
-    parser.add_argument("--scenes", type=int, default=24)
+    parser.add_argument("--scenes", type=int, default=16)
     options = parser.parse_args()
     pipeline = Pipeline.load(StudentSource(options.student).open(), *pick_device("auto", "auto"))
     world = World(pipeline)
-    table = Table("columns", *(f"{title}: landmarks (error), camera" for title in BEFORE))
+    print(" | ".join(["columns", *(f"{title}: landmarks (error), camera" for title in BEFORE)]))
     for columns in COLUMNS:
         cells = []
         for before in BEFORE.values():
@@ -87,8 +85,7 @@ def main() -> None:
             # Both directions of a scene are one sample.
             error = landmarks.reshape(-1, 2).mean(1).std(ddof=1) / options.scenes**0.5
             cells.append(f"{landmarks.mean():.2f} ({error:.2f}), {camera.mean():.2f}")
-        table.add_row(f"{columns}", *cells)
-    Console(width=160).print(table)
+        print(" | ".join([f"{columns}", *cells]), flush=True)
 
 
 if __name__ == "__main__":
