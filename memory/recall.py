@@ -1,8 +1,8 @@
 """Policy recall: before every chunk, slow frames are chosen anew from the whole film (docs/memory.md, Policies).
 
-A latent frame is described by its clean latents. The latest frame is compared with every frame at every shift along the
-rows, so that views which overlap are found after a pan. The shift since the last chunk says where the view goes; frames
-that show what lies there are the most relevant.
+A latent frame is described by its clean latents. The shift along the rows from each frame to the one a chunk later says
+how the camera moved, and the sum of shifts says where the view of every frame is. Frames are chosen by their distance
+to the coming view, and not by likeness alone: landmarks that look the same stand at many places.
 
 Likeness of two tokens: 2 a.b / (|a|^2 + |b|^2), which is 1 for equal ones and less for another direction or length.
 
@@ -27,6 +27,8 @@ ALIKE = 0.65
 """Frames of a higher likeness, place by place, show the same: one of them is enough."""
 MAX_READS = 4
 """Chunks that are read again after one commit at most; on average one."""
+FITS = 0.1
+"""Fit below which no shift says how the camera moved: the film was cut."""
 BLOCK = 256
 """Frames compared at once; bounds the size of float32 copies."""
 
@@ -69,36 +71,32 @@ class Archive:
         sums = [block.double().sum((0, 1, 2)) for block in self.tokens.split(BLOCK)]
         self.mean = (torch.stack(sums).sum(0) / self.tokens[..., 0].numel()).float()
 
-    def shifts(self, frame: int) -> tuple[Tensor, Tensor]:
-        """Shifts in columns, [S], and the likeness of a frame with every frame shifted by them, [S, T].
+    def places(self) -> tuple[Tensor, Tensor]:
+        """The place of every frame, in columns from the first frame, and its stretch of the film, [T] each.
 
-        A frame that begins d columns further right than `frame` fits at shift d. At least two columns overlap.
+        Where no shift fits two consecutive frames, a new stretch begins; places of two stretches cannot be compared.
+        Within a stretch a frame is compared with the one a chunk before.
         """
-        (query,) = self._centred(slice(frame, frame + 1))
-        columns = query.shape[1]
-        most = max(0, columns - 2)
-        found = []
-        for block in self._blocks():
-            pairs = torch.einsum("rcd,trkd->trck", query, block)
-            squares = query.square().sum(-1)[None, :, :, None] + block.square().sum(-1)[:, :, None]
-            pairs = 2 * pairs / squares.clamp(min=1e-12)
-            found.append(
-                torch.stack([pairs.diagonal(-d, 2, 3).mean((1, 2)).clamp(min=0) for d in range(-most, most + 1)])
-            )
-        return torch.arange(-most, most + 1), torch.cat(found, dim=1)
+        frames = torch.arange(len(self.tokens))
+        is_cut = self._step(frames, (frames - 1).clamp(min=0))[1] < FITS
+        begin = torch.where(is_cut, frames, 0).cummax(0).values
+        before = (frames - self.last_chunk).maximum(begin)
+        step, place = self._step(frames, before)[0], torch.zeros_like(frames)
+        for frame in range(1, len(frames)):
+            place[frame] = place[before[frame]] + step[frame]
+        return place, is_cut.long().cumsum(0)
 
-    def relevance(self, latest: int, earlier: int) -> Tensor:
-        """How much every frame shows of what comes after `latest`, if the view goes on as since `earlier`, [T].
+    def _step(self, frames: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        """The best shift of every frame from another, in columns, and the fit there, [T] each."""
+        pairs = zip(before.split(BLOCK), frames.split(BLOCK))
+        fits = torch.cat([self._fit(self._centred(earlier), self._centred(later)) for earlier, later in pairs], dim=1)
+        fit, best = fits.max(dim=0)
+        return self._shifts()[best], fit
 
-        For the best shift d of a frame: the square of the likeness there, times the root of the share of columns that
-        overlap with `latest`, times the nearness of d to the shift of the coming view.
-        """
-        shifts, likeness = self.shifts(latest)
-        columns = self.tokens.shape[2]
-        fit = likeness.square() * (1 - shifts.abs() / columns).sqrt()[:, None]
-        coming = -shifts[fit[:, earlier].argmax()]
-        nearness = (1 - (shifts - coming).abs() / (1.5 * columns)).clamp(min=0)
-        return (fit * nearness[:, None]).amax(0)
+    def resemblance(self, frame: int) -> Tensor:
+        """How well every frame fits a frame at its best shift, [T]."""
+        query = self._centred(slice(frame, frame + 1))
+        return torch.cat([self._fit(query, block).amax(0) for block in self._blocks()])
 
     def similarity(self, frame: int) -> Tensor:
         """Likeness with every frame, place by place, [T]."""
@@ -110,31 +108,69 @@ class Archive:
     def choose(
         self, count: int, held: Collection[int], remembered: Sequence[int], readable: Sequence[range], reads: int
     ) -> tuple[int, ...]:
-        """The `count` frames most relevant to the latest frame, no two alike, oldest first; none of `remembered`.
+        """The `count` frames whose views are nearest to the coming one, no two alike, oldest first.
 
-        Frames that are not `held` are from `reads` of the `readable` runs at most, those of the most relevant ones.
+        None is `remembered`. Of frames that show the same from the same place, the oldest is chosen: later ones are
+        copies of it. Frames that are not `held` are from `reads` of the `readable` runs at most.
         """
         free = torch.zeros(len(self.tokens), dtype=torch.bool)
         free[[*held, *itertools.chain(*readable)]] = True
         free[list(remembered)] = False
-        chosen, read, latest = [], set(), len(self.tokens) - 1
-        relevance = self.relevance(latest, max(0, latest - self.last_chunk))
-        for frame in relevance.argsort(descending=True, stable=True).tolist():
+        place, stretch = self.places()
+        run_of = {frame: run for run in readable for frame in run}
+        chosen, read = [], set()
+        for frame in self._nearest(place, stretch):
             if len(chosen) == count:
                 break
             if not free[frame]:
                 continue
-            if frame not in held:
-                run = next(run for run in readable if frame in run)
-                if len(read | {run}) > reads:
-                    continue
-                read.add(run)
-            chosen.append(frame)
-            free &= self.similarity(frame) < ALIKE
+            alike = self.similarity(frame) >= ALIKE
+            copies = free & alike & (place == place[frame]) & (stretch == stretch[frame])
+            for copy in copies.nonzero()[:, 0].tolist():
+                needed = read if copy in held else read | {run_of[copy]}
+                if len(needed) <= reads:
+                    chosen.append(copy)
+                    read = needed
+                    free &= ~alike
+                    break
         return tuple(sorted(chosen))
+
+    def _nearest(self, place: Tensor, stretch: Tensor) -> list[int]:
+        """All frames, those nearest to the coming view first; frames of one place in the order of their resemblance.
+
+        The view is expected to go on as in the last chunk. Frames of other stretches come last.
+        """
+        latest = len(place) - 1
+        earlier = max(0, latest - self.last_chunk)
+        going = place[latest] - place[earlier] if stretch[latest] == stretch[earlier] else place.new_zeros(())
+        middle = place[latest] + going * (self.last_chunk + 1) / (2 * self.last_chunk)
+        away = torch.where(stretch == stretch[latest], (place - middle).abs(), torch.inf)
+        order = self.resemblance(latest).argsort(descending=True, stable=True)
+        return order[away[order].argsort(stable=True)].tolist()
+
+    def _shifts(self) -> Tensor:
+        """The shifts at which frames are compared, in columns, [S]. At least two columns overlap."""
+        most = max(0, self.tokens.shape[2] - 2)
+        return torch.arange(-most, most + 1)
+
+    def _fit(self, earlier: Tensor, later: Tensor) -> Tensor:
+        """How well frames fit others (one, or one each) whose view begins so many columns further right, [S, T].
+
+        The square of the likeness, times the root of the share of columns that overlap.
+        """
+        likeness = 2 * torch.einsum("trcd,trkd->trck", earlier.expand_as(later), later)
+        squares = earlier.square().sum(-1)[..., :, None] + later.square().sum(-1)[..., None, :]
+        likeness = likeness / squares.clamp(min=1e-12)
+        columns = self.tokens.shape[2]
+        return torch.stack(
+            [
+                likeness.diagonal(-d, 2, 3).mean((1, 2)).clamp(min=0).square() * (1 - abs(d) / columns) ** 0.5
+                for d in self._shifts().tolist()
+            ]
+        )
 
     def _blocks(self) -> Iterator[Tensor]:
         return (self._centred(slice(first, first + BLOCK)) for first in range(0, len(self.tokens), BLOCK))
 
-    def _centred(self, frames: slice) -> Tensor:
+    def _centred(self, frames: slice | Tensor) -> Tensor:
         return self.tokens[frames].float() - self.mean

@@ -33,24 +33,44 @@ def runs(num_frames):
     return [range(first, first + 3) for first in range(0, num_frames, 3)]
 
 
-def test_shifts_are_found(film_of):
-    headings = [0, 1, 2, 5, 38, 20]
-    shifts, likeness = Archive(film_of(headings)).shifts(0)
-    assert shifts[likeness.argmax(0)].tolist()[:5] == [0, 1, 2, 5, -2]
-    assert likeness.amax(0)[:5].min() > 0.9 and likeness.amax(0)[5] < 0.5
+def test_places_are_found(film_of):
+    """Pans, a stay, a turn, and more than half of the view between two frames a chunk apart."""
+    headings = [0, 1, 2, 3, 4, 5, 5, 5, 5, 4, 3, 2, 0, -2, -4, -6, -8, -10]
+    place, stretch = Archive(film_of(headings)).places()
+    assert place.tolist() == headings and not stretch.any()
+
+
+def test_a_cut_begins_a_stretch(film_of):
+    headings = [*range(9), *range(20, 29), *range(27, 20, -1), 20, 19]
+    archive = Archive(film_of(headings))
+    place, stretch = archive.places()
+    assert stretch.tolist() == [0] * 9 + [1] * 18
+    assert (place[9:] - place[9]).tolist() == [heading - 20 for heading in headings[9:]]
+    # Nine views of the new stretch are free; more are taken from the one before.
+    chosen = archive.choose(12, range(24), [24, 25, 26], runs(24), 20)
+    assert {headings[frame] for frame in chosen if frame >= 9} == set(range(20, 29)) and sum(f < 9 for f in chosen) == 3
 
 
 @pytest.mark.parametrize("move", [-1, 0, 1])
-def test_frames_ahead_are_relevant(film_of, move):
+def test_the_frames_around_the_coming_view_are_chosen(film_of, move):
     """Every view around heading 20 is in the film. The camera stands still at 20, or comes there by three columns."""
-    around = [*range(10, 31)]
-    headings = [*around, *(20 - move * t for t in (5, 4, 3, 2, 1, 0))]
+    begin = 20 - 5 * move
+    around = {-1: [*range(10, 31), *range(29, 25, -1)], 0: [*range(10, 31), *range(29, 20, -1)]}
+    around[1] = [40 - heading for heading in around[-1]]
+    headings = [*around[move], *[begin] * (30 - len(around[move])), *(20 - move * t for t in (5, 4, 3, 2, 1, 0))]
     archive = Archive(film_of(headings))
-    order = [headings[frame] for frame in archive.relevance(26, 23).argsort(descending=True).tolist() if frame < 21]
-    if move:
-        assert order[0] in (20 + 2 * move, 20 + 3 * move) and all((heading - 20) * move >= 0 for heading in order[:5])
-    else:
-        assert order[0] == 20 and set(order[:5]) == {18, 19, 20, 21, 22}
+    chosen = archive.choose(5, range(30), range(30, 36), runs(30), 20)
+    assert {headings[frame] for frame in chosen} == {20 + 2 * move + d for d in (-2, -1, 0, 1, 2)}
+
+
+def test_places_are_told_apart_where_landmarks_repeat(ring):
+    """The same six columns stand at headings 4 and 24. Likeness cannot tell them apart, the path can."""
+    ring = ring.clone()
+    ring[..., 48:60] = ring[..., 8:20]
+    headings = [*range(31), *range(29, 2, -1), 3, 3]
+    frames = torch.stack([ring[..., 2 * h : 2 * h + 16] for h in headings], dim=1)[None]
+    chosen = Archive(frames.split(3, dim=2)).choose(4, range(54), range(54, 60), runs(54), 20)
+    assert {headings[frame] for frame in chosen} <= {1, 2, 3, 4, 5, 6}
 
 
 def test_views_around_the_latest_are_chosen_and_each_once(film_of):
