@@ -14,11 +14,21 @@ from context_forcing.memory import MemoryConfig
 from context_forcing.memory.history import reach_frames
 from context_forcing.model.checkpoints.student import StudentSource
 from context_forcing.model.config import StudentCard
+from context_forcing.model.sampler import CausalSampler
 from context_forcing.train.evaluation import evaluate as command
 from context_forcing.train.evaluation.evaluate import Plan, evaluate, long_paths, parse_students
 from context_forcing.train.evaluation.judge import QUARTERS, LongTrial, Trial, World, judge
 from context_forcing.train.evaluation.rollout import Camera, branches
-from context_forcing.train.evaluation.summary import Record, bootstrap, effective_context, shuffled_rate, sum_up, tables
+from context_forcing.train.evaluation.summary import (
+    GROWTH,
+    Record,
+    bootstrap,
+    effective_context,
+    shuffled_rate,
+    sum_up,
+    tables,
+)
+from context_forcing.train.evaluation.variants import Variant
 from context_forcing.train.world.camera import headings, render_latent_frames
 from context_forcing.train.world.prompts import ALL_STYLES, caption
 from context_forcing.train.world.scene import Scene
@@ -70,6 +80,52 @@ def test_branches_equal_separate_rollouts(pipeline, same_memory, policy):
     assert set(ends) == set(scripts)
     for key, script in scripts.items():
         assert same_memory(ends[key], generated(pipeline, empty, style, seed, script.moves)), key
+
+
+def test_the_settings_of_a_row_are_those_of_the_film(pipeline, same_memory):
+    style, moves = ALL_STYLES[3], (0, 1, 1, -1, 0, 0, 0)
+    roll = lambda name: next(
+        end
+        for _, end in branches(
+            Variant.parse(name).camera(pipeline, style, 7), Variant.parse(name).empty_memory(pipeline), {0: moves}
+        )
+    )
+    given = roll("fifo:sink=1:slow=2:fast=5:eviction=redundant:commit_attends=itself")
+    empty = pipeline.empty_memory(policy="fifo", sink=1, slow=2, fast=5, eviction="redundant")
+    card = dataclasses.replace(pipeline.card, commit_attends="itself")
+    alone = generated(dataclasses.replace(pipeline, card=card), empty, style, 7, moves)
+    assert same_memory(given, alone)
+    assert not same_memory(roll("fifo:sink=1:slow=2:fast=5:eviction=redundant"), alone)
+
+
+def test_a_row_is_recached_every_so_many_chunks(pipeline, same_memory, monkeypatch):
+    recached = []
+    own = CausalSampler.recache
+    monkeypatch.setattr(
+        CausalSampler, "recache", lambda self, memory: recached.append(memory.num_frames) or own(self, memory)
+    )
+    row = Variant.parse("fifo:recache=2")
+    memory, camera = row.empty_memory(pipeline), row.camera(pipeline, ALL_STYLES[0], 3)
+    once = Variant.parse("fifo").camera(pipeline, ALL_STYLES[0], 3)
+    for _ in range(5):
+        before, memory = memory, camera.move(memory, 1)
+    assert recached == [6, 12]
+    assert not same_memory(memory, once.move(before, 1))
+
+
+@pytest.mark.parametrize(
+    "name, match",
+    [
+        ("best", "policies: 'best' is not one of none, novel"),
+        ("novel:window=3", "'window' in 'novel:window=3' is not one of recache"),
+        ("novel:slow=2:slow=3", "'slow' in .* each once"),
+        ("novel:recache=often", "recache 'often' is not a whole number"),
+        ("novel:commit_attends=most", "commit_attends 'most' is not one of all"),
+    ],
+)
+def test_a_row_that_does_not_exist_is_refused(name, match):
+    with pytest.raises(ValueError, match=match):
+        parse_students("demo", [], name)
 
 
 def test_a_shared_beginning_is_made_once(pipeline):
@@ -261,9 +317,14 @@ def test_long_rollouts_are_summed_up_by_quarter():
     records = [long("one", k, (0.1, 0.1, 0.1, 0.1)) for k in range(3)]
     records += [long("two", k, (0.1, 0.2, 0.3, 0.4)) for k in range(3)]
     summary = sum_up(records)
-    assert [(cell.at, cell.student) for cell in summary.cells] == [(q, s) for q in (1, 2, 3, 4) for s in ("one", "two")]
+    ats = (1, 2, 3, 4, GROWTH)
+    assert [(cell.at, cell.student) for cell in summary.cells] == [(at, s) for at in ats for s in ("one", "two")]
     drift = [each.figures["palette"].mean for each in summary.differences]
-    assert drift == pytest.approx([0, 0.1, 0.2, 0.3]) and summary.effective_context == ()
+    assert drift == pytest.approx([0, 0.1, 0.2, 0.3, 0.3]) and summary.effective_context == ()
+    growth = [cell.figures["palette"].mean for cell in summary.cells if cell.at == GROWTH]
+    assert growth == pytest.approx([0, 0.3])
+    (table,) = tables(summary, fps=16)
+    assert [each for each in table.columns[0].cells if each] == ["1", "2", "3", "4", "growth"]
 
 
 def test_long_paths_are_the_same_for_all_and_move_in_every_quarter():
@@ -355,7 +416,7 @@ def plan(students):
 def test_a_killed_run_goes_on_to_the_same_results(plan, tmp_path, monkeypatch):
     whole, halved = tmp_path / "whole", tmp_path / "halved"
     tables = evaluate(plan, "cpu", "fp32", whole)
-    assert [table.row_count for table in tables] == [4, 4, 2 * QUARTERS]
+    assert [table.row_count for table in tables] == [4, 4, 2 * GROWTH]
 
     add, added = command.Results.add, []
 

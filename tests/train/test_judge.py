@@ -116,6 +116,7 @@ def test_a_true_long_film_scores_full_marks_in_every_quarter(world):
         assert trial.heading_accuracy == (1,) * QUARTERS and trial.motion == (1,) * QUARTERS
         assert trial.change == pytest.approx((1,) * QUARTERS, abs=1e-4)
         assert max(trial.palette) < 1e-3 and max(trial.residual) < 1e-6
+        assert max(trial.palette_any) < 1e-3 and max(trial.palette_own) < 1e-3 and trial.style == (1,) * QUARTERS
         assert trial.reach == tuple(np.mean(REACH[8 * q : 8 * q + 8]) for q in range(QUARTERS))
 
 
@@ -127,7 +128,32 @@ def test_a_palette_that_drifts_is_caught_and_nothing_else_is_blamed(world):
     trial = judge_long(world, film, LONG, style, REACH)
     expected = drift.flatten().view(QUARTERS, -1).mean(1).tolist()
     assert trial.palette == pytest.approx(expected, abs=1e-3)
+    # The other channels tell the heading: the nearest true view is hardly nearer than that of the right heading.
+    assert all(0 < a <= b + 1e-3 for a, b in zip(trial.palette_any, trial.palette))
+    first, *later = trial.palette_own
+    assert later == pytest.approx([each - expected[0] for each in expected[1:]], abs=0.02) and first < later[0]
     assert trial.heading_accuracy == (1,) * QUARTERS and trial.motion == (1,) * QUARTERS
+
+
+def test_a_wrong_heading_is_not_a_wrong_colour_and_another_style_is_told(world):
+    """The second half shows the world from elsewhere, the last quarter also under another style."""
+    style, other = ALL_STYLES[0], ALL_STYLES[-1]
+    film, scene = true_film(world, LONG, style, 3)
+    art = [render_latent_frames(scene, [each] * len(LONG), LONG, start=21 + 12) for each in (style, other)]
+    elsewhere, styled = (world.encode(each).movedim(0, 1) for each in art)
+    half, last = film.shape[1] // 2, film.shape[1] // QUARTERS * 3
+    film = torch.cat([film[:, :half], elsewhere[:, half:last], styled[:, last:]], dim=1)
+    trial = judge_long(world, film, LONG, style, REACH)
+    assert trial.palette[1] < 1e-3 and trial.palette[2] > 0.2
+    assert trial.palette_any[2] < 1e-3 and trial.palette_any[3] > 0.2
+    assert trial.style == (1, 1, 1, 0)
+
+
+def test_places_that_are_not_those_of_the_first_quarter_have_no_own_palette(world):
+    moves = [1, 0, 0, 0] + [1, 0, 0, 0] * 2 + [1, 1, 1, -1]
+    film, _ = true_film(world, moves, ALL_STYLES[0], 3)
+    own = judge_long(world, film, moves, ALL_STYLES[0], [0] * len(moves)).palette_own
+    assert own[0] < 1e-3 and own[1] is None and own[2] is None and own[3] is None
 
 
 def test_pictures_that_blur_are_caught_by_the_residual(world):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ...memory.memory import Memory
 from ...model.attention_mass import AttentionRecorder
-from ...model.sampler import CausalSampler
+from ...model.sampler import CausalSampler, SamplerOptions
 from ...video.pipeline import Pipeline
 from ..world.camera import headings
 from ..world.geometry import RING_COLUMNS
@@ -38,8 +38,16 @@ class ChoosingCamera(Camera):
     those that left fast since. The chooser drops frames from these, and reads others from the film.
     """
 
-    def __init__(self, pipeline: Pipeline, style: Style, seed: int, choose: Chooser):
-        super().__init__(pipeline, style, seed)
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        style: Style,
+        seed: int,
+        choose: Chooser,
+        options: SamplerOptions | None = None,
+        recache: int = 0,
+    ):
+        super().__init__(pipeline, style, seed, options, recache)
         self.choose = choose
 
     def move(self, memory: Memory, move: int) -> Memory:

@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,6 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from ...memory.config import POLICIES
 from ...memory.files import atomic_path
 from ...memory.history import reach_frames
 from ...memory.memory import Memory
@@ -33,21 +33,19 @@ from ...model.units import FRAMES_PER_LATENT, latent_seconds
 from ...video.frames import film_strip
 from ...video.pipeline import Pipeline
 from ..world.geometry import CHUNK
-from ..world.prompts import ALL_STYLES, Style
+from ..world.prompts import ALL_STYLES
 from ..world.scripts import TRIP_COLUMNS, Script, benchmark_script, random_script
-from .choosers import CHOOSERS, ChoosingCamera
 from .judge import QUARTERS, World, judge, judge_long
 from .rollout import Camera, branches
 from .summary import KINDS, LONG, Record, sum_up, tables
+from .variants import Variant
 
 log = logging.getLogger("context_forcing")
 
 RESULTS = "recall.json"
-FORMAT = 4
+FORMAT = 5
 """Version of the results file. It changes when the meaning of a figure changes."""
 MAX_SEED = 2**48
-NO_SLOW = "none"
-"""The name of no slow memory among policies."""
 _TRIP_CHUNKS = 16
 """Longest piece of a long path: the camera neither stays away nor stands still for a whole quarter."""
 _MIN_CHUNKS = 8 * QUARTERS
@@ -55,17 +53,17 @@ _MIN_CHUNKS = 8 * QUARTERS
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedStudent:
-    """A student and the policies that it is measured under."""
+    """A student and what it is measured under."""
 
     name: str
     path: str | None
     """A student file; None for the built-in student."""
     policies: tuple[str, ...]
+    """Names of rows, Variant.parse."""
 
     def __post_init__(self):
-        known = (NO_SLOW, *POLICIES, *CHOOSERS)
-        if unknown := [policy for policy in self.policies if policy not in known]:
-            raise ValueError(f"policies: {unknown[0]!r} is not one of {', '.join(known)}")
+        for policy in self.policies:
+            Variant.parse(policy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,16 +202,18 @@ def evaluate(plan: Plan, device: str, dtype: str, out: Path) -> list[Table]:
             continue
         run = {"student": student, "policy": policy, "seed": seed, "scene": scene}
         style = ALL_STYLES[np.random.default_rng((seed, scene)).integers(len(ALL_STYLES))]
-        camera = _camera(pipelines[student], policy, style, seed * 10_000 + scene)
-        memory = _empty_memory(pipelines[student], policy)
+        variant = Variant.parse(policy)
+        camera = variant.camera(pipelines[student], style, seed * 10_000 + scene)
+        memory = variant.empty_memory(pipelines[student])
         if is_long:
             rollouts = [_run_long(camera, world, memory, paths[seed, scene], run)]
         else:
             rollouts = _run_gaps(camera, world, memory, scripts[scene % 2 == 1], run)
         for record, end in rollouts if (seed, scene) == (plan.seeds[0], 0) else ():
             script = (record.kind, record.columns, record.gap_frames) if not is_long else (record.kind,)
-            parts = [student.replace("/", "-")] * (len(plan.students) > 1) + [*map(str, script), policy]
-            film_strip(world.codec, end.latent_chunks, scale=1).save(out / f"{'-'.join(parts)}.png")
+            parts = [student] * (len(plan.students) > 1) + [*map(str, script), policy]
+            name = re.sub(r"[^\w.-]+", "-", "-".join(parts))
+            film_strip(world.codec, end.latent_chunks, scale=1).save(out / f"{name}.png")
         results.add([record for record, _ in rollouts])
     return _report(results, plan, first.card.fps, out)
 
@@ -283,22 +283,6 @@ def long_paths(plan: Plan, fps: float) -> dict[tuple[int, int], list[int]]:
     return paths
 
 
-def _camera(pipeline: Pipeline, policy: str, style: Style, seed: int) -> Camera:
-    if policy in CHOOSERS:
-        return ChoosingCamera(pipeline, style, seed, CHOOSERS[policy])
-    return Camera(pipeline, style, seed)
-
-
-def _empty_memory(pipeline: Pipeline, policy: str) -> Memory:
-    """Raises ValueError for a policy that the student cannot use."""
-    if policy in CHOOSERS:
-        memory = pipeline.empty_memory(policy="fifo", eviction="oldest")
-        if not memory.config.slow:
-            raise ValueError(f"slow: 0 latent frames; {policy} chooses slow frames")
-        return memory
-    return pipeline.empty_memory(slow=0) if policy == NO_SLOW else pipeline.empty_memory(policy=policy)
-
-
 def _usable(plan: Plan, pipelines: dict[str, Pipeline]) -> Plan:
     """The plan without the policies that a student cannot use; the log names them.
 
@@ -309,7 +293,7 @@ def _usable(plan: Plan, pipelines: dict[str, Pipeline]) -> Plan:
         policies = []
         for policy in student.policies:
             try:
-                _empty_memory(pipelines[student.name], policy)
+                Variant.parse(policy).empty_memory(pipelines[student.name])
                 policies.append(policy)
             except ValueError as error:
                 log.warning("%s cannot be measured under policy %s: %s", student.name, policy, error)
@@ -327,7 +311,7 @@ def _header(plan: Plan, pipelines: dict[str, Pipeline]) -> dict:
     for student in plan.students:
         name, pipeline = student.name, pipelines[student.name]
         for policy in student.policies:
-            chunk = _empty_memory(pipeline, policy).config.chunk
+            chunk = Variant.parse(policy).empty_memory(pipeline).config.chunk
             if chunk != CHUNK:
                 raise ValueError(f"student: {name} generates chunks of {chunk}; the scripts need {CHUNK}")
         if pipeline.card.fps != first.card.fps:

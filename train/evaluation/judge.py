@@ -18,7 +18,7 @@ from ...video.pipeline import Pipeline
 from ..world.background import background
 from ..world.camera import headings, view
 from ..world.geometry import CHUNK, LANDMARK_COLUMNS, LANDMARK_TOP, RING_COLUMNS, TOKEN, stations_in_view
-from ..world.prompts import Style
+from ..world.prompts import ALL_STYLES, Style
 from ..world.scene import templates
 from ..world.scripts import Script
 
@@ -88,6 +88,13 @@ class LongTrial:
 
     palette: tuple[float, ...]
     """Distance of a frame's mean latent, without its landmarks, to that of the true world at the same heading."""
+    palette_any: tuple[float, ...]
+    """The same to the nearest heading: a wrong heading does not count."""
+    palette_own: tuple[float | None, ...]
+    """Distance of a frame's mean latent to the film's own in the first quarter at the same heading. None: there is no
+    frame at a heading of the first quarter."""
+    style: tuple[float, ...]
+    """Share of frames whose mean latent is nearer to a true view of the prompted style than to one of another."""
     residual: tuple[float, ...]
     """Distance of landmarks in full view to their nearest template. It measures sharpness; smaller is better."""
     heading_accuracy: tuple[float, ...]
@@ -120,6 +127,10 @@ class World:
         """Rows without landmarks of the true view at every heading, [RING_COLUMNS, C, rows, W]."""
         ring = np.round(background(style)).astype(np.uint8)
         return bare_rows(self.encode(np.stack([view(ring, heading * TOKEN) for heading in range(RING_COLUMNS)])))
+
+    def palette(self, style: Style) -> Tensor:
+        """Mean latent of the true view at every heading, without landmarks, [RING_COLUMNS, C]."""
+        return self.bare_views(style).mean((2, 3))
 
     def start(self, film_CTHW: Tensor, path: np.ndarray, style: Style) -> int:
         """Heading of the first frame of a video whose camera turns along `path` [T].
@@ -210,20 +221,36 @@ def judge_long(world: World, film: Tensor, moves: Sequence[int], style: Style, r
     lead = slice(0, _LEAD_FRAMES, CHUNK)
     start = world.start(film[:, lead], path[lead], style)
     looks = (path + start) % RING_COLUMNS
-    bare, views = bare_rows(film.movedim(1, 0)), world.bare_views(style)
-    palette = (bare.mean((2, 3)) - views.mean((2, 3))[looks]).norm(dim=1).cpu().numpy()
+    means, true = bare_rows(film.movedim(1, 0)).mean((2, 3)), world.palette(style)
+    palette = (means - true[looks]).norm(dim=1).cpu().numpy()
+    nearest = {each: torch.cdist(means, world.palette(each)).amin(1) for each in ALL_STYLES}
+    is_style = (nearest[style] <= torch.stack([*nearest.values()]).amin(0)).cpu().numpy()
     residual = np.array([world.sharpness(film[:, t], heading, style) for t, heading in enumerate(looks)])
     quarters = np.array_split(np.arange(film.shape[1]), QUARTERS)
     each = lambda figure: tuple(float(figure(quarter)) for quarter in quarters)
+    own = _palette_own(means, path, quarters[0])
     turned = lambda headings: np.abs(np.diff(headings)).sum()
     return LongTrial(
         palette=each(lambda q: palette[q].mean()),
+        palette_any=each(lambda q: nearest[style][q].mean()),
+        palette_own=tuple(float(np.nanmean(own[q])) if np.isfinite(own[q]).any() else None for q in quarters),
+        style=each(lambda q: is_style[q].mean()),
         residual=each(lambda q: residual[q].mean()),
         heading_accuracy=each(lambda q: (path[q] - path[q[0]] == expected[q] - expected[q[0]]).mean()),
         motion=each(lambda q: turned(path[q]) / turned(expected[q])),
         change=each(lambda q: _change(world, film[:, q], expected[q] + start, style)),
         reach=tuple(np.reshape(reach, (QUARTERS, -1)).mean(1).tolist()),
     )
+
+
+def _palette_own(means_TC: Tensor, path: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Distance of every frame's mean latent to that of the frames `first` at the same heading, [T]; NaN without one."""
+    distance = np.full(len(path), np.nan)
+    for heading in np.unique(path[first] % RING_COLUMNS):
+        here = np.flatnonzero(path % RING_COLUMNS == heading)
+        reference = means_TC[np.intersect1d(here, first)].mean(0)
+        distance[here] = (means_TC[here] - reference).norm(dim=1).cpu().numpy()
+    return distance
 
 
 def _change(world: World, film: Tensor, path: np.ndarray, style: Style) -> float:

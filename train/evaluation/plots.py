@@ -14,8 +14,11 @@ from ...model.units import latent_seconds
 from .judge import QUARTERS
 from .summary import BRIDGED, KINDS, LONG, Cell, Summary, row_name
 
-COLOURS = ("#0b6fb8", "#d9571a", "#2c8a4b", "#8a4fbf", "#b8860b", "#3b3f46", "#c2378a", "#1b9aa0")
-MARKERS = "osD^vPX*"
+COLOURS = (
+    "#0b6fb8", "#d9571a", "#2c8a4b", "#8a4fbf", "#b8860b", "#3b3f46", "#c2378a", "#1b9aa0", "#8c564b", "#5f7d00",
+    "#e0a0c0",
+)  # fmt: skip
+MARKERS = "osD^vPX*<>h"
 _INK, _FAINT = "#2a2e35", "#c9ced6"
 _DODGE = 0.01
 """Distance of rows at one gap, as a share of the axis, so that their intervals do not overlap."""
@@ -56,13 +59,15 @@ def draw_recall(summary: Summary, fps: float, path: Path) -> None:
 
 def draw_drift(summary: Summary, fps: float, path: Path) -> None:
     """Long rollouts by quarter: consistency in the upper row, motion in the lower. No long rollouts, no file."""
-    cells = [cell for cell in summary.cells if cell.kind == LONG]
+    cells = [cell for cell in summary.cells if cell.kind == LONG and cell.at <= QUARTERS]
     if not cells:
         return
-    canvas = Canvas(figsize=(12, 7.2), layout="constrained")
-    axes = canvas.subplots(2, 3, sharex=True)
+    canvas = Canvas(figsize=(16, 7.2), layout="constrained")
+    axes = canvas.subplots(2, 4, sharex=True)
     panels = (
         ("palette", "palette distance\n(latent units, less is better)", 1.0, None),
+        ("palette_any", "palette distance to any heading\n(latent units, less is better)", 1.0, None),
+        ("palette_own", "palette distance to own first quarter\n(latent units, less is better)", 1.0, None),
         ("residual", "distance to nearest template\n(sharpness, less is better)", 1.0, None),
         ("reach", "memory reach, seconds\n(age of the oldest frame that is not sink)", latent_seconds(1, fps), None),
         ("heading_accuracy", "heading accuracy\n(share of frames at the expected heading)", 1.0, None),
@@ -100,7 +105,7 @@ def _lines(
     names = list(dict.fromkeys(row_name(cell, summary) for cell in summary.cells))
     width = _DODGE * scale * (max(cell.at for cell in cells) if cells else 0)
     for i, name in enumerate(names):
-        own = [cell for cell in cells if row_name(cell, summary) == name]
+        own = [cell for cell in cells if row_name(cell, summary) == name and figure in cell.figures]
         if not own:
             continue
         figures = [cell.figures[figure] for cell in own]

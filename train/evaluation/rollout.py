@@ -9,7 +9,7 @@ import torch
 
 from ...memory.memory import Memory
 from ...model.codecs.demo_text import encode_demo_text
-from ...model.sampler import CausalSampler, seeded_noise
+from ...model.sampler import CausalSampler, SamplerOptions, seeded_noise
 from ...model.segment import used_rows
 from ...video.pipeline import Pipeline
 from ..world.prompts import Style, caption
@@ -23,15 +23,25 @@ class Camera:
     The memories equal those of `Pipeline.generate`, bit for bit.
     """
 
-    def __init__(self, pipeline: Pipeline, style: Style, seed: int):
-        self.pipeline, self.style, self.seed = pipeline, style, seed
-        self._sampler = functools.cache(lambda prompt: pipeline.sampler(encode_demo_text(prompt)))
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        style: Style,
+        seed: int,
+        options: SamplerOptions | None = None,
+        recache: int = 0,
+    ):
+        """`recache` is the number of chunks after which remembered keys and values are computed again; 0: never."""
+        self.pipeline, self.style, self.seed, self.recache = pipeline, style, seed, recache
+        self._sampler = functools.cache(lambda prompt: pipeline.sampler(encode_demo_text(prompt), options))
 
     def move(self, memory: Memory, move: int) -> Memory:
         """Generate one chunk; `move` is -1 (left), 0 (stay) or +1 (right)."""
         prompt = caption(self.style, move)
         if not memory.segments or memory.segments[-1].prompt != prompt:
             memory = memory.begin(prompt, self.seed, used_rows(encode_demo_text(prompt)))
+        if self.recache and memory.latent_chunks and len(memory.latent_chunks) % self.recache == 0:
+            memory = self._recache(memory)
         noise = seeded_noise(self.seed, memory.latent_size)
         (memory,) = self._sampler(prompt).rollout(memory, 1, sigmas=self.pipeline.card.sigmas, noise=noise)
         return memory
@@ -39,6 +49,10 @@ class Camera:
     def sampler(self, memory: Memory) -> CausalSampler:
         """The student under the last prompt of a memory."""
         return self._sampler(memory.segments[-1].prompt)
+
+    @torch.inference_mode()
+    def _recache(self, memory: Memory) -> Memory:
+        return self.sampler(memory).recache(memory)
 
     @torch.inference_mode()
     def hold(self, memory: Memory, frames: Collection[int]) -> Memory:

@@ -31,7 +31,19 @@ FIGURES = (
     "motion",
     "change",
 )
-LONG_FIGURES = ("palette", "residual", "reach", "heading_accuracy", "motion", "change")
+LONG_FIGURES = (
+    "palette",
+    "palette_any",
+    "palette_own",
+    "style",
+    "residual",
+    "reach",
+    "heading_accuracy",
+    "motion",
+    "change",
+)
+GROWTH = QUARTERS + 1
+"""In the place of a quarter: the last quarter minus the first."""
 BRIDGED = 0.8
 """Recall from which on a gap counts as bridged."""
 BOOTSTRAP = 2000
@@ -61,7 +73,12 @@ class Record:
         return cls(**{**fields, "trial": trial(**checked_fields(trial, fields["trial"], "records.trial"))})
 
     def figures(self, at: int) -> dict[str, float | None]:
-        """Figures of the rollout; of a long one those of quarter `at`, from 1. None: there is nothing to measure."""
+        """Figures of the rollout; of a long one those of quarter `at`, from 1, or their GROWTH.
+
+        None: there is nothing to measure.
+        """
+        if self.kind == LONG and at == GROWTH:
+            return _minus(self.figures(QUARTERS), self.figures(1))
         if self.kind == LONG:
             return {name: getattr(self.trial, name)[at - 1] for name in LONG_FIGURES}
         return {name: getattr(self.trial, name) for name in FIGURES}
@@ -89,7 +106,7 @@ class _Rollouts:
     columns: int
     """Columns of the trip; 0 for long rollouts."""
     at: int
-    """The gap in latent frames; of long rollouts the quarter, from 1."""
+    """The gap in latent frames; of long rollouts the quarter, from 1, or GROWTH."""
     n: int
     figures: dict[str, Figure]
     """Without those that fewer than two rollouts have."""
@@ -168,7 +185,7 @@ def sum_up(records: Sequence[Record]) -> Summary:
     """
     groups: dict[tuple[str, str, str, int, int], list[Record]] = {}
     for record in records:
-        for at in range(1, QUARTERS + 1) if record.kind == LONG else [record.gap_frames]:
+        for at in range(1, GROWTH + 1) if record.kind == LONG else [record.gap_frames]:
             key = (record.student, record.policy, record.kind, record.columns, at)
             groups.setdefault(key, []).append(record)
     keys = sorted(groups, key=lambda key: ((*KINDS, LONG).index(key[2]), *key[3:]))
@@ -271,18 +288,25 @@ def tables(summary: Summary, fps: float) -> list[Table]:
         columns = {
             "palette [95 %]": interval("palette", ".2f"),
             "difference [95 %]": difference("palette"),
+            "any heading [95 %]": interval("palette_any", ".2f"),
+            "own [95 %]": interval("palette_own", ".2f"),
+            "style": mean("style", ".2f"),
             "residual [95 %]": interval("residual", ".3f"),
             "reach, s": lambda cell: f"{latent_seconds(cell.figures['reach'].mean, fps):.1f}",
             "heading [95 %]": interval("heading_accuracy", ".2f"),
             "motion [95 %]": interval("motion", ".2f"),
             "change [95 %]": interval("change", ".2f"),
         }
-        title = "long rollouts by quarter; difference: to the first row, paired"
-        shown.append(_cell_table(title, drift, summary, {"quarter": lambda cell: cell.at}, columns))
+        title = "long rollouts by quarter; growth: last minus first; difference: to the first row, paired"
+        shown.append(_cell_table(title, drift, summary, {"quarter": _quarter}, columns))
     return shown
 
 
 Column = Callable[[Cell], object]
+
+
+def _quarter(cell: Cell) -> object:
+    return "growth" if cell.at == GROWTH else cell.at
 
 
 def _cell_table(
