@@ -67,6 +67,8 @@ class StudentCard:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     commit_attends: str = "all"
     """What the commit pass over a finished chunk attends to (view.ATTENDS)."""
+    match_sink: float = 0.0
+    """Share by which mean and deviation of each latent channel of a finished chunk move to those of the sink."""
     fps: int = 16
     size: tuple[int, int] = (832, 480)
     """Width and height in pixels of the training videos."""
@@ -84,6 +86,8 @@ class StudentCard:
                 raise ValueError(f"{name}: {values!r} is not a list of numbers")
         if type(self.shift) not in (int, float):
             raise ValueError(f"shift: {self.shift!r} is not a number")
+        if type(self.match_sink) not in (int, float) or not 0 <= self.match_sink <= 1:
+            raise ValueError(f"match_sink: {self.match_sink!r} is not a share; it must be a number in [0, 1]")
         if type(self.fps) is not int or self.fps < 1:
             raise ValueError(f"fps: {self.fps!r} is not a positive integer")
         if len(self.size) != 2 or any(type(side) is not int for side in self.size):

@@ -12,6 +12,8 @@ from typing import TypeVar
 from torch import Tensor
 
 TIMESTEPS = 1000
+MATCH_EPS = 1e-5
+"""Added to the deviation of a channel before it divides (match_channels), as in LiveWan."""
 Sigma = TypeVar("Sigma", float, Tensor)
 
 
@@ -44,6 +46,14 @@ predicted flow (models that were not distilled)."""
 def add_noise(x0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
     """x_sigma on the straight line from x0 to noise."""
     return (1 - sigma) * x0 + sigma * noise
+
+
+def match_channels(x0_BCTHW: Tensor, like_BCTHW: Tensor, share: float) -> Tensor:
+    """Latents with the mean and deviation of each channel moved by `share` (0..1) to those of other latents."""
+    dims = (2, 3, 4)
+    mean, deviation = x0_BCTHW.mean(dims, keepdim=True), x0_BCTHW.std(dims, keepdim=True)
+    matched = (x0_BCTHW - mean) / (deviation + MATCH_EPS) * like_BCTHW.std(dims, keepdim=True)
+    return x0_BCTHW.lerp(matched + like_BCTHW.mean(dims, keepdim=True), share)
 
 
 def x0_from_flow(x_sigma: Tensor, flow: Tensor, sigma: float | Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from .attention import Attention, load_attention
 from .causal import TextContext
 from .config import StudentCard
 from .finite import FiniteCheck
-from .flow import add_noise, x0_from_flow
+from .flow import add_noise, match_channels, x0_from_flow
 from .memory_attention import ChunkAttention
 from .network import Network
 from .units import FRAMES_PER_LATENT
@@ -69,6 +69,7 @@ def make_sampler(
         solver=card.solver,
         first_sigmas=card.first_sigmas,
         commit_attends=options.commit_attends or card.commit_attends,
+        match_sink=card.match_sink,
         student=student,
     )
 
@@ -110,6 +111,8 @@ class CausalSampler:
     """Noise levels of a chunk generated while nothing is remembered; empty: those of all chunks."""
     commit_attends: str = "all"
     """What the pass over clean latents attends to while it computes their keys: one of COMMIT_ATTENDS."""
+    match_sink: float = 0.0
+    """StudentCard.match_sink."""
     student: str = ""
     """Fingerprint of the network. It marks memories, and memories of other students are refused; empty: no check."""
 
@@ -139,6 +142,9 @@ class CausalSampler:
         """Denoise one chunk over the memory, then commit it."""
         view = self.view(memory)
         *_, x0 = self.denoise(memory, view, sigmas, noise)
+        if self.match_sink and memory.slots.sink and not memory.num_start_frames:
+            sink = memory.latents_of(memory.slots.sink).to(x0)
+            x0 = match_channels(x0, sink, self.match_sink)
         return self.commit(memory, x0, view, lambda again: again.generate_chunk(memory, sigmas, noise))
 
     def denoise(self, memory: Memory, view: Any, sigmas: Sequence[float], noise: Noise) -> Iterator[Tensor]:

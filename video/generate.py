@@ -193,6 +193,10 @@ def open_job(request: GenerateRequest) -> Iterator[GenerateJob]:
 
 
 def _journal_fields(value: Story | StudentCard) -> dict:
-    """The fields of a story or card in a journal. What is in effect of the others is an input of its own."""
-    others = ("commit_attends", "references")
-    return {name: field for name, field in dataclasses.asdict(value).items() if name not in others}
+    """The fields of a story or card in a journal. What is in effect of the others is an input of its own.
+
+    Older journals do not have match_sink; it is written if it has an effect.
+    """
+    fields = dataclasses.asdict(value)
+    others = {"commit_attends", "references"} | ({"match_sink"} if not fields.get("match_sink") else set())
+    return {name: field for name, field in fields.items() if name not in others}

@@ -185,7 +185,9 @@ def test_a_journal_is_not_resumed_with_another_commit_pass(tmp_path, student):
         with open_job(same[0]) as job:
             header = json.loads((job.journal.folder / HEADER).read_text())
             assert header.get("commit attends") == (None if same is plain else "no sink")
-            assert not {"commit_attends"} & {*header["card"], *header["story"]}, "as in journals of version 0.1"
+            assert not {"commit_attends", "match_sink"} & {*header["card"], *header["story"]}, (
+                "as in journals of version 0.1"
+            )
             x0 = torch.zeros(job.memory.chunk_shape)
             job.journal.keep(0, x0)
         for request in same:

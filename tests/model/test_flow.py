@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from context_forcing.model.config import StudentCard
-from context_forcing.model.flow import add_noise, shift_sigma, warped_sigmas, x0_from_flow
+from context_forcing.model.flow import add_noise, match_channels, shift_sigma, warped_sigmas, x0_from_flow
 
 
 def test_the_four_steps_of_self_forcing():
@@ -63,3 +63,17 @@ def test_a_sigma_per_frame():
     for t, one in enumerate((0.1, 0.5, 0.9)):
         assert torch.allclose(x[:, :, t], add_noise(x0, noise, one)[:, :, t], atol=1e-6)
     assert torch.allclose(x0_from_flow(x, noise - x0, sigma), x0, atol=1e-6)
+
+
+def test_channels_are_matched():
+    """Mean and deviation of every channel: those of the other latents at share 1, half way at 0.5, as before at 0."""
+    generator = torch.Generator().manual_seed(0)
+    x0 = 3 * torch.randn(1, 16, 3, 4, 6, generator=generator) + 1
+    like = torch.randn(1, 16, 21, 4, 6, generator=generator) - 2
+    moments = lambda x: torch.stack([(x.flatten(2)).mean(2)[0], x.flatten(2).std(2)[0]])
+    for share in (0.0, 0.5, 1.0):
+        matched = match_channels(x0, like, share)
+        assert torch.allclose(moments(matched), (1 - share) * moments(x0) + share * moments(like), atol=1e-4)
+    corner = matched[0, :, 0, 0, 0]
+    expected = (x0[0, :, 0, 0, 0] - moments(x0)[0]) / moments(x0)[1] * moments(like)[1] + moments(like)[0]
+    assert torch.allclose(corner, expected, atol=1e-4)

@@ -126,6 +126,7 @@ def test_known_cards():
     assert sizes["context-forcing"] == (3, 12, 6, 21) and sizes["self-forcing"] == (3, 12, 6, 21)
     assert cards["context-forcing"].memory.policy == "released" and cards["self-forcing"].memory.policy == "novel"
     assert {name: card.shift for name, card in cards.items() if card.shift != 5} == {"wan2.1-base": 8, "livewan": 1}
+    assert {name: card.match_sink for name, card in cards.items() if card.match_sink} == {"livewan": 1}
     assert [name for name, card in cards.items() if card.solver != "renoise"] == ["wan2.1-base"]
     assert cards["krea-14b"].base == "wan2.1-14b"
     assert {name for name, known in PUBLISHED.items() if known.weights == "generator"} == {
