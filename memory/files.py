@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -54,11 +55,16 @@ def lock(path: Path) -> Iterator[None]:
 def atomic_path(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to. At the end the file is flushed to the disk and renamed to `path`.
 
-    After an error `path` is unchanged and the new file is deleted. Raises OSError.
+    The file has the permissions of a new file, also if its writer gives it others (safetensors: 0600). After an error
+    `path` is unchanged and the new file is deleted. Raises OSError.
     """
     part = path.with_name(path.name + ".part")
     try:
+        part.unlink(missing_ok=True)
+        part.touch()
+        mode = stat.S_IMODE(part.stat().st_mode)
         yield part
+        os.chmod(part, mode)
         settle(part, path)
     finally:
         part.unlink(missing_ok=True)

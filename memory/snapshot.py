@@ -99,15 +99,15 @@ def load_memory(path: str | Path, student: str = "") -> Memory:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: no such file; check the name")
     try:
         with safe_open(path, "pt") as f:
             metadata = f.metadata() or {}
             tensors = {key: f.get_tensor(key) for key in f.keys()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); use another copy") from None
     if HEADER_KEY not in metadata:
-        raise ValueError(f"{path}: not a memory; the file has no {HEADER_KEY} header")
+        raise ValueError(f"{path}: not a memory, it has no {HEADER_KEY} header; give the file of a memory")
     try:
         header = json.loads(metadata[HEADER_KEY])
         if header["version"] != VERSION:
@@ -120,7 +120,7 @@ def load_memory(path: str | Path, student: str = "") -> Memory:
             raise ValueError(f"NaN or infinity in {bad[0]}; continue from an earlier memory")
         return _build(header, tensors)
     except (LookupError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: damaged header ({error!r})") from None
+        raise ValueError(f"{path}: damaged header ({error!r}); use another copy") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

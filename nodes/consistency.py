@@ -53,7 +53,8 @@ class ContextForcingConsistency(io.ComfyNode):
                     " it only the palette is compared: which colours, not where."),
                 io.Float.Input("every", default=1.0, min=0.01, max=60.0, step=0.05,
                     tooltip="Seconds between the frames that are compared. Motion is measured over all frames."),
-                io.Float.Input("fps", default=16.0, min=1.0, max=240.0, tooltip="Frames per second of the video."),
+                io.Float.Input("fps", default=16.0, min=1.0, max=240.0, advanced=True,
+                    tooltip="Frames per second of the video."),
             ],
             outputs=[
                 io.Image.Output("image", tooltip="Plot of similarity and motion over time."),

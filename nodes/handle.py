@@ -20,9 +20,11 @@ class MemoryHandle(NamedTuple):
 
     memory: Memory
     tensors: tuple[Tensor, ...]
+    clips: tuple[str, ...] = ()
+    """Previews of the video's segments in order, files of the temporary folder; a segment may have none."""
 
     @classmethod
-    def of(cls, memory: Memory, before: Memory | None = None) -> "MemoryHandle":
+    def of(cls, memory: Memory, before: Memory | None = None, clips: tuple[str, ...] = ()) -> "MemoryHandle":
         """The handle of a memory that continues the memory `before`."""
         shared = {id(tensor) for tensor in before.tensors()} if before else set()
-        return cls(memory, tuple(tensor for tensor in memory.tensors() if id(tensor) not in shared))
+        return cls(memory, tuple(tensor for tensor in memory.tensors() if id(tensor) not in shared), clips)

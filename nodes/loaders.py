@@ -9,7 +9,7 @@ from ..model.checkpoints.student import DEMO_STUDENT, WEIGHTS, StudentSource, st
 from ..model.codecs.demo_vae import load_demo_codec
 from .demo import DemoCLIP, DemoVAE
 from .model_access import CARD, COMMIT
-from .shared import ADVANCED, CATEGORY, log
+from .shared import ADVANCED, CATEGORY, log, named_as
 
 
 def load_model(path: str, weights: str = "auto", card: str = "auto", disable_dynamic: bool = False) -> io.Model.Type:
@@ -87,4 +87,5 @@ class ContextForcingLoadStudent(io.ComfyNode):
     @classmethod
     def execute(cls, student: str, weights: str = "auto", card: str = "auto") -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("diffusion_models", student)
-        return io.NodeOutput(load_model(path, weights, card))
+        with named_as("student", path, student):
+            return io.NodeOutput(load_model(path, weights, card))

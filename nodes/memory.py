@@ -33,7 +33,7 @@ class ContextForcingMemory(io.ComfyNode):
                     tooltip="Width of the video in pixels, a multiple of 16. 0: as trained."),
                 io.Int.Input("height", default=0, min=0, max=8192, step=16,
                     tooltip="Height of the video in pixels, a multiple of 16. 0: as trained."),
-                io.Combo.Input("policy", options=[AS_TRAINED, *POLICIES], default=AS_TRAINED,
+                io.Combo.Input("policy", options=[AS_TRAINED, *POLICIES], default=AS_TRAINED, advanced=True,
                     tooltip="Which frames slow memory keeps. novel: frames unlike all remembered frames. recall:"
                     " chosen from the whole video before every chunk. clean: frames unlike the frame before (the"
                     " paper's rule). fifo: the latest. uniform: every sixth. released: the rule of the released"
@@ -42,7 +42,7 @@ class ContextForcingMemory(io.ComfyNode):
                 frames_input("sink", "The first frames of the video, which are never forgotten; 0: none.", AS_TRAINED),
                 frames_input("slow", "Keyframes; 0: no slow memory.", AS_TRAINED),
                 frames_input("fast", "The latest frames, with the chunk being generated.", AS_TRAINED),
-                io.Float.Input("threshold", default=-1.0, min=-1.0, max=1.0, step=0.01,
+                io.Float.Input("threshold", default=-1.0, min=-1.0, max=1.0, step=0.01, advanced=True,
                     tooltip="For policies novel and clean: a frame is kept if its similarity is below this. 0.95 is"
                     " usual; a higher value keeps more frames. -1: as trained."),
                 io.Combo.Input("preset", options=[AS_TRAINED, *MEMORY_PRESETS], default=AS_TRAINED, **ADVANCED,
@@ -78,7 +78,8 @@ class ContextForcingMemoryReport(io.ComfyNode):
             inputs=[
                 MemoryType.Input("memory", tooltip="The memory after any sampler."),
                 io.Vae.Input("vae", tooltip="Decodes the remembered frames."),
-                io.Float.Input("fps", default=16.0, min=1.0, max=240.0, tooltip="Frames per second of the video."),
+                io.Float.Input("fps", default=16.0, min=1.0, max=240.0, advanced=True,
+                    tooltip="Frames per second of the video."),
                 io.Model.Input("model", optional=True,
                     tooltip="The student. Connected, the report also shows how the next chunk's attention is divided"
                     " between sink, slow, fast and the chunk. This takes slightly longer than generating the chunk."),

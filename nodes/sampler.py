@@ -2,32 +2,26 @@
 
 from collections.abc import Callable
 
-import comfy.latent_formats
 import comfy.model_management as mm
-import comfy.utils
-import latent_preview
 import torch
 from comfy_api.latest import io
-from PIL import Image
 from torch import Tensor
 
 from ..memory.memory import CHANGES, Memory
 from ..memory.stores import KV_PLACEMENTS
 from ..model.codecs.backbone import backbone_of
-from ..model.codecs.base import VAE, denormalise
 from ..model.sampler import COMMIT_ATTENDS, CausalSampler, SamplerOptions, chunks_for, make_sampler, working_bytes
 from ..model.segment import generate_segment
 from ..model.units import latent_seconds
-from ..video.frames import to_uint8
 from .demo import WORDS
 from .handle import MemoryHandle, MemoryType
 from .model_access import StudentModel
 from .patches import attention_of, ignored_patches
+from .progress import SegmentProgress, preview_of
 from .save_load import keep_memory, write_autosave
 from .segment_ui import segment_ui
 from .shared import ADVANCED, CATEGORY, attention_input, log, seed_input, storage_inputs
 
-PREVIEW_SIDE = 512
 AS_CARD = "card"
 
 
@@ -43,20 +37,6 @@ def text_of(positive: io.Conditioning.Type) -> Tensor:
     if ignored := sorted(set(options) - {"pooled_output", WORDS}):
         log.warning("positive: %s of the conditioning has no effect in this sampler", ", ".join(ignored))
     return text
-
-
-def previewer_of(vae: VAE | None) -> Callable[[Tensor], tuple[str, Image.Image, int] | None]:
-    """Latents of one frame -> ProgressBar's preview, or None if previews are off. Without a VAE it is approximate."""
-    if vae is None:
-        previewer = latent_preview.get_previewer(torch.device("cpu"), comfy.latent_formats.Wan21())
-        return lambda latents: previewer and previewer.decode_latent_to_preview_image("JPEG", latents)
-
-    def preview(latents: Tensor) -> tuple[str, Image.Image, int]:
-        picture = Image.fromarray(to_uint8(vae.decode(denormalise(latents)))[0])
-        size = (picture.width * 4, picture.height * 4)
-        return "JPEG", picture.resize(size, Image.Resampling.NEAREST), PREVIEW_SIDE
-
-    return preview
 
 
 def make_room(student: StudentModel, memory: Memory, layout: str) -> None:
@@ -139,21 +119,22 @@ class ContextForcingSampler(io.ComfyNode):
             log.info("seconds: %g s is rounded up to %g s, whole chunks", seconds, rounded)
 
         sampler_of = prepare_sampler(student, before, attention, layout, commit_attends)
-        progress, preview = comfy.utils.ProgressBar(num_chunks), previewer_of(backbone_of(card.base).preview_vae)
+        preview = preview_of(backbone_of(card.base).preview_vae)
+        progress = SegmentProgress(before, num_chunks, card.fps, preview)
         chunks = generate_segment(
             sampler_of, before, text, prompt=positive[0][1].get(WORDS, ""), seed=seed, num_chunks=num_chunks,
             sigmas=card.sigmas, change=change, blend=blend,
         )  # fmt: skip
-        after, shown = before, None
+        after, shown, clips, finished = before, None, memory.clips, 0
         try:
             for finished, after in enumerate(chunks, 1):
-                shown = preview(after.latent_chunks[-1][:, :, -1:])
-                progress.update_absolute(finished, num_chunks, shown)
+                shown = progress.show(after, finished)
         finally:
             # Also after an interrupt or an error.
+            clips = progress.show_film(clips, is_finished=finished == num_chunks)
             if autosave and after is not before:
                 write_autosave(after)
         latents = torch.cat(after.latent_chunks[-num_chunks:], dim=2)
         samples = model.model.process_latent_out(latents).to(mm.intermediate_device())
-        handle = MemoryHandle.of(keep_memory(after, keep_in, before), before)
+        handle = MemoryHandle.of(keep_memory(after, keep_in, before), before, clips)
         return io.NodeOutput(handle, {"samples": samples}, ui=segment_ui(after, num_chunks, card.fps, shown))

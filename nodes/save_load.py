@@ -10,10 +10,12 @@ from ..memory.memory import Memory
 from ..memory.snapshot import load_memory, save_memory
 from ..video.report import summary
 from .handle import MemoryHandle, MemoryType
-from .shared import CATEGORY, log
+from .output_files import PREFIX_TOOLTIP, new_file, validate_prefix
+from .shared import CATEGORY, log, named_as
 
 FOLDER = "context_forcing"
 """Folder of memory files under ComfyUI's output folder."""
+SUFFIX = ".safetensors"
 
 
 def keep_memory(memory: Memory, place: str, before: Memory) -> Memory:
@@ -23,18 +25,12 @@ def keep_memory(memory: Memory, place: str, before: Memory) -> Memory:
     return memory if place == "GPU" else memory.to(mm.intermediate_device(), before=before)
 
 
-def new_file(prefix: str) -> str:
-    """Path of a new file under ComfyUI's output folder. ComfyUI raises an exception for a path outside of it."""
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
-    return os.path.join(folder, f"{name}_{counter:05}_.safetensors")
-
-
 def write_autosave(memory: Memory) -> None:
     """Write a memory to a new file, compact where it supports that. A failure is logged, not raised."""
     try:
-        path = new_file(f"{FOLDER}/autosave")
-        save_memory(path, memory.compact() if memory.supports("compact") else memory)
-        log.info("memory saved to %s", path)
+        file = new_file(f"{FOLDER}/autosave", SUFFIX)
+        save_memory(file.path, memory.compact() if memory.supports("compact") else memory)
+        log.info("memory saved to %s", file.path)
     except (ValueError, OSError) as error:
         log.warning("autosave: %s", error)
 
@@ -60,10 +56,10 @@ class ContextForcingSaveMemory(io.ComfyNode):
             description="Writes a memory, with the video so far, to a file in the output folder. Load Memory continues"
             " from it, later or on another machine with the same student.",
             search_aliases=["context forcing", "snapshot", "checkpoint", "resume"],
+            hidden=[io.Hidden.prompt],
             inputs=[
                 MemoryType.Input("memory", tooltip="The memory after any sampler."),
-                io.String.Input("filename_prefix", default=f"{FOLDER}/memory",
-                    tooltip="File name, with folders under ComfyUI's output folder."),
+                io.String.Input("filename_prefix", default=f"{FOLDER}/memory", tooltip=PREFIX_TOOLTIP),
                 io.Combo.Input("form", options=["exact", "compact"], default="exact",
                     tooltip="exact: the video continues bit for bit; about 5 GB for a 1.3B student. compact: latent"
                     " frames only, 0.4 MB each at 832x480; keys and values are computed again, not bit for bit."),
@@ -72,11 +68,17 @@ class ContextForcingSaveMemory(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, filename_prefix: str | None) -> bool | str:
+        return validate_prefix(filename_prefix)
+
+    @classmethod
     def execute(cls, memory: MemoryHandle, filename_prefix: str, form: str) -> io.NodeOutput:
-        path = new_file(filename_prefix)
-        save_memory(path, memory.memory.compact() if form == "compact" else memory.memory)
-        name = os.path.relpath(path, folder_paths.get_output_directory())
-        return io.NodeOutput(name, ui=ui.PreviewText(f"{name}, {os.path.getsize(path) / 1e6:.1f} MB"))
+        kept = memory.memory.compact() if form == "compact" else memory.memory
+        file = new_file(filename_prefix, SUFFIX, cls.hidden.prompt)
+        with named_as("output", file.path, file.relative):
+            save_memory(file.path, kept)
+        megabytes = os.path.getsize(file.path) / 1e6
+        return io.NodeOutput(file.relative, ui=ui.PreviewText(f"{file.relative}, {megabytes:.1f} MB"))
 
 
 class ContextForcingLoadMemory(io.ComfyNode):
@@ -102,9 +104,14 @@ class ContextForcingLoadMemory(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
-        return True if folder_paths.exists_annotated_filepath(file) else f"file: {file} does not exist"
+        """Here and not in `execute`, so that the rest of a graph runs, which may write the file."""
+        # ComfyUI puts the name of the input before the reason.
+        reason = f"{file} does not exist; select a file that Save Memory wrote (key R refreshes the list)"
+        return True if folder_paths.exists_annotated_filepath(file) else reason
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        memory = load_memory(folder_paths.get_annotated_filepath(file))
+        path = folder_paths.get_annotated_filepath(file)
+        with named_as("file", path, file):
+            memory = load_memory(path)
         return io.NodeOutput(MemoryHandle.of(memory), summary(memory, 16.0))

@@ -1,6 +1,8 @@
 """What several nodes declare: the log, the category, inputs and outputs."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -17,12 +19,14 @@ PLACES = ("RAM", "GPU", "compact")
 UNCHANGED = -1
 """Value of an input for a number of latent frames that leaves the card's number."""
 ADVANCED = {"optional": True, "advanced": True}
+"""Of an input that a beginner does not need. Required ones have `advanced` alone: as optional ones they would move
+to the end, and saved graphs depend on the order."""
 
 
 def frames_input(name: str, tooltip: str, unchanged: str) -> io.Input:
     """A number of latent frames."""
     tooltip = f"{tooltip} In latent frames, 4 video frames each. -1: {unchanged}."
-    return io.Int.Input(name, default=UNCHANGED, min=UNCHANGED, max=1024, tooltip=tooltip)
+    return io.Int.Input(name, default=UNCHANGED, min=UNCHANGED, max=1024, tooltip=tooltip, advanced=True)
 
 
 def seed_input(tooltip: str) -> io.Input:
@@ -51,6 +55,16 @@ def storage_inputs() -> list[io.Input]:
             tooltip="Where keys and values are during sampling; the video is the same. at once: fastest, twice the"
             " memory's size in video memory. by layer: once its size, slower. from RAM: least, slow."),
     ]  # fmt: skip
+
+
+@contextlib.contextmanager
+def named_as(field: str, path: str, name: str) -> Iterator[None]:
+    """ValueErrors of the block say `field` and the `name` that the user knows, not a path of the server."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error).replace(path, name)
+        raise ValueError(text if text.startswith(f"{field}: ") else f"{field}: {text}") from None
 
 
 def picture_output(picture: Image.Image, text: str, node: type[io.ComfyNode]) -> io.NodeOutput:

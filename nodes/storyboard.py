@@ -52,20 +52,14 @@ class ContextForcingStoryboard(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, text: str | None) -> bool | str:
-        if text is not None:  # A connected text is None here, and checked in execute.
-            try:
-                parse_storyboard(text)
-            except ValueError as error:
-                return str(error)
-        return True
-
-    @classmethod
     def execute(
         cls, model: io.Model.Type, clip: io.Clip.Type, memory: MemoryHandle, text: str, seed: int,
         branch_after: int = 0, **options: str | bool,
     ) -> io.NodeOutput:  # fmt: skip
-        """`options` are inputs of the samplers."""
+        """`options` are inputs of the samplers.
+
+        The text is checked here: ComfyUI's page shows no reason for what `validate_inputs` refuses.
+        """
         card = StudentModel.of(model).card
         story = chunk_story(parse_storyboard(text), card.fps, memory.memory.config.chunk, seed)
         # The samplers take links, not values: ComfyUI then finds the samplers of unchanged lines in its cache.

@@ -47,10 +47,11 @@ class ContextForcingStudentSettings(io.ComfyNode):
                 io.Float.Input("shift", default=0.0, min=0.0, max=100.0, step=0.1,
                     tooltip="Moves the steps towards noise; 5 for most students. A ModelSamplingSD3 node replaces it."
                     " 0: as is."),
-                io.Combo.Input("solver", options=[AS_IS, *SOLVERS], default=AS_IS,
+                io.Combo.Input("solver", options=[AS_IS, *SOLVERS], default=AS_IS, advanced=True,
                     tooltip="renoise: new noise in every step, for distilled students. euler: one noise, for models"
                     " trained by flow matching only."),
-                io.Int.Input("fps", default=0, min=0, max=240, tooltip="Frames per second; 16 for Wan 2.1. 0: as is."),
+                io.Int.Input("fps", default=0, min=0, max=240, advanced=True,
+                    tooltip="Frames per second; 16 for Wan 2.1. 0: as is."),
                 frames_input("chunk", "Frames generated together: 3, or 1 for framewise students.", AS_IS),
                 frames_input("window", "Most frames seen at once in training, remembered and new: 21.", AS_IS),
                 frames_input("sink", "The first frames of the video, in the window; 0: none.", AS_IS),

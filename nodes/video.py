@@ -1,12 +1,12 @@
 """The video of a memory: decoded as a stream, and written to a file."""
 
-import os
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 
 import comfy.model_management as mm
 import comfy.utils
-import folder_paths
 import torch
+from comfy.cli_args import args
 from comfy.ldm.wan.vae import count_cache_layers
 from comfy_api.latest import InputImpl, io, ui
 from torch import Tensor
@@ -17,7 +17,8 @@ from ..model.codecs.wan_vae import decode_wan_stream
 from ..model.units import LATENT_CHANNELS, pixel_frames, pixel_size
 from ..video.mp4 import default_scale, hold_output, write_video
 from .handle import MemoryHandle, MemoryType
-from .shared import ADVANCED, CATEGORY
+from .output_files import PREFIX_TOOLTIP, Prompt, new_file, validate_prefix
+from .shared import ADVANCED, CATEGORY, named_as
 
 
 def decode_stream(vae: io.Vae.Type, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -41,6 +42,14 @@ def decode_stream(vae: io.Vae.Type, chunks: Iterable[Tensor]) -> Iterator[Tensor
     return decode_wan_stream(net, raw_latents(), count_cache_layers(net.decoder))
 
 
+def graph_tags(prompt: Prompt | None, extra_pnginfo: Mapping[str, object] | None) -> dict[str, str]:
+    """The workflow and the prompt as tags of a video, under the names that ComfyUI's page reads."""
+    if args.disable_metadata:
+        return {}
+    tags = {**(extra_pnginfo or {}), "prompt": prompt}
+    return {name: json.dumps(value) for name, value in tags.items() if value is not None}
+
+
 class ContextForcingSaveVideo(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -49,13 +58,13 @@ class ContextForcingSaveVideo(io.ComfyNode):
             description="Writes the video of a memory to an mp4 in the output folder, chunk by chunk. Memory use does"
             " not grow with the length of the video.",
             search_aliases=["context forcing", "mp4", "stream"],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             inputs=[
                 MemoryType.Input("memory", tooltip="The memory after the last sampler."),
                 io.Vae.Input("vae", tooltip="The demo codec, or a Wan 2.1 VAE."),
-                io.String.Input("filename_prefix", default="video/context_forcing",
-                    tooltip="File name, with folders under ComfyUI's output folder."),
+                io.String.Input("filename_prefix", default="video/context_forcing", tooltip=PREFIX_TOOLTIP),
                 io.Float.Input("fps", default=16.0, min=1.0, max=240.0, step=1.0, tooltip="Frames per second."),
-                io.Int.Input("scale", default=0, min=0, max=64,
+                io.Int.Input("scale", default=0, min=0, max=64, advanced=True,
                     tooltip="Nearest-neighbour enlargement for pixel art. 0: until the shorter side has 360 pixels."),
                 io.Int.Input("crf", default=16, min=0, max=51, **ADVANCED,
                     tooltip="H.264 quality. 0: lossless. 16: visually lossless. 28: a small file."),
@@ -64,20 +73,23 @@ class ContextForcingSaveVideo(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, filename_prefix: str | None) -> bool | str:
+        return validate_prefix(filename_prefix)
+
+    @classmethod
     def execute(
         cls, memory: MemoryHandle, vae: io.Vae.Type, filename_prefix: str, fps: float, scale: int, crf: int = 16
     ) -> io.NodeOutput:
         chunks, size = memory.memory.latent_chunks, pixel_size(memory.memory.latent_size)
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-            filename_prefix, folder_paths.get_output_directory(), *size
-        )
-        file = f"{name}_{counter:05}_.mp4"
-        path, scale = os.path.join(folder, file), scale or default_scale(*size)
+        if not chunks:
+            raise ValueError("memory: it has no video yet; connect the memory of a sampler")
+        file = new_file(filename_prefix, ".mp4", cls.hidden.prompt, size)
         progress = comfy.utils.ProgressBar(max(1, pixel_frames(memory.memory.num_frames)))
         # No preview: ComfyUI's Vue nodes would take the picture for the video and fail to play it.
         count = lambda frames: progress.update(len(frames))
-        with hold_output(path):
-            write_video(path, decode_stream(vae, chunks), fps=fps, scale=scale, crf=crf, on_frames=count)
-        return io.NodeOutput(
-            InputImpl.VideoFromFile(path), ui=ui.PreviewVideo([ui.SavedResult(file, subfolder, io.FolderType.output)])
-        )
+        with named_as("output", file.path, file.relative), hold_output(file.path):
+            write_video(
+                file.path, decode_stream(vae, chunks), fps=fps, scale=scale or default_scale(*size), crf=crf,
+                on_frames=count, metadata=graph_tags(cls.hidden.prompt, cls.hidden.extra_pnginfo),
+            )  # fmt: skip
+        return io.NodeOutput(InputImpl.VideoFromFile(file.path), ui=ui.PreviewVideo([file.shown]))

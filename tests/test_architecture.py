@@ -25,6 +25,7 @@ PACKAGES = {
     "train/evaluation": {"torch", "numpy", "rich", "PIL", "matplotlib", "transformers"},
     "train/world": {"numpy"},
     "nodes/storyboard_route.py": {"aiohttp", "server"},
+    "nodes/page.py": {"comfy_api", "comfy_execution", "server"},
     "nodes": {"torch", "numpy", "PIL", "comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview"},
     "cli": {"typer", "rich", "torch", "imageio_ffmpeg", "yaml"},
     "__init__.py": set(),

@@ -5,9 +5,10 @@ import signal
 import time
 from pathlib import Path
 
+from ..video.provenance import git_revision
 from .checkpoints import Checkpoints, newest_checkpoint
 from .log import RunLog
-from .stage import Stage, git_revision
+from .stage import Stage
 
 log = logging.getLogger("context_forcing")
 

@@ -1,7 +1,6 @@
 """A training stage: networks with optimisers, one iteration, and the file that it exports."""
 
 import dataclasses
-import subprocess
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,6 @@ from .config import OptimConfig
 from .lora import add_lora, merge_lora, save_lora
 from .parallel import Gathered, ParallelState, module_runner, shard_network
 from .trained_network import TrainedNetwork
-
-
-def git_revision() -> str:
-    """The revision of the code, with `+` if the working tree differs from it; `unknown` outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
 
 
 class Stage(ABC):

@@ -14,7 +14,7 @@ from ..memory.history import remembered_parts
 from ..memory.memory import Memory
 from ..memory.snapshot import fingerprint_memory, fingerprint_references, load_memory, save_memory
 from ..model.attention import load_attention
-from ..model.checkpoints.student import StudentSource
+from ..model.checkpoints.student import DEMO_STUDENT, StudentSource
 from ..model.codecs.backbone import backbone_of
 from ..model.config import StudentCard
 from ..model.device import pick_device, use_cpu_threads
@@ -25,6 +25,7 @@ from .frames import thumbnails
 from .journal import Journal, journal_path
 from .mp4 import default_scale, hold_output, write_video
 from .pipeline import Pipeline
+from .provenance import tags_of
 from .report import draw_report, summary
 from .story import ResolvedStory, Story
 from .storyboard import read_story
@@ -87,6 +88,8 @@ class GenerateJob:
     memory: Memory
     """The memory after the last finished chunk."""
     journal: Journal
+    tags: Mapping[str, str]
+    """What made the video, for its file (provenance.tags_of)."""
 
     def run(self, on_chunk: Callable[[int, str], None] = lambda finished, note: None) -> int:
         """Generate, decode and write the video. Returns its number of pixel frames.
@@ -98,7 +101,7 @@ class GenerateJob:
         scale = request.scale or default_scale(*story.size)
         try:
             pixels = self.pipeline.decode(self._latents(on_chunk))
-            num_frames = write_video(request.output, pixels, fps=story.fps, scale=scale)
+            num_frames = write_video(request.output, pixels, fps=story.fps, scale=scale, metadata=self.tags)
         finally:
             if request.memory_out is not None and self.memory.latent_chunks:
                 save_memory(request.memory_out, self.memory.compact() if request.compact else self.memory)
@@ -187,9 +190,13 @@ def open_job(request: GenerateRequest) -> Iterator[GenerateJob]:
         inputs |= {"references": fingerprint_references(references)} if references else {}
         folder, num_chunks = journal_path(request.output), resolved.num_chunks
         journal = Journal(folder, inputs, request.resume, num_chunks=num_chunks, shape=memory.chunk_shape)
+        # Videos are published: names of files, not their folders.
+        file, loras = Path(request.student.path or DEMO_STUDENT).name, [Path(lora).name for lora in request.loras]
+        tags = tags_of({"student file": file, "seed": story.seed, **inputs, "loras": loras})
         yield GenerateJob(
-            request=request, pipeline=pipeline, options=options, story=resolved, memory=pinned, journal=journal
-        )
+            request=request, pipeline=pipeline, options=options, story=resolved, memory=pinned, journal=journal,
+            tags=tags,
+        )  # fmt: skip
 
 
 def _journal_fields(value: Story | StudentCard) -> dict:

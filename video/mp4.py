@@ -4,10 +4,11 @@ import contextlib
 import itertools
 import logging
 import math
+import re
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import IO
@@ -23,6 +24,9 @@ log = logging.getLogger("context_forcing")
 
 MIN_SIDE = 360
 """Small videos are enlarged until the shorter side has at least this many pixels."""
+
+SPECIAL = re.compile(r"[=;#\\\n]")
+"""Characters that ffmpeg's metadata files need a backslash before."""
 
 
 def default_scale(width: int, height: int) -> int:
@@ -68,12 +72,14 @@ def write_video(
     scale: int = 1,
     crf: int = 16,
     on_frames: Callable[[np.ndarray], None] = lambda frames: None,
+    metadata: Mapping[str, str] | None = None,
 ) -> int:
     """Encode consecutive pixels [1, 3, T, H, W] in [-1, 1] to H.264. Returns the number of frames.
 
     `scale` enlarges by nearest neighbour. `on_frames` is called with every run of uint8 frames [T, H, W, 3] before it
-    is encoded. The file has a temporary name until ffmpeg has ended without an error, every frame decodes, and all of
-    it is on the disk. Raises ValueError if that fails; then no file is left.
+    is encoded. `metadata` are tags of the container, of any length. The file has a temporary name until ffmpeg has
+    ended without an error, every frame decodes, and all of it is on the disk. Raises ValueError if that fails; then no
+    file is left.
     """
     if scale < 1:
         raise ValueError(f"scale: {scale} is below 1; give 1 or more")
@@ -83,7 +89,11 @@ def write_video(
     if first is None:
         raise ValueError("film: there is no frame to write; generate at least one chunk first")
     try:
-        with tempfile.TemporaryFile() as stderr, _Encoder(path, first.shape[1::-1], fps, crf, stderr) as encoder:
+        with (
+            tempfile.TemporaryFile() as stderr,
+            _tags_file(metadata or {}) as tags,
+            _Encoder(path, first.shape[1::-1], fps, crf, stderr, tags) as encoder,
+        ):
             for count, frame in enumerate(itertools.chain([first], frames), 1):
                 encoder.write(frame)
             encoder.finish()
@@ -99,6 +109,21 @@ def write_video(
     return count
 
 
+def join_videos(paths: Sequence[str | Path], output: str | Path) -> None:
+    """Write videos of one size and speed one after the other, without encoding them again. Raises ValueError."""
+    import imageio_ffmpeg
+
+    with tempfile.TemporaryDirectory() as folder:
+        names = Path(folder) / "names.txt"
+        quoted = (str(Path(path).absolute()).replace("'", "'\\''") for path in paths)
+        names.write_text("".join(f"file '{path}'\n" for path in quoted), encoding="utf-8")
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-y", "-v", "error", "-f", "concat", "-safe", "0"]
+        command += ["-i", f"file:{names}", "-c", "copy", "-movflags", "+faststart", f"file:{output}"]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise _not_whole(Path(output), f"ffmpeg: {first_line(done.stderr)}")
+
+
 def _frames(pixels: Iterable[Tensor], scale: int, on_frames: Callable[[np.ndarray], None]) -> Iterator[np.ndarray]:
     for run in pixels:
         frames = to_uint8(run)
@@ -108,21 +133,43 @@ def _frames(pixels: Iterable[Tensor], scale: int, on_frames: Callable[[np.ndarra
             yield frame.repeat(scale, axis=1).repeat(scale, axis=0)
 
 
+@contextlib.contextmanager
+def _tags_file(metadata: Mapping[str, str]) -> Iterator[Path | None]:
+    """A temporary file with tags as ffmpeg reads them, or None if there are none. A command line would be too short."""
+    if not metadata:
+        yield None
+        return
+    escaped = ((SPECIAL.sub(r"\\\g<0>", text) for text in tag) for tag in metadata.items())
+    with tempfile.TemporaryDirectory() as folder:
+        tags = Path(folder) / "tags.txt"
+        try:
+            tags.write_bytes("\n".join([";FFMETADATA1", *map("=".join, escaped), ""]).encode())
+        except OSError as error:
+            raise ValueError(f"metadata: {tags} cannot be written ({error.strerror}); make room there") from None
+        yield tags
+
+
 class _Encoder:
     """An ffmpeg process that writes the part of a video. It is killed if the block is left before `finish`.
 
-    `stderr` is a file, not a pipe: nobody reads it while frames are written.
+    `stderr` is a file, not a pipe: nobody reads it while frames are written. `tags` is a file of ffmpeg's metadata.
     """
 
-    def __init__(self, path: Path, size: tuple[int, ...], fps: float, crf: int, stderr: IO[bytes]):
+    def __init__(
+        self, path: Path, size: tuple[int, ...], fps: float, crf: int, stderr: IO[bytes], tags: Path | None
+    ):  # fmt: skip
         import imageio_ffmpeg
 
         self._path, self._stderr = path, stderr
         width, height = size
+        tagging, movflags = [], "+faststart"
+        if tags:
+            tagging = ["-f", "ffmetadata", "-i", f"file:{tags}", "-map", "0:v", "-map_metadata", "1"]
+            movflags += "+use_metadata_tags"  # else an mp4 keeps only the tags that ffmpeg knows
         command = [
             imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-f", "rawvideo", "-vcodec", "rawvideo", "-s", f"{width}x{height}",
-            "-pix_fmt", "rgb24", "-r", str(Fraction(fps).limit_denominator()), "-i", "-", "-an", "-vcodec", "libx264",
-            "-pix_fmt", "yuv420p", "-v", "error", "-crf", str(crf), "-movflags", "+faststart",
+            "-pix_fmt", "rgb24", "-r", str(Fraction(fps).limit_denominator()), "-i", "-", *tagging, "-an", "-vcodec",
+            "libx264", "-pix_fmt", "yuv420p", "-v", "error", "-crf", str(crf), "-movflags", movflags,
             f"file:{part_name(path)}",
         ]  # fmt: skip
         # Ctrl-C must not reach ffmpeg: this process ends it.

@@ -1,5 +1,6 @@
 """The command: films from stories, bit for bit the same however they are split; refusals in one line."""
 
+import json
 import subprocess
 import sys
 
@@ -11,8 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from context_forcing.memory import MemoryConfig, empty_memory
 from context_forcing.memory.snapshot import save_memory
+from context_forcing.model.checkpoints.student import StudentSource
 from context_forcing.model.config import StudentCard
+from context_forcing.model.fingerprint import fingerprint
 from context_forcing.model.sampler import COMMIT_ATTENDS
+from context_forcing.video.provenance import TAG, git_revision
 
 SEGMENT = {"prompt": "a meadow by day, the camera pans right", "seconds": 0.75}
 STORY = {"size": [48, 32], "seed": 4, "segments": [SEGMENT]}
@@ -157,6 +161,16 @@ def test_what_the_commit_pass_attends_to(generate, tmp_path, succeeded):
     assert torch.equal(latents("no sink", {}, *card), expected["no sink"])
     assert torch.equal(latents("itself", story, *card), expected["itself"])
     assert torch.equal(latents("all", story, *card, *option("all")), expected["all"])
+
+
+def test_the_video_says_what_made_it(generate, run, student, tmp_path, tags_of_video, succeeded):
+    succeeded(generate({**story_of(0.75), "seed": 5}))
+    made = json.loads(tags_of_video(tmp_path / "film.mp4")[TAG])
+    opened = StudentSource(student).open()
+    assert made["revision"] == git_revision() and made["student file"] == student.name and made["seed"] == 5
+    assert made["student"] == fingerprint(opened.load())
+    assert made["card"]["steps"] == [1000.0, 500.0] and made["story"]["segments"][0]["seconds"] == 0.75
+    assert str(tmp_path) not in json.dumps(made)
 
 
 def test_rounding_is_logged(tmp_path, generate, caplog, frames_of, succeeded):

@@ -26,7 +26,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """Sums depend on the number of CPU threads: the host and the command line are compared at one thread."""
 BOOT_SECONDS = 180
 RUN_SECONDS = 300
-PREVIEW_WITH_METADATA = 4
+TEXT, PREVIEW_WITH_METADATA = 3, 4
 
 NODE_IDS = (
     "ContextForcingLoadDemo",
@@ -73,6 +73,8 @@ class Run:
     events: list[tuple[str, dict]] = field(default_factory=list)
     previews: list[tuple[str, bytes]] = field(default_factory=list)
     """(node id, encoded picture)."""
+    texts: list[tuple[str, str]] = field(default_factory=list)
+    """(node id, text shown on it while it runs)."""
     outputs: dict[str, dict] = field(default_factory=dict)
     """Results that output nodes show, by node id."""
 
@@ -167,12 +169,18 @@ class Host:
             text = refusal.read()
         return json.loads(text) if text else {}
 
-    def run(self, prompt: dict, on_event: Callable[[str, dict], None] = lambda kind, data: None) -> Run:
-        """Queue a prompt in API format and follow it to its end."""
+    def run(
+        self,
+        prompt: dict,
+        on_event: Callable[[str, dict], None] = lambda kind, data: None,
+        workflow: dict | None = None,
+    ) -> Run:
+        """Queue a prompt in API format, with the `workflow` that it stands for, and follow it to its end."""
         channel = websocket.create_connection(f"ws://{self.address}/ws?clientId={self.client_id}", timeout=RUN_SECONDS)
         try:
             channel.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}))
-            reply = self.post("/prompt", {"prompt": prompt, "client_id": self.client_id})
+            extra = {"extra_data": {"extra_pnginfo": {"workflow": workflow}}} if workflow else {}
+            reply = self.post("/prompt", {"prompt": prompt, "client_id": self.client_id, **extra})
             if "prompt_id" not in reply:
                 raise ValueError(f"prompt refused: {json.dumps(reply)}")
             run = Run(reply["prompt_id"])
@@ -191,8 +199,11 @@ class Host:
         while True:
             opcode, message = channel.recv_data()
             if opcode == websocket.ABNF.OPCODE_BINARY:
-                if struct.unpack(">I", message[:4])[0] == PREVIEW_WITH_METADATA:
-                    end = 8 + struct.unpack(">I", message[4:8])[0]
+                kind, length = struct.unpack(">II", message[:8])
+                end = 8 + length
+                if kind == TEXT:
+                    run.texts.append((message[8:end].decode(), message[end:].decode()))
+                if kind == PREVIEW_WITH_METADATA:
                     run.previews.append((json.loads(message[8:end])["node_id"], message[end:]))
                 continue
             event = json.loads(message)

@@ -1,6 +1,7 @@
 """A chain of samplers in a real ComfyUI: video, cache, interrupts, progress, the same latents as `generate`."""
 
 import json
+from pathlib import Path
 
 import imageio_ffmpeg
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from context_forcing.model.checkpoints.student import StudentSource
 from context_forcing.model.codecs.base import normalise
 from context_forcing.video.mp4 import default_scale
+from context_forcing.video.reading import read_frames
 
 from .graph import (  # fmt: skip
     CHUNK_SECONDS,
@@ -63,6 +65,16 @@ def test_demo_chain_makes_the_video(host, demo_chain, size):
     assert {node for node, _ in run.previews} <= set(nodes(demo_chain, "ContextForcingSampler"))
     assert picture_shown(host, run, only(demo_chain, "ContextForcingMemoryReport")).width == 1280
     assert "36 latent frames (9.0 s)" in text_shown(run, only(demo_chain, "PreviewAny"))
+
+
+def test_the_video_carries_prompt_and_workflow(host, demo_chain, tags_of_video):
+    """Under the names that ComfyUI's page looks for, as its own Save Video writes them."""
+    workflow = {"nodes": [{"id": 1, "title": "a=b; #c \u96ea\n"}], "links": []}
+    demo_chain[only(demo_chain, "ContextForcingSaveVideo")]["inputs"]["filename_prefix"] = "video/tags"
+    run = succeeded(host.run(demo_chain, workflow=workflow))
+    (shown,) = run.outputs[only(demo_chain, "ContextForcingSaveVideo")]["images"]
+    tags = tags_of_video(host.output_path(shown))
+    assert json.loads(tags["prompt"]) == demo_chain and json.loads(tags["workflow"]) == workflow
 
 
 def test_a_second_run_is_cached(host, demo_chain):
@@ -152,6 +164,35 @@ def test_the_command_line_makes_the_same_latents(host, demo_chain, size, tmp_pat
     result = normalise(latents(host, run, *saved))
     assert result.shape == expected.shape == (1, 16, 36, size[1] // 8, size[0] // 8)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def film_shown(host, run, node) -> list[Path]:
+    """Films that were shown on a node that had not run, in order."""
+    shown = [data["output"]["images"][0] for data in run.all("executed") if data["node"] == node]
+    return [host.output_path(entry) for entry in shown if entry["type"] == "temp"]
+
+
+def test_the_film_so_far_is_shown_where_it_will_be_saved(host, demo_chain):
+    """After each segment but the last, which is shown by the saved video itself. One frame per latent frame."""
+    for sampler in nodes(demo_chain, "ContextForcingSampler"):
+        demo_chain[sampler]["inputs"] |= {"seed": 41, "seconds": 1.5}
+    save, texts = only(demo_chain, "ContextForcingSaveVideo"), nodes(demo_chain, "CLIPTextEncode")
+    run = succeeded(host.run(demo_chain))
+    films = film_shown(host, run, save)
+    assert [len(list(read_frames(film)[1])) for film in films] == [6, 12]
+    assert host.output_path(run.outputs[save]["images"][0]).parent == host.base / "output" / "video"
+    for line in ("0.8 s of 4.5 s, ", "4.5 s of 4.5 s, "):
+        assert any(text.startswith(line) and " frames/s, " in text for _, text in run.texts), run.texts
+    assert {node for node, _ in run.texts} == set(nodes(demo_chain, "ContextForcingSampler"))
+
+    # The first segments come from the cache, their part of the film, too.
+    demo_chain[texts[-1]]["inputs"]["text"] = "Snow under a clear sky."
+    last = nodes(demo_chain, "ContextForcingSampler")[-1]
+    demo_chain[last]["inputs"]["seconds"] = 30.0
+    run = host.run(demo_chain, interrupt_at(host, "progress", last, 2))
+    assert run.end == "execution_interrupted"
+    (film,) = film_shown(host, run, save)
+    assert len(list(read_frames(film)[1])) >= 12 + 6
 
 
 def test_splitting_changes_nothing(host, graph, demo):

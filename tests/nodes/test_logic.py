@@ -237,13 +237,9 @@ def files(node_module, tmp_path, monkeypatch):
     monkeypatch.setattr(
         module.folder_paths,
         "get_save_image_path",
-        lambda prefix, root: (os.path.join(root, "a"), "b", 7, "a", prefix),
+        lambda prefix, root, *size: (os.path.join(root, "a"), "b", 7, "a", prefix),
     )
     return module
-
-
-def test_a_new_file_is_numbered(files, tmp_path):
-    assert files.new_file("a/b") == str(tmp_path / "output" / "a" / "b_00007_.safetensors")
 
 
 def test_the_latest_memories_come_first(files, tmp_path):

@@ -71,9 +71,19 @@ def test_load_memory_lists_the_files_and_refuses_others(host, graph, demo):
         reply = host.post("/prompt", {"prompt": load(name).prompt, "client_id": host.client_id})
         errors = str(reply.get("node_errors"))
         assert "does not exist" in errors or "Invalid" in errors
+    assert "'details': 'file - nothing.safetensors [output] does not exist; select a file" in errors
 
     (host.base / "input" / "damaged.safetensors").write_bytes(b"\x00" * 100)
-    assert "not a whole safetensors file" in failure(host, load("damaged.safetensors [input]"))["exception_message"]
+    message = failure(host, load("damaged.safetensors [input]"))["exception_message"]
+    assert message.startswith("file: damaged.safetensors [input]: not a whole safetensors file")
+    assert "use another copy" in message and str(host.base) not in message
+
+
+def test_a_saved_memory_has_the_permissions_of_a_new_file(host, graph, demo):
+    saved = graph.save_memory(graph.sampler(demo, graph.text(demo), graph.memory(demo)))
+    file = memory_file(host, succeeded(host.run(graph.prompt)), saved)
+    (host.base / "new").touch()
+    assert file.stat().st_mode == (host.base / "new").stat().st_mode
 
 
 def test_a_broken_link_is_not_listed(host):
@@ -87,10 +97,20 @@ def test_a_broken_link_is_not_listed(host):
 
 
 def test_saving_outside_the_output_folder_is_refused(host, graph, demo):
-    first = graph.sampler(demo, graph.text(demo), graph.memory(demo))
-    graph.save_memory(first, prefix="../../outside")
-    assert "outside the output folder" in failure(host, graph)["exception_message"]
-    assert not list(host.base.glob("outside*"))
+    """Before anything runs."""
+    sampler = graph.sampler(demo, graph.text(demo), graph.memory(demo), seed=31)
+    memory = graph.save_memory(sampler, prefix="../../outside")
+    video = graph.add(
+        "ContextForcingSaveVideo", memory=[sampler, 0], vae=[demo, 2], filename_prefix="../out", fps=16.0, scale=1
+    )
+    for node in (memory, video):
+        prompt = {name: entry for name, entry in graph.prompt.items() if name not in {memory, video} - {node}}
+        reply = host.post("/prompt", {"prompt": prompt, "client_id": host.client_id})
+        (error,) = reply["node_errors"][node]["errors"]
+        assert error["details"].startswith("filename_prefix - '") and error["details"].count("filename_prefix") == 1
+        assert "is not a file under the output folder; give a name" in error["details"]
+        assert "\n" not in error["details"] and str(host.base) not in error["details"]
+    assert not list(host.base.glob("out*/*out*")) and not list(host.base.parent.glob("outside*"))
 
 
 def test_branches_are_independent(host, graph, demo):

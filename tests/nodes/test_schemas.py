@@ -28,6 +28,20 @@ INPUTS = {
 """Name, default and `?` for an optional input, in order. Saved workflows depend on them: they are only appended to."""
 
 
+SHOWN = {
+    "ContextForcingLoadStudent": "student card",
+    "ContextForcingMemory": "width height",
+    "ContextForcingSampler": "seconds seed change blend",
+    "ContextForcingStoryboard": "text seed",
+    "ContextForcingSaveVideo": "filename_prefix fps",
+    "ContextForcingConsistency": "every",
+    "ContextForcingSaveMemory": "filename_prefix form",
+    "ContextForcingLoadMemory": "file",
+    "ContextForcingStudentSettings": "steps shift card",
+}
+"""Inputs with a value that are not advanced: what a beginner sees."""
+
+
 def described(entry) -> str:
     default = getattr(entry, "default", None)
     text = "" if default is None else f"={'EXAMPLE' if '#' in str(default) else str(default).replace(' ', '_')}"
@@ -41,6 +55,13 @@ def test_there_are_these_nodes(schemas):
 @pytest.mark.parametrize("node_id", NODE_IDS)
 def test_inputs_keep_names_defaults_and_order(schemas, node_id):
     assert " ".join(map(described, schemas[node_id].inputs)) == INPUTS[node_id]
+
+
+@pytest.mark.parametrize("node_id", NODE_IDS)
+def test_a_beginner_sees_few_inputs(schemas, node_id):
+    values = [entry for entry in schemas[node_id].inputs if hasattr(entry, "default") or hasattr(entry, "options")]
+    shown = [entry.id for entry in values if not getattr(entry, "advanced", False)]
+    assert " ".join(shown) == SHOWN.get(node_id, "")
 
 
 @pytest.mark.parametrize("node_id", NODE_IDS)

@@ -145,15 +145,14 @@ def test_progress_and_previews_show_on_the_storyboard(host, graph, demo):
         assert sum(node == sampler for node, _ in run.previews) == chunks
 
 
-def test_a_bad_line_is_named_before_anything_runs(host, graph, demo):
+def test_a_bad_line_is_named(host, graph, demo):
+    """As an error of the run: of one from validation the page shows no reason."""
     board = add_storyboard(graph, demo, "0:00 A meadow.\n0:06 [wipe] A desert.\nsnow\n0:12")
     graph.save_memory(board)
-    reply = host.post("/prompt", {"prompt": graph.prompt, "client_id": host.client_id})
-    assert "prompt_id" not in reply
-    (error,) = reply["node_errors"][board]["errors"]
-    assert error["extra_info"]["input_name"] == "text"
+    error = failure(host, graph)
+    assert error["node_id"] == board and error["exception_type"] == "ValueError"
     for words in ('line 2 ("0:06 [wipe] A desert.")', "[wipe] is not known", 'line 3 ("snow")', "begin with a time"):
-        assert words in error["details"]
+        assert words in error["exception_message"]
 
 
 def test_a_bad_line_over_a_wire_is_named(host, graph, demo):

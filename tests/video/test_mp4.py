@@ -1,14 +1,16 @@
 """A video that stands under its name is whole: ffmpeg ended well, every frame is there, all of it on the disk."""
 
+import json
 import os
 import stat
+import subprocess
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
 
-from context_forcing.video.mp4 import hold_output, part_name, write_video
+from context_forcing.video.mp4 import hold_output, join_videos, part_name, write_video
 from context_forcing.video.reading import VideoError, check_whole, read_frames, read_runs
 
 SHORT, LONG = 6, 150
@@ -44,6 +46,50 @@ def test_ffmpeg_gets_the_arguments_that_imageio_gave_it(tmp_path):
         writer.send(frame.repeat(2, axis=0).repeat(2, axis=1))
     writer.close()
     assert (tmp_path / "film.mp4").read_bytes() == (tmp_path / "other.mp4").read_bytes()
+
+
+TAGS = {
+    "prompt": json.dumps({"1": {"inputs": {"text": "a=b; #c \\ 'd' \"e\"\nf \u96ea \U0001f3ac"}}}, ensure_ascii=False),
+    "workflow": json.dumps({"nodes": list(range(60000))}),
+    "context_forcing": "",
+}
+"""The second is longer than an argument of a command can be."""
+
+
+def ffmpeg(*arguments) -> bytes:
+    return subprocess.run(
+        [imageio_ffmpeg.get_ffmpeg_exe(), *map(str, arguments)], check=True, capture_output=True
+    ).stdout
+
+
+def test_tags_of_any_length_and_any_characters_are_kept(tmp_path, tags_of_video):
+    write(tmp_path / "film.mp4", SHORT, metadata=TAGS)
+    found = tags_of_video(tmp_path / "film.mp4")
+    assert {name: found.get(name, "") for name in TAGS} == TAGS
+
+
+def test_tags_change_no_frame(tmp_path):
+    write(tmp_path / "plain.mp4", LONG)
+    write(tmp_path / "tagged.mp4", LONG, metadata=TAGS)
+    sums = [
+        ffmpeg("-v", "error", "-i", tmp_path / f"{name}.mp4", "-f", "framemd5", "-") for name in ("plain", "tagged")
+    ]
+    assert sums[0] == sums[1] and sums[0].count(b"\n0,") == LONG
+
+
+def test_videos_are_joined_without_encoding_them_again(tmp_path):
+    frames = []
+    for name, count in (("it's 1", 9), ("2", 4)):
+        write(tmp_path / f"{name}.mp4", count)
+        frames += list(read_frames(tmp_path / f"{name}.mp4")[1])
+    join_videos([tmp_path / "it's 1.mp4", tmp_path / "2.mp4"], tmp_path / "film.mp4")
+    check_whole(tmp_path / "film.mp4", 13, 16)
+    assert np.array_equal(np.stack(frames), np.stack(list(read_frames(tmp_path / "film.mp4")[1])))
+
+
+def test_a_video_that_cannot_be_joined_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="output: .*film.mp4 is not whole: ffmpeg: "):
+        join_videos([tmp_path / "missing.mp4"], tmp_path / "film.mp4")
 
 
 FAULTS = {

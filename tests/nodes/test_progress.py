@@ -1,0 +1,77 @@
+"""What the page shows of a run, without ComfyUI: texts, and where in a graph the film will be saved."""
+
+from types import SimpleNamespace
+
+import pytest
+
+SAMPLER, BOARD, SAVE = "ContextForcingSampler", "ContextForcingStoryboard", "ContextForcingSaveVideo"
+
+
+class Prompt:
+    """The part of comfy_execution.graph.DynamicPrompt that nodes use. Ids with a dot are those of an expanded node."""
+
+    def __init__(self, nodes):
+        self.nodes = {
+            node: {"class_type": kind, "inputs": {**values, **({"memory": [source, 0]} if source else {})}}
+            for node, (kind, source, values) in nodes.items()
+        }
+
+    def all_node_ids(self):
+        return set(self.nodes)
+
+    def get_node(self, node):
+        return self.nodes[node]
+
+    def get_parent_node_id(self, node):
+        return node.split(".")[0] if "." in node else None
+
+
+@pytest.fixture
+def page(node_module):
+    nodes = {
+        "1": (SAMPLER, None, {"seconds": 3.0}),
+        "2": (SAMPLER, "1", {"seconds": 1.5}),
+        "3": (SAMPLER, "1", {"seconds": 6}),
+        "4": (SAMPLER, "3", {"seconds": ["9", 0]}),
+        "5": (SAVE, "2", {}),
+        "6": (BOARD, "4", {"text": ""}),
+        "6.1": (SAMPLER, "4", {"seconds": 0.75}),
+        "6.2": (SAMPLER, "6.1", {"seconds": 2.25}),
+        "7": (SAVE, "6", {}),
+        "8": ("ContextForcingMemoryReport", "6", {}),
+    }
+    return node_module("page").Page("prompt", "1", Prompt(nodes))
+
+
+def test_seconds_that_follow(page):
+    """Along the longest branch, into a storyboard; a connected length is not known yet."""
+    assert page.seconds_after("1") == 6 + 0 + 0.75 + 2.25 and page.seconds_after("6.1") == 2.25
+    assert page.seconds_after("2") == 0 and page.seconds_after("6.2") == 0
+
+
+def test_where_a_memory_is_saved(page):
+    assert set(page.save_nodes("1")) == {"5", "7"} and list(page.save_nodes("2")) == ["5"]
+    assert set(page.save_nodes("6.1")) == set(page.save_nodes("6.2")) == {"7"} and not list(page.save_nodes("8"))
+
+
+@pytest.mark.parametrize(
+    "done, total, speed, text",
+    [
+        (8.25, 15, 21.4, "8.2 s of 15.0 s, 21 frames/s, 5 s left, memory reaches back 7.5 s"),
+        (1, 61, 4, "1.0 s of 61.0 s, 4.0 frames/s, 4 min left, memory reaches back 7.5 s"),
+        (15, 15, 21.4, "15.0 s of 15.0 s, 21 frames/s, memory reaches back 7.5 s"),
+    ],
+)
+def test_the_text_of_a_run(node_module, done, total, speed, text):
+    assert node_module("progress").describe_progress(done, total, speed, 16, 7.5) == text
+
+
+def test_without_a_page_there_is_none(node_module, monkeypatch):
+    module = node_module("page")
+    context = SimpleNamespace(prompt_id="prompt", node_id="1")
+    monkeypatch.setattr(module, "PromptServer", SimpleNamespace(instance=SimpleNamespace(client_id=None)))
+    for given in (None, context):
+        monkeypatch.setattr(module, "get_executing_context", lambda given=given: given)
+        assert module.Page.current() is None
+    module.PromptServer.instance.client_id = "browser"
+    assert module.Page.current().node == "1"
