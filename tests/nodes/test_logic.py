@@ -286,6 +286,32 @@ def test_a_failed_autosave_is_logged(files, empty_memory, rollout, monkeypatch, 
     assert "autosave: disk full" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "disabled, extra, names",
+    [(False, {"workflow": {}}, {"workflow", "prompt"}), (False, None, {"prompt"}), (True, {"workflow": {}}, set())],
+)
+def test_tags_of_a_video(node_module, monkeypatch, disabled, extra, names):
+    """None if ComfyUI was started with --disable-metadata."""
+    module = node_module("video")
+    monkeypatch.setattr(module.args, "disable_metadata", disabled)
+    assert set(module.graph_tags({"1": {}}, extra)) == names
+
+
+def test_a_film_without_frames_is_refused(node_module, empty_memory):
+    module = node_module("video")
+    handle = node_module("handle").MemoryHandle.of(empty_memory())
+    with pytest.raises(ValueError, match="memory: it has no video yet; connect the memory of a sampler"):
+        module.ContextForcingSaveVideo.execute(handle, vae=None, filename_prefix="x", fps=16.0, scale=1)
+
+
+def test_messages_name_what_the_user_chose(node_module):
+    named_as = node_module("shared").named_as
+    for given, message in (("/srv/a.pt: damaged", "file: a.pt: damaged"), ("file: missing", "file: missing")):
+        with pytest.raises(ValueError) as error, named_as("file", "/srv/a.pt", "a.pt"):
+            raise ValueError(given)
+        assert str(error.value) == message
+
+
 def test_a_picture_is_an_image(node_module):
     from PIL import Image
 
