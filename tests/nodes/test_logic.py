@@ -293,7 +293,7 @@ def test_a_failed_autosave_is_logged(files, empty_memory, rollout, monkeypatch, 
 def test_tags_of_a_video(node_module, monkeypatch, disabled, extra, names):
     """None if ComfyUI was started with --disable-metadata."""
     module = node_module("video")
-    monkeypatch.setattr(module.args, "disable_metadata", disabled)
+    monkeypatch.setattr(module, "args", SimpleNamespace(disable_metadata=disabled))
     assert set(module.graph_tags({"1": {}}, extra)) == names
 
 
