@@ -206,9 +206,9 @@ class Memory:
             if not all_finite([each.latents, *([] if each.text is None else [each.text])]):
                 raise ValueError(f"references: NaN or infinity in number {number}; check it, or encode it in fp32")
         slots = dataclasses.replace(self.slots, sink=reference_frames(pinned))
-        return dataclasses.replace(
-            self, references=pinned, store=dataclasses.replace(self.store.compact(), slots=slots)
-        )
+        store = dataclasses.replace(self.store.compact(), slots=slots)
+        # The film is a new scene after the references: next to them, its first chunk would repeat the last one.
+        return dataclasses.replace(self, references=pinned, store=store, scene_begins=bool(pinned))
 
     def _check_fits(self, latents_BCTHW: Tensor) -> None:
         shape = tuple(latents_BCTHW.shape)

@@ -198,7 +198,8 @@ class CausalSampler:
         past = [] if run.start < 0 else [frame for frame in memory.slots.all if frame not in {*unread, *run}]
         text = memory.text_of(run.start)
         reader = self if text is None or text is memory.text else self.under(text)
-        new_kv = reader._read(memory.restrict_to(past), memory.latents_of(run), run)
+        past = dataclasses.replace(memory.restrict_to(past), scene_begins=False)
+        new_kv = reader._read(past, memory.latents_of(run), run)
         wanted = [frame - run.start for frame in run if frame in unread]
         frames = [run[t] for t in wanted]
         return memory.write(frames, [(k[:, wanted], v[:, wanted]) for k, v in new_kv]).to(self._home)

@@ -12,9 +12,12 @@ from context_forcing.memory.memory import CHANGES
 from context_forcing.memory.references import Reference
 from context_forcing.memory.snapshot import fingerprint_memory, fingerprint_references, load_memory, save_memory
 from context_forcing.model.attention_mass import attention_mass
+from context_forcing.model.checkpoints.student import StudentSource
+from context_forcing.model.codecs.demo_text import encode_demo_text
 from context_forcing.model.finite import NotFiniteError
-from context_forcing.model.sampler import working_bytes
+from context_forcing.model.sampler import seeded_noise, working_bytes
 from context_forcing.model.segment import generate_segment
+from context_forcing.video.pipeline import Pipeline
 
 SIGMAS = (1.0, 0.6)
 LATENT_SIZE = (16, 4, 6)
@@ -86,7 +89,9 @@ def test_they_take_slots_of_the_sink_and_are_not_in_the_film(begun):
 
 def test_positions_are_ranks_and_stay_in_the_window(sampler_of, begun, pinned, tell):
     first = sampler_of(text(0)).view(sampler_of(text(0)).prepare(pinned.begin("", 3, text(0))))
-    assert (first.num_frames, list(first.positions(2))) == (2, [2, 3])
+    assert (first.num_frames, list(first.positions(2))) == (2, [9, 10]), "a scene begins: the last ones of the window"
+    second = sampler_of(text(0)).view(tell(pinned, text(0), 1))
+    assert (second.num_frames, list(second.positions(2))) == (4, [4, 5]), "ranks"
     view = sampler_of(text(0)).view(begun)
     assert view.num_sink == 3 and view.positions(2)[-1] < begun.config.window
     cut = begun.begin("", 3, text(1), "cut_new_sink")
@@ -105,6 +110,26 @@ def test_they_change_the_film_from_its_first_chunk(tell, empty_memory, begun):
     other = tell(empty_memory(**SIZES).with_references([picture(0, "a fox", text(7)), picture(2)]), text(0), 1)
     for memory in (without, other):
         assert not torch.allclose(film(memory), film(begun)[:, :, :2], atol=1e-3)
+
+
+@torch.inference_mode()
+def test_the_built_in_student_does_not_begin_with_the_picture():
+    """Next to the reference it would: the first frame then differs by .01."""
+    pipeline = Pipeline.load(StudentSource().open(), torch.device("cpu"), torch.float32)
+    prompt = encode_demo_text("A desert under a clear sky by day. The camera stays.")
+    empty = pipeline.empty_memory()
+    film = next(
+        pipeline.sampler(prompt).rollout(
+            empty, 1, sigmas=pipeline.card.sigmas, noise=seeded_noise(0, empty.latent_size)
+        )
+    )
+    pinned = empty.with_references([Reference(latents=film.latents_of([0]))])
+    for scene_begins in (True, False):
+        memory = dataclasses.replace(pinned, scene_begins=scene_begins)
+        noise = seeded_noise(1, memory.latent_size)
+        *_, memory = pipeline.sampler(prompt).rollout(memory, 1, sigmas=pipeline.card.sigmas, noise=noise)
+        difference = (memory.latents_of([0]) - film.latents_of([0])).square().mean()
+        assert (difference > 0.2) == scene_begins, difference
 
 
 def test_no_references_are_no_change(tell, empty_memory, same_memory):
