@@ -142,8 +142,9 @@ class CausalSampler:
         """Denoise one chunk over the memory, then commit it."""
         view = self.view(memory)
         *_, x0 = self.denoise(memory, view, sigmas, noise)
-        if self.match_sink and memory.slots.sink and not memory.num_start_frames:
-            sink = memory.latents_of(memory.slots.sink).to(x0)
+        of_film = memory.slots.sink[len(memory.slots.references) :]
+        if self.match_sink and of_film and not memory.num_start_frames:
+            sink = memory.latents_of(of_film).to(x0)
             x0 = match_channels(x0, sink, self.match_sink)
         return self.commit(memory, x0, view, lambda again: again.generate_chunk(memory, sigmas, noise))
 
