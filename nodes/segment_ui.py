@@ -10,6 +10,7 @@ from PIL import Image
 
 from ..memory.history import PARTS, reach_frames
 from ..memory.memory import Memory
+from ..model.units import latent_seconds
 
 KEY = "context_forcing_segment"
 """Under this name the page finds a segment in a sampler's `executed` event. ComfyUI draws nothing for it."""
@@ -45,6 +46,7 @@ def segment_ui(
         "ends": memory.num_frames,
         "fps": fps,
         "chunk": memory.config.chunk,
+        "frame_seconds": latent_seconds(1, fps),
         "reach": reach_frames(memory),
         "remembered": {part: list(getattr(memory.slots, part)) for part in PARTS},
     }
