@@ -1,18 +1,30 @@
-"""Writes what is derived from the schemas of the nodes: locales/en/nodeDefs.json.
+"""Writes what is derived from the schemas of the nodes: locales/en/nodeDefs.json and docs/nodes.md.
 
-python scripts/describe_nodes.py      (after every change of a text of a node)
+python scripts/describe_nodes.py      (after every change of a text of a node, a template or a help page)
 """
 
 import asyncio
 import importlib.util
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 STUBS = ROOT / "tests" / "nodes" / "comfyui_stub.py"
 ENGLISH = ROOT / "locales" / "en" / "nodeDefs.json"
+CHECKLIST = ROOT / "docs" / "nodes.md"
+LISTS_OF_ALL = ("host.py", "test_schemas.py")
+"""Files of tests/nodes that name every node and run none."""
+HEAD = """# Nodes: what each one has
+
+Written by `scripts/describe_nodes.py`; a test fails where something is missing. *tooltips* counts inputs and outputs
+that have one, *templates* the templates and blueprints with the node, *tests* the files of tests that run it.
+
+| node | help | picture | tooltips | en | zh | templates | tests |
+|---|---|---|---|---|---|---|---|
+"""
 
 
 def load_schemas() -> list[Any]:
@@ -50,12 +62,55 @@ def english(schemas: list[Any]) -> dict[str, Any]:
     }
 
 
+def has_texts(language: str, schema: Any) -> bool:
+    """A language has a text for the node, its inputs and its outputs."""
+    path = ROOT / "locales" / language / "nodeDefs.json"
+    texts = json.loads(path.read_text(encoding="utf-8")).get(schema.node_id, {})
+    inputs, outputs = [entry.id for entry in schema.inputs], [str(number) for number in range(len(schema.outputs))]
+    words = [texts.get("inputs", {}).get(name, {}) for name in inputs]
+    words += [texts.get("outputs", {}).get(number, {}) for number in outputs]
+    named = texts.get("display_name") and texts.get("description")
+    return bool(named and all(word.get("name") and word.get("tooltip") for word in words))
+
+
+def files_with(text: str, paths: Iterable[Path]) -> int:
+    return sum(text in path.read_text(encoding="utf-8") for path in paths)
+
+
+def row(schema: Any) -> list[str]:
+    """A line of the checklist; `no` is what is missing."""
+    node, entries = schema.node_id, [*schema.inputs, *schema.outputs]
+    page = ROOT / "web" / "docs" / f"{node}.md"
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    picture = re.search(r"!\[[^\]]*\]\(([^)]+)\)", text)
+    shown = picture and (page.parent / picture[1]).is_file()
+    graphs = [path for folder in ("workflows", "subgraphs") for path in (ROOT / folder).glob("*.json")]
+    folders = [ROOT / "tests" / "nodes", ROOT / "tests" / "host"]
+    tests = [path for folder in folders for path in folder.glob("*.py") if path.name not in LISTS_OF_ALL]
+    described = sum(bool(entry.tooltip) for entry in entries)
+    return [
+        f"`{node}`",
+        f"[{schema.display_name}](../web/docs/{page.name})" if text else "no",
+        "yes" if shown else "no",
+        str(described) if described == len(entries) else "no",
+        *("yes" if has_texts(language, schema) else "no" for language in ("en", "zh")),
+        str(files_with(f'"{node}"', graphs) or "no"),
+        str(files_with(node, tests) or "no"),
+    ]
+
+
+def checklist(schemas: list[Any]) -> str:
+    return HEAD + "".join(f"| {' | '.join(row(schema))} |\n" for schema in schemas)
+
+
 def as_json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def main() -> None:
-    ENGLISH.write_text(as_json(english(load_schemas())), encoding="utf-8")
+    schemas = load_schemas()
+    ENGLISH.write_text(as_json(english(schemas)), encoding="utf-8")
+    CHECKLIST.write_text(checklist(schemas), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,17 @@
 // Runs a workflow in a running ComfyUI and takes a picture of it.
-//   cd FOLDER_WITH_PLAYWRIGHT_CORE && node .../scripts/screenshot_workflow.mjs URL OUTPUT [WORKFLOW.json]
-// OUTPUT.png: the whole window. OUTPUT.jpg: the graph alone, 640 pixels wide, as a template's thumbnail.
-// WORKFLOW.json defaults to workflows/demo_chain.json. CHROMIUM names the browser (default /usr/bin/chromium).
+//   cd FOLDER_WITH_PLAYWRIGHT_CORE && node .../scripts/screenshot_workflow.mjs URL OUTPUT.png [WORKFLOW.json]
+// WORKFLOW.json defaults to the first tutorial. CHROMIUM names the browser (default /usr/bin/chromium).
 import fs from 'node:fs'
 import { createRequire } from 'node:module'
 import path from 'node:path'
 
 const { chromium } = createRequire(`${process.cwd()}/`)('playwright-core')
-const [url, output, file = new URL('../workflows/demo_chain.json', import.meta.url)] = process.argv.slice(2)
-if (!output) throw new Error('usage: screenshot_workflow.mjs URL OUTPUT.png|OUTPUT.jpg [WORKFLOW.json]')
-const thumbnail = path.extname(output) === '.jpg'
+const [url, output, file = new URL('../workflows/Tutorial 1 - three prompts.json', import.meta.url)] = process.argv.slice(2)
+if (!output) throw new Error('usage: screenshot_workflow.mjs URL OUTPUT.png [WORKFLOW.json]')
 
 const settings = {
   'Comfy.TutorialCompleted': true, 'Comfy.Workflow.Persist': false, 'Comfy.Minimap.Visible': false,
-  'Comfy.Graph.CanvasInfo': false, 'Comfy.Graph.CanvasMenu': !thumbnail,
+  'Comfy.Graph.CanvasInfo': false, 'Comfy.Graph.CanvasMenu': true,
 }
 for (const [name, value] of Object.entries(settings))
   await fetch(`${url}/api/settings/${name}`, { method: 'POST', body: JSON.stringify(value) })
@@ -23,7 +21,7 @@ const browser = await chromium.launch({
   executablePath: process.env.CHROMIUM ?? '/usr/bin/chromium',
   args: ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking', '--disable-sync'],
 })
-const page = await browser.newPage({ viewport: { width: 1920, height: thumbnail ? 1080 : 1200 } })
+const page = await browser.newPage({ viewport: { width: 1920, height: 1200 } })
 await page.goto(url)
 // The page loads its default workflow late; wait for it, or it replaces this one.
 await page.waitForFunction(() => window.app?.graph?._nodes?.length && app.extensionManager.workflow.activeWorkflow)
@@ -40,7 +38,6 @@ await page.waitForFunction(() => window.ended, null, { timeout: 600_000 })
 const [end, detail] = await page.evaluate(() => window.ended)
 if (end !== 'execution_success') throw new Error(`${end}: ${JSON.stringify(detail)}`)
 
-if (thumbnail) await page.evaluate(() => app.extensionManager.command.execute('Workspace.ToggleFocusMode'))
 await page.waitForTimeout(7000) // toasts leave, the video loads
 await page.evaluate(() => {
   for (const video of document.querySelectorAll('video')) {
@@ -56,19 +53,5 @@ await page.evaluate(() => {
   app.canvas.setDirty(true, true)
 })
 await page.waitForTimeout(1500)
-const picture = await page.screenshot()
-if (thumbnail) {
-  const small = await page.evaluate(async (source) => {
-    const image = new Image()
-    image.src = source
-    await image.decode()
-    const canvas = new OffscreenCanvas(640, Math.round(image.height * 640 / image.width))
-    const context = canvas.getContext('2d')
-    context.imageSmoothingQuality = 'high'
-    context.drawImage(image, 0, 0, canvas.width, canvas.height)
-    const blob = await canvas.convertToBlob({ type: 'image/jpeg', quality: 0.9 })
-    return Array.from(new Uint8Array(await blob.arrayBuffer()))
-  }, `data:image/png;base64,${picture.toString('base64')}`)
-  fs.writeFileSync(output, Buffer.from(small))
-} else fs.writeFileSync(output, picture)
+await page.screenshot({ path: output })
 await browser.close()

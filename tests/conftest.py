@@ -124,21 +124,40 @@ def _draw(net, seed: int, gain: float = 0.7) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.fixture(scope="session")
-def wan_vae_state():
+def make_wan_vae() -> dict[str, torch.Tensor]:
     """A Wan VAE of width 8, names as in Wan2.1_VAE.pth."""
     return _draw(WanVAE(8), 0)
 
 
-@pytest.fixture(scope="session")
-def umt5_state():
+def make_umt5() -> dict[str, torch.Tensor]:
     """A UMT5 encoder of two thin layers, names as in ComfyUI's umt5_xxl_fp16.safetensors."""
     state = _draw(UMT5Encoder(256, 4096, 16, 2, 32, 16, 2), 1)
     return {key: 30 * value if "relative" in key else value for key, value in state.items()}
 
 
+def scaled_fp8(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Linear weights of a text encoder as ComfyUI's published scaled float8 files keep them."""
+    scaled = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    for key, value in state.items():
+        scaled[key] = value
+        if value.ndim == 2 and "layer." in key and "relative" not in key:
+            scale = value.abs().max() / 448
+            scaled[key] = (value / scale).to(torch.float8_e4m3fn)
+            scaled[key.removesuffix("weight") + "scale_weight"] = scale
+    return scaled
+
+
 @pytest.fixture(scope="session")
-def spiece() -> bytes:
+def wan_vae_state():
+    return make_wan_vae()
+
+
+@pytest.fixture(scope="session")
+def umt5_state():
+    return make_umt5()
+
+
+def make_spiece() -> bytes:
     """A SentencePiece model of few words, ends and padding numbered as UMT5's."""
     sentencepiece = pytest.importorskip("sentencepiece")
     lines = ["a meadow by day, the camera pans right", "snow at night; fog over a desert", "it turns slowly left"] * 20
@@ -148,6 +167,11 @@ def spiece() -> bytes:
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
     )  # fmt: skip
     return out.getvalue()
+
+
+@pytest.fixture(scope="session")
+def spiece() -> bytes:
+    return make_spiece()
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ async function open() {
   await page.goto(url)
   const ready = (type) => window.app?.extensionManager?.workflow && window.LiteGraph?.registered_node_types?.[type]
   await page.waitForFunction(ready, BOARD, { polling: 500 })
-  const workflow = JSON.parse(fs.readFileSync(path.join(root, 'workflows', 'demo_storyboard.json'), 'utf-8'))
+  const workflow = JSON.parse(fs.readFileSync(path.join(root, 'workflows', 'Tutorial 2 - a storyboard.json'), 'utf-8'))
   await page.evaluate((workflow) => window.app.loadGraphData(workflow, true, true, 'strip'), workflow)
   await page.evaluate(() => {
     window.ran = []
@@ -115,7 +115,7 @@ async function drag(index, pixels, key) {
 const steps = {
   async 'a template shows a box per segment and its text is unchanged'() {
     await boxesAre(7)
-    const [node] = JSON.parse(fs.readFileSync(path.join(root, 'workflows', 'demo_storyboard.json'), 'utf-8'))
+    const [node] = JSON.parse(fs.readFileSync(path.join(root, 'workflows', 'Tutorial 2 - a storyboard.json'), 'utf-8'))
       .nodes.filter(({ type }) => type === BOARD)
     assert.equal(await text(), node.widgets_values[0])
     assert.match(await boxes.nth(3).innerText(), /0:09 .* 3 s[\s\S]*dusk[\s\S]*recache[\s\S]*blend 2/)

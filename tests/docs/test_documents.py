@@ -122,4 +122,5 @@ def test_tables_name_what_there_is():
     students, memory, comfyui = (text_of(ROOT / "docs" / f"{name}.md") for name in ("students", "memory", "comfyui"))
     assert all(f"| `{name}` |" in students for name in PUBLISHED)
     assert all(f"| `{name}`" in memory for name in (*POLICIES, *CHANGES, *MEMORY_PRESETS))
-    assert all(f"| `{path.stem}` |" in comfyui for path in (ROOT / "workflows").glob("*.json"))
+    graphs = [path for folder in ("workflows", "subgraphs") for path in (ROOT / folder).glob("*.json")]
+    assert graphs and all(f"| *{path.stem}* |" in comfyui for path in graphs)

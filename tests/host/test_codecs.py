@@ -8,6 +8,7 @@ import torch
 from comfy.clip_vision import ClipVisionModel
 from comfy.ldm.wan.vae import WanVAE
 from comfy.text_encoders.wan import WanT5Model, WanT5Tokenizer
+from conftest import shared
 from safetensors.torch import save_file
 
 from context_forcing.model.codecs.base import denormalise
@@ -55,23 +56,11 @@ def test_the_wan_vae_equals_comfyuis(models_dir, wan_vae_state):
     torch.testing.assert_close(ours.decode(raw), decoded.clamp(-1, 1), atol=1e-5, rtol=0)
 
 
-def scaled_fp8(state):
-    """Linear weights as ComfyUI's published scaled float8 files keep them."""
-    scaled = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
-    for key, value in state.items():
-        scaled[key] = value
-        if value.ndim == 2 and "layer." in key and "relative" not in key:
-            scale = value.abs().max() / 448
-            scaled[key] = (value / scale).to(torch.float8_e4m3fn)
-            scaled[key.removesuffix("weight") + "scale_weight"] = scale
-    return scaled
-
-
 @pytest.mark.parametrize("quantised", [False, True])
 def test_the_text_encoder_equals_comfyuis(quantised, umt5_state, spiece, tmp_path):
     """ComfyUI pads to 512 rows, those of padding zero."""
     words = torch.frombuffer(bytearray(spiece), dtype=torch.uint8)
-    state = scaled_fp8(umt5_state) if quantised else umt5_state
+    state = shared.scaled_fp8(umt5_state) if quantised else umt5_state
     save_file({**state, "spiece_model": words}, tmp_path / "umt5.safetensors")
     ours = load_umt5(tmp_path / "umt5.safetensors", torch.device("cpu"))
 

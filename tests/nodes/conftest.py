@@ -1,13 +1,12 @@
 import asyncio
 import importlib
-import json
 import sys
 
 import pytest
 
 from . import comfyui_stub
 from .graph import Graph
-from .host import CHECKOUT, ComfyUI, Host, find_comfyui, to_api
+from .host import ComfyUI, Host, find_comfyui, template, to_api
 
 
 @pytest.fixture(scope="session")
@@ -44,8 +43,8 @@ def demo(graph):
 
 @pytest.fixture
 def demo_chain(object_info) -> dict:
-    """The example workflow as a prompt."""
-    return to_api(json.loads((CHECKOUT / "workflows" / "demo_chain.json").read_text()), object_info)
+    """The first tutorial as a prompt."""
+    return to_api(template("Tutorial 1"), object_info)
 
 
 @pytest.fixture(scope="session")

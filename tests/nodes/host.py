@@ -12,7 +12,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,11 +111,14 @@ ENDS = ("execution_success", "execution_error", "execution_interrupted")
 class Host:
     """A server with this checkout as its only custom node, in a folder of its own."""
 
-    def __init__(self, comfyui: ComfyUI, base: Path):
+    def __init__(self, comfyui: ComfyUI, base: Path, packs: Sequence[Path] = ()):
+        """`packs` are more custom nodes."""
         self.base, self.comfyui = base, comfyui
         for folder in ("custom_nodes", "models/diffusion_models", "input", "output", "temp", "user"):
             (base / folder).mkdir(parents=True, exist_ok=True)
-        (base / "custom_nodes" / PACK).symlink_to(CHECKOUT, target_is_directory=True)
+        self.packs = {PACK: CHECKOUT} | {pack.name: pack for pack in packs}
+        for name, pack in self.packs.items():
+            (base / "custom_nodes" / name).symlink_to(pack, target_is_directory=True)
         self.client_id = uuid.uuid4().hex
         self.log = base / "server.log"
 
@@ -125,8 +128,8 @@ class Host:
             self.address = f"127.0.0.1:{probe.getsockname()[1]}"
         command = [
             str(self.comfyui.python), "main.py", "--cpu", "--listen", "127.0.0.1", "--port", self.address.split(":")[1],
-            "--disable-auto-launch", "--disable-api-nodes", "--base-directory", str(self.base),
-            "--database-url", "sqlite:///:memory:", "--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK,
+            "--disable-auto-launch", "--disable-api-nodes", "--base-directory", str(self.base), "--database-url",
+            "sqlite:///:memory:", "--disable-all-custom-nodes", "--whitelist-custom-nodes", *self.packs,
         ]  # fmt: skip
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
@@ -225,6 +228,12 @@ class Host:
     def add_model(self, folder: str, path: Path, name: str | None = None) -> None:
         """Copy a model file into a models folder. The server need not be restarted."""
         shutil.copyfile(path, self.base / "models" / folder / (name or path.name))
+
+
+def template(begin: str) -> dict:
+    """The one template whose name begins so, as the page saves it."""
+    (path,) = (path for path in (CHECKOUT / "workflows").glob("*.json") if path.stem.startswith(begin))
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def to_api(workflow: dict, object_info: dict) -> dict:

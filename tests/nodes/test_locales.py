@@ -41,6 +41,14 @@ def test_english_texts_are_those_of_the_schemas(script, schemas):
     )
 
 
+def test_the_checklist_of_nodes_is_complete(script, schemas):
+    written = (CHECKOUT / "docs" / "nodes.md").read_text(encoding="utf-8")
+    assert written == script.checklist(list(schemas.values())), "run python scripts/describe_nodes.py"
+    rows = [line for line in written.splitlines() if line.startswith("| `")]
+    missing = [line for line in rows if "no" in (cell.strip() for cell in line.split("|"))]
+    assert len(rows) == len(schemas) and not missing, "\n".join(missing)
+
+
 def test_chinese_is_there():
     assert {"en", "zh"} <= {path.name for path in LOCALES.iterdir()}
 

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from .graph import PROMPTS, Graph, failure, film, interrupt_at, memory_file, only, succeeded, text_shown
-from .host import CHECKOUT, to_api
+from .host import template, to_api
 
 pytestmark = [pytest.mark.host, pytest.mark.slow]
 
@@ -173,7 +172,7 @@ def test_a_line_without_a_chunk_is_named(host, graph, demo):
 
 
 def test_demo_storyboard_makes_the_video(host, object_info):
-    prompt = to_api(json.loads((CHECKOUT / "workflows" / "demo_storyboard.json").read_text()), object_info)
+    prompt = to_api(template("Tutorial 2"), object_info)
     run = succeeded(host.run(prompt))
     (shown,) = run.outputs[only(prompt, "ContextForcingSaveVideo")]["images"]
     assert host.output_path(shown).stat().st_size > 10_000
