@@ -113,6 +113,8 @@ class Archive:
         None is `remembered`. Of frames that show the same from the same place, the oldest is chosen: later ones are
         copies of it. Frames that are not `held` are from `reads` of the `readable` runs at most.
         """
+        if not count:
+            return ()
         free = torch.zeros(len(self.tokens), dtype=torch.bool)
         free[[*held, *itertools.chain(*readable)]] = True
         free[list(remembered)] = False
