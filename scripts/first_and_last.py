@@ -22,7 +22,7 @@ from context_forcing.video.story import Story, load_story
 
 
 def first_and_last(pipeline: Pipeline, world: World, story: Story, policy: str) -> tuple[list[list[int]], np.ndarray]:
-    """Classes of the landmarks in full view at the end of the first segment and of the film; both views, side by side."""
+    """Classes of the landmarks in full view at the end of the first segment and of the film, and both views."""
     memory = pipeline.empty_memory(policy=policy)
     for memory in pipeline.generate(story.resolve(pipeline.card, memory), memory):
         pass
