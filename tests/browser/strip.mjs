@@ -42,6 +42,10 @@ async function open() {
   await page.evaluate((workflow) => window.app.loadGraphData(workflow, true, true, 'strip'), workflow)
   await page.evaluate(() => {
     window.ran = []
+    window.app.api.addEventListener('executed', ({ detail }) => {
+      const [file] = detail.output?.images ?? []
+      if (file?.type === 'output' && file.filename.endsWith('.mp4')) window.video = file
+    })
     window.app.api.addEventListener('progress_state', ({ detail }) =>
       Object.entries(detail.nodes).forEach(([id, { state }]) => state === 'running' && window.ran.push(id)))
   })
@@ -209,6 +213,19 @@ const steps = {
     await statesAre(['made', 'made'], 1)
     await statesAre(['cached', 'cached', 'cached', 'cached'])
     if (pictures) await page.screenshot({ path: path.join(pictures, `branch_${renderer}.png`) })
+  },
+  async 'the video, dropped on an empty page, gives the graph back'() {
+    await page.evaluate(async () => {
+      const reply = await fetch(window.app.api.apiURL(`/view?${new URLSearchParams(window.video)}`))
+      window.app.graph.clear()
+      const transfer = new DataTransfer()
+      transfer.items.add(new File([await reply.blob()], window.video.filename, { type: 'video/mp4' }))
+      const drop = new DragEvent('drop', { dataTransfer: transfer, bubbles: true, cancelable: true, clientX: 800, clientY: 600 })
+      document.querySelector('#graph-canvas').dispatchEvent(drop)
+    })
+    await shows((type) => window.app.graph._nodes.filter((node) => node.type === type).length === 2, BOARD)
+    await boxesAre(4)
+    assert.match(await text(), /at night/)
   },
   async 'fourteen segments stay readable'() {
     // The view is on the branch, and text fields outside of it are hidden.
