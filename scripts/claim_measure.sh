@@ -1,13 +1,26 @@
 #!/usr/bin/env bash
-# Measures what scripts/claim.sh trained, seed by seed, on scenes of the seed's own; then scripts/claim_table.py pools.
+# Measures what scripts/claim.sh trained, on scenes of the training seed's own; then scripts/claim_table.py pools.
 #
-#   scripts/claim_measure.sh PRETRAINED [FOLDER]       SEEDS=1 does a part; stopped, the same command goes on
+#   scripts/claim_measure.sh [FOLDER]       SEEDS=1 DOSES=150 ARMS="ours memoryless" does a part; stopped, the same command goes on
+#
+# DOSES are numbers of updates; 0 is the start, beside the teacher. All arms of a seed get the same scenes, scripts and noise.
 set -euo pipefail
-pretrained=$1 folder=${2:-runs/claim}
-for seed in ${SEEDS:-0 1 2}; do
-    arm() { echo "$folder/$1-$seed/student.safetensors"; }
-    ${CONTEXT_FORCING:-context-forcing} evaluate --student "$(arm ours)" --policies clean,novel,released \
-        --compare "$(arm memoryless)=clean,novel" --compare "$(arm longlive)=none" --compare "$(arm infinity-rope)=none" \
-        --compare "$pretrained=clean,novel" --columns 9 --gaps 0,8,24 --rollouts 8 --minutes 2 --long-rollouts 2 --seed "$seed" \
-        --output "$folder/measured-$seed"
+folder=${1:-runs/claim}
+measure() { # FILE POLICIES SEED FOLDER
+    ${CONTEXT_FORCING:-context-forcing} evaluate --student "$1" --policies "$2" --columns 9,18 --gaps 8 \
+        --rollouts "${ROLLOUTS:-8}" --seed "$((50 + $3))" --output "$folder/measured/$4"
+}
+for dose in ${DOSES:-150 0 50 100}; do
+    for seed in ${SEEDS:-0 1 2}; do
+        if [ "$dose" = 0 ]; then
+            for name in start teacher; do
+                measure "$folder/$name.safetensors" novel,oracle,none "$seed" "$name-$seed-0"
+            done
+            continue
+        fi
+        for arm in ${ARMS:-ours memoryless longlive infinity-rope}; do
+            case $arm in ours | memoryless) policies=novel,oracle ;; *) policies=none ;; esac
+            measure "$folder/$arm-$seed/$dose.safetensors" "$policies" "$seed" "$arm-$seed-$dose"
+        done
+    done
 done
