@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The claim, in miniature: a student that hardly uses its slow memory is distilled four ways, three seeds each, by one teacher.
+# The claim, in miniature: a student that uses its slow memory little is distilled four ways, three seeds each, by one teacher.
 #
 #   scripts/claim.sh [FOLDER [key=value ...]]          default: runs/claim
 #

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures what scripts/claim.sh trained, on scenes of the training seed's own; then scripts/claim_table.py pools.
 #
-#   scripts/claim_measure.sh [FOLDER]       SEEDS=1 DOSES=150 ARMS="ours memoryless" does a part; stopped, the same command goes on
+#   scripts/claim_measure.sh [FOLDER]       SEEDS=1 DOSES=100 ARMS="ours memoryless" does a part; stopped, the same command goes on
 #
 # DOSES are numbers of updates; 0 is the start, beside the teacher. All arms of a seed get the same scenes, scripts and noise.
 set -euo pipefail
@@ -10,7 +10,7 @@ measure() { # FILE POLICIES SEED FOLDER
     ${CONTEXT_FORCING:-context-forcing} evaluate --student "$1" --policies "$2" --columns 9,18 --gaps 8 \
         --rollouts "${ROLLOUTS:-8}" --seed "$((50 + $3))" --output "$folder/measured/$4"
 }
-for dose in ${DOSES:-150 0 50 100}; do
+for dose in ${DOSES:-100 0 50}; do
     for seed in ${SEEDS:-0 1 2}; do
         if [ "$dose" = 0 ]; then
             for name in start teacher; do

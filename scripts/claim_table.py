@@ -34,10 +34,14 @@ def main(folder: Path) -> None:
     if not doses:
         sys.exit(f"{folder}: nothing was measured there; run scripts/claim_measure.sh first")
     for dose, records in sorted(doses.items()):
-        Console(width=240).print(table(dose, records))
+        Console(width=240).print(table(f"{dose} updates", records))
+    last = {record.seed: dose for dose, records in sorted(doses.items()) for record in records}
+    if len(set(last.values())) > 1:
+        pooled = [record for dose, records in doses.items() for record in records if last[record.seed] == dose]
+        Console(width=240).print(table("the last measured updates of each seed", pooled))
 
 
-def table(dose: int, records: list[Record]) -> Table:
+def table(title: str, records: list[Record]) -> Table:
     """Means of each arm and policy over all scripts and for each of them, with differences to ours.
 
     `student` of a record is its arm.
@@ -45,7 +49,7 @@ def table(dose: int, records: list[Record]) -> Table:
     rows = dict.fromkeys((record.student, record.policy) for record in records)
     cells = [None, *dict.fromkeys((record.kind, record.columns) for record in records)]
     columns = ("arm", "memory", "script", "recall", "against ours", "shuffled", *FIGURES[1:], "seeds, scenes")
-    result = Table(*columns, title=f"{dose} updates")
+    result = Table(*columns, title=title)
     for (arm, policy), cell in ((row, cell) for row in rows for cell in cells):
         own = of_row(records, arm, policy, cell)
         reference = values(of_row(records, OURS, "novel" if policy == NO_SLOW else policy, cell), "recall")
