@@ -16,9 +16,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from context_forcing.train.evaluation.evaluate import NO_SLOW, RESULTS
+from context_forcing.train.evaluation.evaluate import RESULTS
 from context_forcing.train.evaluation.judge import Trial
 from context_forcing.train.evaluation.summary import BOOTSTRAP, Record, shuffled_rate
+from context_forcing.train.evaluation.variants import NO_SLOW
 
 OURS, FIGURES = "ours", ("recall", "recall_whole", "share_whole", "psnr", "residual", "heading_accuracy", "motion")
 Values = dict[int, dict[int, float]]
