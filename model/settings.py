@@ -83,7 +83,7 @@ def _typed(name: str, value: Any, current: Any) -> Any:
     if value is None and isinstance(current, str):
         value = ""  # key= with nothing after it
     converted = value
-    if isinstance(current, float) and type(value) in (int, str):
+    if isinstance(current, float) and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             converted = float(value)  # YAML reads 1e-3 as text
         except ValueError:

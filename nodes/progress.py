@@ -86,7 +86,7 @@ class SegmentProgress:
         `clips` are those of the segments before, files of the temporary folder. Nothing is written if nobody would see
         it: the last segment is shown by Save Long Video, unless it was interrupted. A failure is logged, not raised.
         """
-        if not self._viewers or not self._pictures or (is_finished and self._is_last):
+        if self._page is None or not self._viewers or not self._pictures or (is_finished and self._is_last):
             return clips
         try:
             folder = folder_paths.get_temp_directory()
