@@ -34,16 +34,18 @@ def test_every_speed_passes_its_own_check(tmp_path, fps):
     assert [path.name for path in tmp_path.iterdir()] == ["film.mp4"]
 
 
-def test_ffmpeg_gets_the_arguments_that_imageio_gave_it(tmp_path):
-    """So that films are the same to the byte."""
-    write(tmp_path / "film.mp4", 20, scale=2, crf=20)
+@pytest.mark.parametrize(("scale", "preset"), [(1, "medium"), (2, "veryfast")])
+def test_ffmpeg_gets_the_arguments_that_imageio_gave_it(tmp_path, scale, preset):
+    """Films are the same to the byte, but for the preset of enlarged ones."""
+    write(tmp_path / "film.mp4", 20, scale=scale, crf=20)
     writer = imageio_ffmpeg.write_frames(
-        str(tmp_path / "other.mp4"), (96, 64), fps=16, codec="libx264", pix_fmt_out="yuv420p", macro_block_size=1,
-        quality=None, output_params=["-crf", "20", "-movflags", "+faststart"], ffmpeg_log_level="error",
+        str(tmp_path / "other.mp4"), (48 * scale, 32 * scale), fps=16, codec="libx264", pix_fmt_out="yuv420p",
+        macro_block_size=1, quality=None, ffmpeg_log_level="error",
+        output_params=["-preset", preset, "-crf", "20", "-movflags", "+faststart"],
     )  # fmt: skip
     writer.send(None)
     for frame in noise(20)[0].movedim(0, -1).add(1).mul(127.5).round().clamp(0, 255).byte().numpy():
-        writer.send(frame.repeat(2, axis=0).repeat(2, axis=1))
+        writer.send(frame.repeat(scale, axis=0).repeat(scale, axis=1))
     writer.close()
     assert (tmp_path / "film.mp4").read_bytes() == (tmp_path / "other.mp4").read_bytes()
 
