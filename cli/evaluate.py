@@ -14,8 +14,8 @@ COMPARE = "Another student on the same scenes and noise, FILE or FILE=policy,pol
 GAPS = "Chunks (0.75 s) that the camera spends elsewhere before it returns; empty: none."
 COLUMNS = "Columns from the landmarks to elsewhere; multiples of 3 from 9 to 33."
 POLICIES = (
-    "novel, recall, clean, fifo, uniform, released, none (no slow memory); for comparison only: oracle (knows the"
-    " camera path), rag, tether. A policy can have settings, as in"
+    "novel, cover, recall, clean, fifo, uniform, released, none (no slow memory); for comparison only: oracle (knows"
+    " the camera path), rag, tether. A policy can have settings, as in"
     " novel:recache=8:commit_attends=itself (also sink, slow, fast, eviction)."
 )
 VIDEO = "Measure this video by --clip and --dino; no option above applies. Repeatable."

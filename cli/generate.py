@@ -12,7 +12,7 @@ from .options import Card, Device, Dtype, Loras, ModelsDir, Settings, Student, T
 STORY = """YAML: `segments`, each with `prompt` and `seconds`; optional `size`, `fps` and `seed`. Or a storyboard, .txt:
 a time and a prompt per line."""
 MEMORY = "Memory by name: slow-fast, context-forcing, released, longlive, infinity-rope. Default: the student's."
-POLICY = "What slow memory keeps: novel, recall, clean, fifo, uniform, released. Default: the student's."
+POLICY = "What slow memory keeps: novel, cover, recall, clean, fifo, uniform, released. Default: the student's."
 COMMIT_ATTENDS = """What a finished chunk attends to while it is written to the memory: all, no sink, fast only, itself.
 Default: the story's, or else the student's."""
 KV_PLACEMENT = "Where keys and values are for a chunk: at once (fastest), by layer, from RAM (least video memory)."

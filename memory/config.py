@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from .fields import checked_fields
 
 RECALL = "recall"
-CLEAN_POLICIES = ("novel", "clean", "fifo", "uniform", RECALL)
+NOVEL = ("novel", "cover")
+"""Policies that promote frames unlike everything remembered."""
+CLEAN_POLICIES = (*NOVEL, "clean", "fifo", "uniform", RECALL)
 """Policies that decide once for all layers, on keys of clean latents or on the latents."""
 RELEASED = "released"
 POLICIES = (*CLEAN_POLICIES, RELEASED)
@@ -34,15 +36,15 @@ class MemoryConfig:
     """Number of positions the student was trained with, at least sink + slow + fast."""
     policy: str = "novel"
     """Which frames are promoted from fast to slow. `clean`: those unlike the frame before them (the paper's rule);
-    `novel`: those unlike all remembered ones; `recall`: chosen anew from the whole film before every chunk
-    (recall.py); `fifo`: all; `uniform`: every `uniform_stride`-th; `released`: the rule
-    of the released Context Forcing weights (layer_store.py)."""
+    `novel`: those unlike all remembered ones; `cover`: the same, with eviction `redundant`; `recall`: chosen anew from
+    the whole film before every chunk (recall.py); `fifo`: all; `uniform`: every `uniform_stride`-th; `released`: the
+    rule of the released Context Forcing weights (layer_store.py)."""
     slow_similarity_threshold: float = 0.95
-    """tau: a frame with a lower key similarity is new (policies clean, novel and released)."""
+    """tau: a frame with a lower key similarity is new (policies novel, cover, clean and released)."""
     eviction: str = "oldest"
-    """Which slow frame is evicted: the `oldest`, or the most `redundant` one."""
+    """Which slow frame is evicted: the `oldest`, or the most `redundant` one; under policy cover always that."""
     novel_against_sink: bool = True
-    """Whether policy novel compares with the sink too."""
+    """Whether policies novel and cover compare with the sink too."""
     uniform_stride: int = 6
 
     def __post_init__(self):
@@ -89,9 +91,14 @@ class MemoryConfig:
         return self.policy == RECALL
 
     @property
+    def evicts_redundant(self) -> bool:
+        """Whether the slow frame that two others tell best is evicted, not the oldest."""
+        return self.policy == "cover" or self.eviction == "redundant"
+
+    @property
     def uses_threshold(self) -> bool:
         """Whether the policy compares similarities with slow_similarity_threshold."""
-        return self.policy in ("novel", "clean", RELEASED)
+        return self.policy in (*NOVEL, "clean", RELEASED)
 
     @property
     def compares_with(self) -> str:

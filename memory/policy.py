@@ -6,7 +6,7 @@ Between chunks fast holds `fast - chunk` frames: the oldest fast frames leave wh
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .config import MemoryConfig
+from .config import NOVEL, MemoryConfig
 from .recall import Choose
 
 Similarity = Callable[[int, Sequence[int]], Sequence[float]]
@@ -77,13 +77,13 @@ def advance(
     while len(fast) > config.fast - config.chunk:
         frame, score, evicted = fast.pop(0), similarity_to_previous.pop(0), None
         left.append(frame)
-        if config.policy == "novel" and config.slow:
+        if config.policy in NOVEL and config.slow:
             others = (sink if config.novel_against_sink else ()) + slow
             score = max(similarity(frame, others)) if others else None
         if promoted := _is_promoted(frame, score, config):
             slow = (*slow, frame)
             if len(slow) > config.slow:
-                evicted = _most_redundant(slow, similarity) if config.eviction == "redundant" else slow[0]
+                evicted = _most_redundant(slow, similarity) if config.evicts_redundant else slow[0]
                 slow = tuple(kept for kept in slow if kept != evicted)
         if not config.recalls:
             decisions.append(Decision(frame, promoted, score, evicted))

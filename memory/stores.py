@@ -5,6 +5,7 @@ Shapes: B batch (one video), T latent frames of a chunk, P tokens per latent fra
 
 import abc
 import dataclasses
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -138,19 +139,33 @@ class FrameStore(KVStore):
     frames: dict[int, FrameKV] = field(default_factory=dict)
     """By absolute latent-frame index: the frames of `slots`, but those to be read (Memory.unread); none: compact.
     Never changed in place."""
+    similarities: dict[tuple[int, int], float] = field(default_factory=dict)
+    """Of pairs of slow frames, the older one first, where eviction compares them: a pair is compared once. Pairs that
+    are missing are compared when they are needed. Never changed in place."""
 
     def append(
         self, config: MemoryConfig, frames: range, new_kv: Sequence[tuple[Tensor, Tensor]], choose: Choose
     ) -> tuple["FrameStore", tuple[Decision, ...]]:
         """`new_kv` has keys and values [B, T, P, N, E] per layer. Keys are compared on their device."""
         kvs, device = self.frames | _by_frame(frames, new_kv), new_kv[0][0].device
+        known = dict(self.similarities)
 
         def similarity(frame: int, others: Sequence[int]) -> list[float]:
-            keys = kvs[frame].keys.to(device)
-            return torch.stack([key_similarity(keys, kvs[other].keys) for other in others]).tolist()
+            pairs = [(min(frame, other), max(frame, other)) for other in others]
+            if missing := [other for pair, other in zip(pairs, others) if pair not in known]:
+                keys = kvs[frame].keys.to(device)
+                found = torch.stack([key_similarity(keys, kvs[other].keys) for other in missing]).tolist()
+                known.update({(min(frame, other), max(frame, other)): value for other, value in zip(missing, found)})
+            return [known[pair] for pair in pairs]
 
         slots, decisions = advance(self.slots, config, frames, similarity, choose)
-        return FrameStore(slots=slots, frames={frame: kvs[frame] for frame in slots.all if frame in kvs}), decisions
+        kept = {pair: known[pair] for pair in itertools.combinations(slots.slow, 2) if pair in known}
+        store = FrameStore(
+            slots=slots,
+            frames={frame: kvs[frame] for frame in slots.all if frame in kvs},
+            similarities=kept if config.evicts_redundant else {},
+        )
+        return store, decisions
 
     def view(self, config: MemoryConfig, next_frame: int, rotate: Rotate, lazy: bool) -> MemoryView:
         kvs = [self.frames[frame] for frame in self.slots.all]
@@ -174,13 +189,20 @@ class FrameStore(KVStore):
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         named = ((f"{part}.{n}", getattr(kv, part)) for n, kv in self.frames.items() for part in ("keys", "values"))
-        return {}, {name: tensor.cpu().contiguous() for name, tensor in named}
+        # Only where there are any: files of other policies stay as they were.
+        similarities = [(*pair, value) for pair, value in self.similarities.items()]
+        header = {"similarities": similarities} if similarities else {}
+        return header, {name: tensor.cpu().contiguous() for name, tensor in named}
 
     @classmethod
     def from_state(cls, slots: Slots, header: dict, tensors: dict[str, Tensor]) -> "FrameStore":
         frames = slots.all if header["form"] == "exact" else ()
         kvs = {frame: FrameKV(tensors.pop(f"keys.{frame}"), tensors.pop(f"values.{frame}")) for frame in frames}
-        return cls(slots=slots, frames=kvs)
+        similarities = {(older, newer): value for older, newer, value in header.get("similarities", ())}
+        for (older, newer), value in similarities.items():
+            if not (older < newer and {older, newer} <= {*slots.slow} and abs(value) < 1.1):
+                raise ValueError("damaged: similarities has an impossible value")
+        return cls(slots=slots, frames=kvs, similarities=similarities)
 
     def working_bytes(
         self, config: MemoryConfig, kv_placement: str, num_layers: int, elements: int, itemsize: int
@@ -200,14 +222,26 @@ class FrameStore(KVStore):
         slots, fast = self.slots, keep(self.slots.fast)
         similarity = dict(zip(slots.fast, slots.similarity_to_previous, strict=True))
         slots = Slots(keep(slots.sink), keep(slots.slow), fast, tuple(similarity[frame] for frame in fast))
-        return FrameStore(slots=slots, frames={frame: kv for frame, kv in self.frames.items() if frame in frames})
+        return FrameStore(
+            slots=slots,
+            frames={frame: kv for frame, kv in self.frames.items() if frame in frames},
+            similarities=self._similarities_of(frames),
+        )
 
     def write(self, frames: Sequence[int], new_kv: Sequence[tuple[Tensor, Tensor]]) -> "FrameStore":
         kvs = self.frames | _by_frame(frames, new_kv)
-        return dataclasses.replace(self, frames={frame: kvs[frame] for frame in self.slots.all if frame in kvs})
+        return dataclasses.replace(
+            self,
+            frames={frame: kvs[frame] for frame in self.slots.all if frame in kvs},
+            similarities=self._similarities_of({*self.slots.slow} - {*frames}),
+        )
 
     def compact(self) -> "FrameStore":
-        return dataclasses.replace(self, frames={})
+        return dataclasses.replace(self, frames={}, similarities={})
+
+    def _similarities_of(self, frames: Collection[int]) -> dict[tuple[int, int], float]:
+        """The similarities of pairs of these frames."""
+        return {pair: value for pair, value in self.similarities.items() if {*pair} <= {*frames}}
 
 
 def _by_frame(frames: Sequence[int], new_kv: Sequence[tuple[Tensor, Tensor]]) -> dict[int, FrameKV]:

@@ -34,17 +34,17 @@ class ContextForcingMemory(io.ComfyNode):
                 io.Int.Input("height", default=0, min=0, max=8192, step=16,
                     tooltip="Height of the video in pixels, a multiple of 16. 0: as trained."),
                 io.Combo.Input("policy", options=[AS_TRAINED, *POLICIES], default=AS_TRAINED, advanced=True,
-                    tooltip="Which frames slow memory keeps. novel: frames unlike all remembered frames. recall:"
-                    " chosen from the whole video before every chunk. clean: frames unlike the frame before (the"
-                    " paper's rule). fifo: the latest. uniform: every sixth. released: the rule of the released"
-                    " Context Forcing weights, only for them; every layer keeps first frames of chunks, with keys of"
-                    " noisy passes."),
+                    tooltip="Which frames slow memory keeps. novel: frames unlike all remembered frames. cover:"
+                    " the same, spread over all that was seen. recall: chosen from the whole video before every chunk."
+                    " clean: frames unlike the frame before (the paper's rule). fifo: the latest. uniform: every sixth."
+                    " released: the rule of the released Context Forcing weights, only for them; every layer keeps"
+                    " first frames of chunks, with keys of noisy passes."),
                 frames_input("sink", "The first frames of the video, which are never forgotten; 0: none.", AS_TRAINED),
                 frames_input("slow", "Keyframes; 0: no slow memory.", AS_TRAINED),
                 frames_input("fast", "The latest frames, with the chunk being generated.", AS_TRAINED),
                 io.Float.Input("threshold", default=-1.0, min=-1.0, max=1.0, step=0.01, advanced=True,
-                    tooltip="For policies novel and clean: a frame is kept if its similarity is below this. 0.95 is"
-                    " usual; a higher value keeps more frames. -1: as trained."),
+                    tooltip="For policies novel, cover and clean: a frame is kept if its similarity is below this. 0.95"
+                    " is usual; a higher value keeps more frames. -1: as trained."),
                 io.Combo.Input("preset", options=[AS_TRAINED, *MEMORY_PRESETS], default=AS_TRAINED, **ADVANCED,
                     tooltip="Values by name; the inputs above replace single values. slow-fast: this pack's."
                     " context-forcing: the paper's. released: of the released weights. longlive, infinity-rope: the"

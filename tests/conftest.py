@@ -105,6 +105,7 @@ def same_memory():
         return (
             all(getattr(a, name) == getattr(b, name) for name in plain)
             and all(alike(getattr(a, name), getattr(b, name)) for name in ("text", "start_latents"))
+            and a.store.state()[0] == b.store.state()[0]
             and [frame for frame, _ in a.store.frame_kvs()] == [frame for frame, _ in b.store.frame_kvs()]
             and len(a.tensors()) == len(b.tensors())
             and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors()))

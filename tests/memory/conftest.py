@@ -33,7 +33,7 @@ def _expected(config, num_frames, similarity):
         if keep:
             slow.append(frame)
             if len(slow) > config.slow:
-                if config.eviction == "oldest":
+                if config.eviction == "oldest" and config.policy != "cover":
                     evicted = min(slow)
                 else:
                     told = lambda a: sum(sorted(similarity(a, b) for b in slow if b != a)[-2:])

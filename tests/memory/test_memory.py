@@ -92,6 +92,56 @@ def test_two_futures_touch_neither_each_other_nor_their_past():
     assert again.decisions == one.decisions
 
 
+SPARSE = dict(policy="cover", slow_similarity_threshold=0.999)
+"""A threshold that most frames of the walk are below, so that slow is full and evicts."""
+
+
+@pytest.mark.parametrize("settings", [SPARSE, dict(policy="fifo", eviction="redundant"), {}], ids=str)
+def test_a_commit_compares_each_new_frame_once(monkeypatch, settings):
+    """A frame that leaves fast is compared with sink and slow, and no two frames are compared twice."""
+    memory, keys, compared = make(**settings), views_of_a_walk(120, seed=1), [0]
+
+    def compare(a, b):
+        compared[-1] += 1
+        return key_similarity(a, b)
+
+    monkeypatch.setattr(stores_module, "key_similarity", compare)
+    for num_frames in range(3, 121, 3):
+        compared.append(0)
+        memory = remember(memory, keys, num_frames)
+    num_slots = memory.config.sink + memory.config.slow
+    assert 0 < sum(compared) <= len(memory.decisions) * num_slots
+    if settings.get("policy") == "fifo":  # it compares nothing until slow is full, then all that is there
+        compared.remove(max(compared))
+    assert max(compared) <= 3 * num_slots
+    if settings:
+        assert sum(decision.evicted is not None for decision in memory.decisions) > 20
+    assert len(memory.store.similarities) == (12 * 11 / 2 if settings else 0)
+
+
+def test_known_similarities_decide_what_fresh_ones_decide():
+    keys = views_of_a_walk(120, seed=1)
+    kept = forgetful = make(**SPARSE)
+    for num_frames in range(3, 121, 3):
+        kept = remember(kept, keys, num_frames)
+        forgetful = dataclasses.replace(forgetful, store=dataclasses.replace(forgetful.store, similarities={}))
+        forgetful = remember(forgetful, keys, num_frames)
+    assert kept.slots == forgetful.slots and kept.decisions == forgetful.decisions
+    assert kept.store.similarities == forgetful.store.similarities
+
+
+def test_similarities_follow_what_becomes_of_the_frames():
+    """They are of slow frames with the keys of now: new keys, and frames that are forgotten, have none."""
+    memory = remember(make(**SPARSE), views_of_a_walk(60, seed=1), 60)
+    before, (first, second) = dict(memory.store.similarities), memory.slots.slow[:2]
+    rewritten = memory.write([first], chunk_of(views_of_a_walk(60, seed=2), [first])[1])
+    assert {*before} - {*rewritten.store.similarities} == {pair for pair in before if first in pair}
+    assert {*memory.restrict_to([first, second]).store.similarities} == {(first, second)}
+    assert not memory.compact().store.similarities
+    remember(memory, views_of_a_walk(90, seed=2), 90)
+    assert memory.store.similarities == before
+
+
 def test_memories_share_storage():
     keys = views_of_a_walk(60, seed=1)
     past = remember(make(), keys, 30)

@@ -123,6 +123,19 @@ def test_redundant_spreads_the_slots_over_a_pan():
     assert slots.slow[0] == 0 and slots.slow[-1] >= 50 and max(gaps[:-1]) <= 2 * min(gaps[:-1])
 
 
+def test_cover_stays_spread_where_novel_keeps_the_end_of_a_pan():
+    """A pan of 120 columns and a long stay. A column lowers the similarity by 0.02: every third one is new."""
+    column = lambda frame: min(frame, 120)
+    alike = lambda a, b: 1 - abs(column(a) - column(b)) / 50
+    seen = {}
+    for policy in ("novel", "cover"):
+        *_, (slots, _) = roll(MemoryConfig(policy=policy), 70, alike)
+        seen[policy] = slots.slow
+    assert min(seen["novel"]) > 80 and max(seen["novel"]) <= 120
+    assert min(seen["cover"]) < 10 and max(seen["cover"]) > 100
+    assert max(b - a for a, b in zip(seen["cover"], seen["cover"][1:])) < 20
+
+
 def returning_to_a_place(policy):
     """A landmark (frames 3-5), then a camera that moves back and forth between two other places."""
     place = lambda f: "home" if f < 3 else "landmark" if f < 6 else "ab"[f // 3 % 2]
@@ -133,5 +146,5 @@ def returning_to_a_place(policy):
 
 
 def test_novel_keeps_one_copy_of_each_place_where_clean_is_flushed():
-    assert returning_to_a_place("novel") == {"landmark", "a", "b"}
+    assert returning_to_a_place("novel") == returning_to_a_place("cover") == {"landmark", "a", "b"}
     assert returning_to_a_place("clean") == {"a", "b"}

@@ -82,6 +82,28 @@ def test_continuing_a_loaded_memory_is_bit_identical(memory, path, continue_by, 
     assert same_memory(continue_by(load_memory(path, STUDENT), 4), continue_by(memory, 4))
 
 
+def test_cover_continues_as_if_it_had_not_been_saved(continue_by, empty_memory, same_memory, tmp_path):
+    """The similarities of slow frames are in the file; without them, as in files of before, they are computed again."""
+    path = tmp_path / "cover.safetensors"
+    memory = continue_by(empty_memory(**SIZES | dict(slow=3, window=8, policy="cover")).begin("a prompt", 5), 6)
+    assert len(memory.store.similarities) == 3 and any(d.evicted is not None for d in memory.decisions)
+    save_memory(path, memory)
+    whole = continue_by(memory, 4)
+    assert same_memory(load_memory(path, STUDENT), memory)
+    assert same_memory(continue_by(load_memory(path, STUDENT), 4), whole)
+    rewrite(path, lambda header: header.pop("similarities"), forge=True)
+    assert not load_memory(path, STUDENT).store.similarities
+    assert same_memory(continue_by(load_memory(path, STUDENT), 4), whole)
+
+
+@pytest.mark.parametrize("pair", [[0, 1, 0.5], [1, 1, 0.5], [9, 3, 0.5], [3, 9, float("nan")], [3, 9, 2]], ids=repr)
+def test_forged_similarities_are_refused(path, memory, pair):
+    slow = memory.slots.slow
+    older, newer = (slow[0] if n == 3 else slow[1] if n == 9 else n for n in pair[:2])
+    rewrite(path, lambda header: header.update(similarities=[[older, newer, pair[2]]]), forge=True)
+    assert "similarities has an impossible value" in refused(path)
+
+
 def test_saving_twice_gives_the_same_bytes(memory, path):
     save_memory(path.with_name("again.safetensors"), memory)
     assert path.read_bytes() == path.with_name("again.safetensors").read_bytes()

@@ -45,7 +45,7 @@ def words(written):
     return " | ".join(text for text, _ in written)
 
 
-@pytest.mark.parametrize("policy", ["novel", "clean", "fifo", "uniform"])
+@pytest.mark.parametrize("policy", ["novel", "cover", "clean", "fifo", "uniform"])
 @pytest.mark.parametrize("num_chunks", [0, 1, 2, 9, 40])
 def test_draws(policy, num_chunks):
     memory = filled(num_chunks, policy=policy)

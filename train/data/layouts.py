@@ -79,8 +79,7 @@ def memory_layout(rng: np.random.Generator, views: Views, config: MemoryConfig) 
         config,
         sink=0 if layout == "fast" else config.sink,
         slow=config.slow if layout == "full" else 0,
-        policy={"recall": "fifo", "cover": "novel", "random": "clean"}.get(rule, rule),
-        eviction="redundant" if rule == "cover" else config.eviction,
+        policy={"recall": "fifo", "random": "clean"}.get(rule, rule),
         uniform_stride=config.chunk,
     )
     if rule == "cover":
