@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .fields import checked_fields
+from .fields import checked_fields, quoted
 
 RECALL = "recall"
 NOVEL = ("novel", "cover")
@@ -51,7 +51,7 @@ class MemoryConfig:
         for name, least in dict(sink=0, slow=0, fast=0, chunk=1, window=0, uniform_stride=1).items():
             value = getattr(self, name)
             if type(value) is not int or value < least:
-                raise ValueError(f"{name}: {value!r} latent frames; it must be a whole number, {least} or more")
+                raise ValueError(f"{name}: {quoted(value)} latent frames; it must be a whole number, {least} or more")
         least = self.chunk + 1 if self.slow else self.chunk
         if self.fast < least:
             raise ValueError(
@@ -65,10 +65,12 @@ class MemoryConfig:
             raise ValueError(f"policy: {self.policy} needs whole chunks; make {sizes} a multiple of {self.chunk}")
         for name, choices in (("policy", POLICIES), ("eviction", EVICTIONS)):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(choices)}")
+                raise ValueError(f"{name}: {quoted(getattr(self, name))} is not one of {', '.join(choices)}")
         tau = self.slow_similarity_threshold
         if type(tau) not in (int, float) or not -1 <= tau <= 1:
-            raise ValueError(f"slow_similarity_threshold: {tau!r} is not a cosine; it must be a number in [-1, 1]")
+            raise ValueError(
+                f"slow_similarity_threshold: {quoted(tau)} is not a cosine; it must be a number in [-1, 1]"
+            )
 
     @property
     def num_slots(self) -> int:
@@ -125,7 +127,7 @@ Infinity-RoPE students (docs/method.md, Policies)."""
 def memory_preset(name: str) -> MemoryConfig:
     """An entry of MEMORY_PRESETS. Raises ValueError for an unknown name."""
     if name not in MEMORY_PRESETS:
-        raise ValueError(f"memory: {name!r} is not one of {', '.join(MEMORY_PRESETS)}")
+        raise ValueError(f"memory: {quoted(name)} is not one of {', '.join(MEMORY_PRESETS)}")
     return MEMORY_PRESETS[name]
 
 

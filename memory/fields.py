@@ -2,8 +2,35 @@
 
 import dataclasses
 import json
+import reprlib
 import typing
 from collections.abc import Mapping
+
+MAX_BRIEF = 80
+"""Characters that a message quotes of a value or of another program's message."""
+
+
+class _Brief(reprlib.Repr):
+    """repr of the first values, whatever the size of the whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = MAX_BRIEF
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Python refuses to print the longest numbers."""
+        return repr(x) if x.bit_length() < 256 else f"a number of {x.bit_length()} bits"
+
+
+def brief(text: object, most: int = MAX_BRIEF) -> str:
+    """Text on one line of at most `most` characters; what is longer loses its end."""
+    words = " ".join(str(text).split())
+    return words if len(words) <= most else f"{words[: most - 3]}..."
+
+
+def quoted(value: object) -> str:
+    """repr of a value that a user gave, for messages: one short line, whatever the value."""
+    return brief(_Brief().repr(value))
 
 
 def json_object(text: str, where: object) -> dict[str, typing.Any]:
@@ -11,7 +38,7 @@ def json_object(text: str, where: object) -> dict[str, typing.Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error})") from None
+        raise ValueError(f"{where}: not JSON ({brief(error)})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where}: not a JSON object")
     return value
@@ -24,9 +51,9 @@ def check_keys(cls: type, raw: object, where: str) -> Mapping:
     """
     known = ", ".join(field.name for field in dataclasses.fields(cls))
     if not isinstance(raw, Mapping):
-        raise ValueError(f"{where}: {raw!r} is not a mapping; known keys are {known}")
+        raise ValueError(f"{where}: {quoted(raw)} is not a mapping; known keys are {known}")
     if unknown := [key for key in raw if key not in known.split(", ")]:
-        raise ValueError(f"{where}{'.' * bool(where)}{unknown[0]}: unknown key; known keys are {known}")
+        raise ValueError(f"{where}{'.' * bool(where)}{brief(unknown[0])}: unknown key; known keys are {known}")
     return raw
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .config import MemoryConfig
+from .fields import quoted
 from .layer_store import LayerStore
 from .policy import Decision, Slots
 from .recall import MAX_READS, Archive, Recall
@@ -137,7 +138,7 @@ class Memory:
     def check_change(self, change: str) -> None:
         """Raises ValueError for an unknown change, and for one that the store does not support."""
         if change not in CHANGES:
-            raise ValueError(f"change: {change!r} is not one of {', '.join(CHANGES)}")
+            raise ValueError(f"change: {quoted(change)} is not one of {', '.join(CHANGES)}")
         self.check_supports(change)
 
     def begin(self, prompt: str, seed: int, text: Tensor | None = None, change: str = "keep") -> "Memory":

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..memory.fields import quoted
+
 Attention = Callable[..., Tensor]
 """(q_BSNE, k_BKNE, v_BKNE, bias=None) -> out_BSNE. `bias` is added to the scores and broadcasts to [B, N, S, K]."""
 
@@ -27,7 +29,7 @@ ATTENTIONS = ("sdpa", "sage")
 def load_attention(name: str) -> Attention:
     """An attention function by name. Raises ValueError for an unknown name, or if its package is not installed."""
     if name not in ATTENTIONS:
-        raise ValueError(f"attention: {name!r} is not one of {', '.join(ATTENTIONS)}")
+        raise ValueError(f"attention: {quoted(name)} is not one of {', '.join(ATTENTIONS)}")
     return sdpa if name == "sdpa" else _load_sage()
 
 

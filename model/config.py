@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..memory.config import MemoryConfig
-from ..memory.fields import checked_fields, json_object
+from ..memory.fields import checked_fields, json_object, quoted
 from ..memory.view import ATTENDS
 from .flow import SOLVERS, warped_sigmas
 from .units import LATENT_CHANNELS, check_size
@@ -83,20 +83,20 @@ class StudentCard:
         for name in ("steps", "first_steps", "size"):
             values = getattr(self, name)
             if not isinstance(values, tuple) or any(type(value) not in (int, float) for value in values):
-                raise ValueError(f"{name}: {values!r} is not a list of numbers")
+                raise ValueError(f"{name}: {quoted(values)} is not a list of numbers")
         if type(self.shift) not in (int, float):
-            raise ValueError(f"shift: {self.shift!r} is not a number")
+            raise ValueError(f"shift: {quoted(self.shift)} is not a number")
         if type(self.match_sink) not in (int, float) or not 0 <= self.match_sink <= 1:
-            raise ValueError(f"match_sink: {self.match_sink!r} is not a share; it must be a number in [0, 1]")
+            raise ValueError(f"match_sink: {quoted(self.match_sink)} is not a share; it must be a number in [0, 1]")
         if type(self.fps) is not int or self.fps < 1:
-            raise ValueError(f"fps: {self.fps!r} is not a positive integer")
+            raise ValueError(f"fps: {quoted(self.fps)} is not a positive integer")
         if len(self.size) != 2 or any(type(side) is not int for side in self.size):
-            raise ValueError(f"size: {self.size!r} is not a width and a height in pixels")
+            raise ValueError(f"size: {quoted(self.size)} is not a width and a height in pixels")
         check_size(*self.size)
         if self.solver not in SOLVERS:
-            raise ValueError(f"solver: {self.solver!r} is not one of {', '.join(SOLVERS)}")
+            raise ValueError(f"solver: {quoted(self.solver)} is not one of {', '.join(SOLVERS)}")
         if self.commit_attends not in ATTENDS:
-            raise ValueError(f"commit_attends: {self.commit_attends!r} is not one of {', '.join(ATTENDS)}")
+            raise ValueError(f"commit_attends: {quoted(self.commit_attends)} is not one of {', '.join(ATTENDS)}")
         for steps in (self.steps, self.first_steps or self.steps):
             warped_sigmas(steps, self.shift)
 

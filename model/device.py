@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ..memory.fields import quoted
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 SMALL_NETWORK = 50_000_000
@@ -18,7 +20,7 @@ def pick_device(device: str, dtype: str = "auto") -> tuple[torch.device, torch.d
     Raises ValueError for an unknown name, and for `cuda` without a CUDA device.
     """
     if device not in ("auto", "cuda", "cpu"):
-        raise ValueError(f"device: {device!r} is not one of auto, cuda, cpu")
+        raise ValueError(f"device: {quoted(device)} is not one of auto, cuda, cpu")
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         raise ValueError("device: cuda is not available in this torch; use cpu, or install a CUDA build of torch")
@@ -31,7 +33,7 @@ def pick_device(device: str, dtype: str = "auto") -> tuple[torch.device, torch.d
 def dtype_named(name: str, choices: Sequence[str] = tuple(DTYPES)) -> torch.dtype:
     """A dtype by its short name. Raises ValueError unless it is one of `choices`."""
     if name not in choices:
-        raise ValueError(f"dtype: {name!r} is not one of {', '.join(choices)}")
+        raise ValueError(f"dtype: {quoted(name)} is not one of {', '.join(choices)}")
     return DTYPES[name]
 
 

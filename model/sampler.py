@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..memory.fields import quoted
 from ..memory.memory import Memory, all_finite
 from ..memory.stores import KV_PLACEMENTS
 from ..memory.view import ATTENDS as COMMIT_ATTENDS
@@ -46,9 +47,9 @@ class SamplerOptions:
 
     def __post_init__(self):
         if self.commit_attends not in (None, *COMMIT_ATTENDS):
-            raise ValueError(f"commit_attends: {self.commit_attends!r} is not one of {', '.join(COMMIT_ATTENDS)}")
+            raise ValueError(f"commit_attends: {quoted(self.commit_attends)} is not one of {', '.join(COMMIT_ATTENDS)}")
         if self.kv_placement not in KV_PLACEMENTS:
-            raise ValueError(f"kv_placement: {self.kv_placement!r} is not one of {', '.join(KV_PLACEMENTS)}")
+            raise ValueError(f"kv_placement: {quoted(self.kv_placement)} is not one of {', '.join(KV_PLACEMENTS)}")
 
 
 def make_sampler(

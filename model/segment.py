@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..memory.fields import quoted
 from ..memory.memory import Memory
 from .causal import without_padding
 from .sampler import CausalSampler, seeded_noise
@@ -41,7 +42,7 @@ def generate_segment(
         raise ValueError(f"blend: {blend} chunks; it must be 0 or more")
     before, text = memory.text, used_rows(text_BLC)
     if not text.isfinite().all():
-        problem = f"text: NaN or infinity in the embeddings of the prompt {prompt[:60]!r}"
+        problem = f"text: NaN or infinity in the embeddings of the prompt {quoted(prompt)}"
         raise ValueError(f"{problem}; check the text encoder's file, or run it in fp32")
     differs = before is not None and not same_prompt(before, text)
     memory.check_change(change if memory.latent_chunks else "keep")

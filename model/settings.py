@@ -10,7 +10,44 @@ from typing import Any
 import yaml
 
 from ..memory.config import memory_preset
-from ..memory.fields import check_keys
+from ..memory.fields import brief, check_keys, quoted
+
+MAX_VALUES = 200_000
+"""Values of a YAML text, those of its aliases included: about 20 for each of 10,000 segments."""
+MAX_NESTING = 20
+"""Lists and mappings of a YAML text inside each other."""
+TAG_ERRORS = (LookupError, AttributeError, TypeError, OverflowError)
+"""What yaml.safe_load raises for values that do not fit their tags, next to ValueError."""
+
+
+def read_yaml(text: str) -> Any:
+    """The plain values of a YAML text. Raises ValueError, one line, for other texts and for aliases that expand far."""
+    try:
+        _check_expansion(text)
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"not YAML ({brief(error, 160)})") from None
+    except TAG_ERRORS:
+        raise ValueError("not YAML (a value does not fit its tag; remove the tag, such as !!int)") from None
+
+
+def _check_expansion(text: str) -> None:
+    """Raises ValueError for more than MAX_VALUES values, an alias counted as what it stands for, or deeper nesting."""
+    sizes: dict[str, int] = {}
+    count, begun = 0, []
+    for event in yaml.parse(text, yaml.SafeLoader):
+        count += 1
+        if isinstance(event, yaml.AliasEvent):
+            count += sizes.get(event.anchor, 0)
+        elif isinstance(event, yaml.CollectionStartEvent):
+            begun.append((event.anchor, count))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, first = begun.pop()
+            sizes[anchor] = count - first
+        if count > MAX_VALUES:
+            raise ValueError(f"more than {MAX_VALUES} values, aliases expanded; make it shorter")
+        if len(begun) > MAX_NESTING:
+            raise ValueError(f"more than {MAX_NESTING} lists or mappings inside each other; make it flat")
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict:
@@ -19,7 +56,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            raise ValueError(f"{override!r}: an override is key=value, for example steps=100")
+            raise ValueError(f"{quoted(override)}: an override is key=value, for example steps=100")
         *parts, last = key.split(".")
         inner = settings
         for part in parts:
@@ -32,8 +69,8 @@ def parse_overrides(overrides: Sequence[str]) -> dict:
 
 def _scalar(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return read_yaml(text)
+    except ValueError:
         return text
 
 
@@ -48,9 +85,9 @@ def read_settings(path: Path, names: Sequence[str]) -> tuple[str, dict]:
     Raises ValueError for a file that cannot be read or has no `config`.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"config: {path} cannot be read ({str(error).splitlines()[0]})") from None
+        raw = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"config: {path} cannot be read ({brief(error, 200)})") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("config"), str):
         raise ValueError(f"config: {path} must be a mapping with `config`: one of {', '.join(names)}")
     return raw.pop("config"), raw
@@ -91,5 +128,5 @@ def _typed(name: str, value: Any, current: Any) -> Any:
     if current is None and (value is None or type(value) in (int, float)):
         return value
     if type(converted) is not type(current) or (isinstance(converted, float) and not math.isfinite(converted)):
-        raise ValueError(f"{name}: {json.dumps(value, default=str)} is not a {type(current).__name__}")
+        raise ValueError(f"{name}: {brief(json.dumps(value, default=str))} is not a {type(current).__name__}")
     return converted

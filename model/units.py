@@ -7,6 +7,8 @@ PIXELS_PER_LATENT = 8
 """Pixel rows and columns in one latent row and column."""
 PIXEL_MULTIPLE = 16
 """Width and height are multiples of this: 8 pixels in a latent, 2 latents in a token."""
+MAX_PIXELS = 2**24
+"""Pixels of a frame, 4096 x 4096; far above what students are trained with."""
 
 
 def pixel_frames(latent_frames: int) -> int:
@@ -40,8 +42,10 @@ def pixel_size(latent_size: tuple[int, int, int]) -> tuple[int, int]:
 
 
 def check_size(width: int, height: int) -> None:
-    """Raises ValueError unless both sides are positive multiples of 16."""
+    """Raises ValueError unless both sides are positive multiples of 16 and a frame has at most MAX_PIXELS."""
     for name, side in (("width", width), ("height", height)):
         if side <= 0 or side % PIXEL_MULTIPLE:
             nearest = max(PIXEL_MULTIPLE, round(side / PIXEL_MULTIPLE) * PIXEL_MULTIPLE)
             raise ValueError(f"size: {name} {side} is not a multiple of {PIXEL_MULTIPLE}; {nearest} is the nearest")
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"size: {width}x{height} is more than {MAX_PIXELS} pixels; make it smaller")

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..memory.fields import quoted
+
 TOKEN = re.compile(r"%([^%]+)%")
 FORBIDDEN = re.compile(r'[/?<>\\:*|"\x00-\x1f\x7f]')
 """Characters of an input's value that a file name does not keep."""
@@ -49,7 +51,9 @@ def new_file(prefix: str, suffix: str, prompt: Prompt | None = None, size: tuple
             prefix, folder_paths.get_output_directory(), *size
         )
     except OSError as error:
-        raise ValueError(f"filename_prefix: {prefix!r} cannot be written ({error.strerror}); give another") from None
+        raise ValueError(
+            f"filename_prefix: {quoted(prefix)} cannot be written ({error.strerror}); give another"
+        ) from None
     file = f"{name}_{counter:05}_{suffix}"
     return OutputFile(os.path.join(folder, file), file, subfolder)
 
@@ -62,7 +66,7 @@ def check_prefix(prefix: str, prompt: Prompt | None = None) -> str:
     path = os.path.realpath(os.path.join(root, replaced))
     if not path.startswith(os.path.join(root, "")):
         raise ValueError(
-            f"filename_prefix: {prefix!r} is not a file under the output folder; give a name such as video/film"
+            f"filename_prefix: {quoted(prefix)} is not a file under the output folder; give a name such as video/film"
         )
     return replaced
 

@@ -6,6 +6,7 @@ from typing import Any
 from aiohttp import web
 from server import PromptServer
 
+from ..memory.fields import quoted
 from ..memory.memory import CHANGES
 from ..model.checkpoints.published import PUBLISHED
 from ..model.config import StudentCard
@@ -28,7 +29,7 @@ def outline(request: Mapping[str, Any]) -> dict[str, Any]:
         if value is not None and (
             isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e4
         ):
-            raise ValueError(f"{name}: {value!r} is not a number above 0 and below 10000")
+            raise ValueError(f"{name}: {quoted(value)} is not a number above 0 and below 10000")
     known = PUBLISHED.get(str(request.get("card")))
     card = known.card if known else StudentCard()
     fps, chunk = fps or card.fps, int(chunk or card.memory.chunk)

@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..memory.fields import quoted
 from ..model.checkpoints.published import PUBLISHED, published_student
 from ..model.config import StudentCard
 from ..model.flow import SOLVERS
@@ -26,7 +27,7 @@ def with_settings(
         try:
             settings["steps"] = tuple(float(part) for part in steps.split(","))
         except ValueError:
-            raise ValueError(f"steps: {steps!r} is not a list of numbers such as 1000, 750, 500, 250") from None
+            raise ValueError(f"steps: {quoted(steps)} is not a list of numbers such as 1000, 750, 500, 250") from None
         settings["first_steps"] = ()  # the same steps for all chunks
     return dataclasses.replace(card, memory=memory, **settings)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..memory.config import CLEAN_POLICIES, MEMORY_PRESETS, MemoryConfig
+from ..memory.fields import quoted
 from ..model.config import PRESETS, WanConfig
 from ..model.device import dtype_named
 from ..model.units import check_size, latent_size
@@ -31,7 +32,7 @@ def check_range(
 def check_choice(config: object, name: str, choices) -> None:
     """Raises ValueError for a field that is none of `choices`."""
     if getattr(config, name) not in choices:
-        raise ValueError(f"{name}: {getattr(config, name)!r} is not one of {', '.join(choices)}")
+        raise ValueError(f"{name}: {quoted(getattr(config, name))} is not one of {', '.join(choices)}")
 
 
 def field_defaults(config: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..memory.fields import quoted
 from ..memory.files import atomic_path
 from ..model.checkpoints.lora import add_low_rank
 from .config import LoraConfig
@@ -28,7 +29,7 @@ def add_lora(net: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
 
     names = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
     if missing := [target for target in config.targets if not any(name.endswith("." + target) for name in names)]:
-        raise ValueError(f"targets: {missing[0]!r} names no linear layer; layers are for example {names[-1]}")
+        raise ValueError(f"targets: {quoted(missing[0])} names no linear layer; layers are for example {names[-1]}")
     alpha: Any = config.alpha or config.rank
     settings = PeftConfig(r=config.rank, lora_alpha=alpha, target_modules=list(config.targets), lora_dropout=0.0)
     net.requires_grad_(False)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..memory.config import MemoryConfig
+from ..memory.fields import quoted
 from ..model.codecs.backbone import WAN
 from ..model.settings import parse_overrides, read_settings, with_settings
 from .config import ExportConfig, LoopConfig, OptimConfig, field_defaults, plain
@@ -105,14 +106,14 @@ def load_config(stage: str, name: str, overrides: Sequence[str] = ()) -> StageCo
     Raises ValueError for an unknown stage, name or key, or a value of another type.
     """
     if stage not in CONFIGS:
-        raise ValueError(f"stage: {stage!r} is not one of {', '.join(CONFIGS)}")
+        raise ValueError(f"stage: {quoted(stage)} is not one of {', '.join(CONFIGS)}")
     settings, path, raw = parse_overrides(overrides), None, {}
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         name, raw = read_settings(path, list(CONFIGS[stage]))
     where = f"{path}: " if path else ""
     if name not in CONFIGS[stage]:
-        raise ValueError(f"{where}config: {name!r} is not one of {', '.join(CONFIGS[stage])} (stage {stage})")
+        raise ValueError(f"{where}config: {quoted(name)} is not one of {', '.join(CONFIGS[stage])} (stage {stage})")
     try:
         config = with_settings(CONFIGS[stage][name], raw)
     except ValueError as error:

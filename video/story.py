@@ -2,18 +2,16 @@
 
 import dataclasses
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
-from ..memory.fields import check_keys, checked_fields
+from ..memory.fields import check_keys, checked_fields, quoted
 from ..memory.memory import CHANGES, Memory
 from ..memory.view import ATTENDS
 from ..model.config import StudentCard
-from ..model.sampler import chunks_for
+from ..model.sampler import MAX_SECONDS, chunks_for
+from ..model.settings import read_yaml
 from ..model.units import check_size, latent_seconds, pixel_size
 
 log = logging.getLogger("context_forcing")
@@ -127,15 +125,13 @@ def load_story(path: str | Path, parse: Callable[[str], Story] | None = None) ->
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-        story = parse(text) if parse else parse_story(yaml.safe_load(text))
+        story = parse(text) if parse else parse_story(read_yaml(text))
         at = lambda spec: dataclasses.replace(spec, image=str(path.parent / spec.image))
         return dataclasses.replace(story, references=tuple(map(at, story.references)))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -162,9 +158,9 @@ def _segment(where: str, raw: object) -> SegmentSpec:
     values = checked_fields(SegmentSpec, raw, where)
     prompt, seconds = values["prompt"], values["seconds"]
     if not isinstance(prompt, str):
-        raise ValueError(f"{where}.prompt: {prompt!r} is not text")
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
-        raise ValueError(f"{where}.seconds: {seconds!r} is not a number above 0")
+        raise ValueError(f"{where}.prompt: {quoted(prompt)} is not text")
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < MAX_SECONDS:
+        raise ValueError(f"{where}.seconds: {quoted(seconds)} is not a number above 0 and below {MAX_SECONDS:g}")
     _choice(f"{where}.change", values.get("change", "keep"), CHANGES)
     _integer(f"{where}.seed", values.get("seed", 0), 0, MAX_SEED)
     _integer(f"{where}.blend", values.get("blend", 0), 0, MAX_BLEND)
@@ -173,20 +169,22 @@ def _segment(where: str, raw: object) -> SegmentSpec:
 
 def _references(raw: object) -> tuple[ReferenceSpec, ...]:
     if not isinstance(raw, list):
-        raise ValueError(f"references: {raw!r} is not a list; give paths of pictures, or `image` and `prompt` of each")
+        raise ValueError(
+            f"references: {quoted(raw)} is not a list; give paths of pictures, or `image` and `prompt` of each"
+        )
     references = []
     for i, each in enumerate(raw):
         values = checked_fields(ReferenceSpec, {"image": each} if isinstance(each, str) else each, f"references[{i}]")
         for name, value in values.items():
             if not isinstance(value, str):
-                raise ValueError(f"references[{i}].{name}: {value!r} is not text")
+                raise ValueError(f"references[{i}].{name}: {quoted(value)} is not text")
         references.append(ReferenceSpec(**values))
     return tuple(references)
 
 
 def _size(raw: object) -> tuple[int, int]:
     if not isinstance(raw, list) or len(raw) != 2:
-        raise ValueError(f"size: {raw!r} is not [width, height]")
+        raise ValueError(f"size: {quoted(raw)} is not [width, height]")
     width, height = (_integer("size", side, 1, 2**15) for side in raw)
     check_size(width, height)
     return width, height
@@ -194,11 +192,11 @@ def _size(raw: object) -> tuple[int, int]:
 
 def _choice(name: str, value: object, choices: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}: {value!r} is not one of {', '.join(choices)}")
+        raise ValueError(f"{name}: {quoted(value)} is not one of {', '.join(choices)}")
     return value
 
 
 def _integer(name: str, value: object, least: int, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ValueError(f"{name}: {value!r} is not a whole number from {least} to {most}")
+        raise ValueError(f"{name}: {quoted(value)} is not a whole number from {least} to {most}")
     return value

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..memory.fields import brief
 from ..model.sampler import MAX_SECONDS
 from ..model.units import latent_seconds
 from .story import CHANGES, MAX_BLEND, MAX_SEED, SegmentSpec, Story, load_story
@@ -160,14 +161,14 @@ def _line(number: int, name: str, raw: str) -> StoryboardLine:
 def _seconds(text: str) -> float:
     match = TIME.fullmatch(text)
     if not match:
-        raise ValueError(f"{text} is not a time; write 0:06, 1:02:03 or 12.5")
+        raise ValueError(f"{brief(text, MAX_TEXT)} is not a time; write 0:06, 1:02:03 or 12.5")
     hours, minutes, seconds = match[1] or "", match[2] or "", match[3]
     after_colon = [minutes] * bool(hours) + [seconds.split(".")[0]] * bool(minutes)
     if any(len(digits) != 2 or int(digits) >= 60 for digits in after_colon):
-        raise ValueError(f"{text} is not a time; two digits below 60 follow a colon")
+        raise ValueError(f"{brief(text, MAX_TEXT)} is not a time; two digits below 60 follow a colon")
     time = float(hours or 0) * 3600 + float(minutes or 0) * 60 + float(seconds)
     if time >= MAX_SECONDS:
-        raise ValueError(f"{text} is too late; it must be below {MAX_SECONDS:g} seconds")
+        raise ValueError(f"{brief(text, MAX_TEXT)} is too late; it must be below {MAX_SECONDS:g} seconds")
     return time
 
 
@@ -177,12 +178,14 @@ def _options(text: str) -> dict[str, Any]:
     for word in text.split():
         match = NUMBER.fullmatch(word)
         if not match and word not in CHANGES:
-            raise ValueError(f"[{word}] is not known; options are {', '.join(CHANGES)}, seed=N and blend=N")
+            raise ValueError(
+                f"[{brief(word, MAX_TEXT)}] is not known; options are {', '.join(CHANGES)}, seed=N and blend=N"
+            )
         name, value = (match[1], int(match[2])) if match else ("change", word)
         if name in options:
-            raise ValueError(f"[{word}] is the second {name}; remove one")
+            raise ValueError(f"[{brief(word, MAX_TEXT)}] is the second {name}; remove one")
         if match and int(match[2]) > MAXIMUM[name]:
-            raise ValueError(f"[{word}] is too large; {name} is at most {MAXIMUM[name]}")
+            raise ValueError(f"[{brief(word, MAX_TEXT)}] is too large; {name} is at most {MAXIMUM[name]}")
         options[name] = value
     return options
 
@@ -207,8 +210,7 @@ def _clock(seconds: float) -> str:
 
 
 def _name(number: int, raw: str) -> str:
-    text = " ".join(raw.split())
-    return f'line {number} ("{text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 3] + "..."}")'
+    return f'line {number} ("{brief(raw, MAX_TEXT)}")'
 
 
 def _raise(wrong: Sequence[WrongLine]) -> None:

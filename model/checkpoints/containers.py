@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ...memory.fields import json_object
+from ...memory.fields import json_object, quoted
 from ...memory.files import atomic_path
 
 SAFETENSORS = (".safetensors", ".sft")
@@ -82,7 +82,7 @@ class Container:
             raise ValueError(f"{self.path}: holds {sets}; a student is expected under {', '.join(names)}")
         for name, value in tree.items():
             if not isinstance(name, str) or not isinstance(value, Tensor):
-                raise ValueError(f"{self.path}: {name!r} is not a tensor; give a file of tensors only")
+                raise ValueError(f"{self.path}: {quoted(name)} is not a tensor; give a file of tensors only")
         return ".".join(way), dict(tree)
 
 

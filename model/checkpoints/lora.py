@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ...memory.fields import json_object
+from ...memory.fields import json_object, quoted
 from .containers import Container, open_container, read_json
 from .layouts import layout_of, plain_name, wan_stem
 
@@ -164,5 +164,5 @@ def _common_alpha(container: Container) -> float | None:
             raise ValueError(f"{path}: {key} is set, ranks or scales differ by layer; merge it with peft first")
     alpha = config.get("lora_alpha")
     if alpha is not None and type(alpha) not in (int, float):
-        raise ValueError(f"{path}: lora_alpha {alpha!r} is not a number")
+        raise ValueError(f"{path}: lora_alpha {quoted(alpha)} is not a number")
     return alpha

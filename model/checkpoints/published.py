@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...memory.config import MEMORY_PRESETS, MemoryConfig
-from ...memory.fields import json_object
+from ...memory.fields import json_object, quoted
 from ..config import StudentCard, WanConfig, published_size
 from ..settings import parse_overrides, with_settings
 from .containers import Container
@@ -109,7 +109,7 @@ class CardChoice:
 def published_student(name: str) -> PublishedStudent:
     """A published student by name. Raises ValueError for an unknown name."""
     if name not in PUBLISHED:
-        raise ValueError(f"card: {name!r} is not one of {', '.join(CARDS)}")
+        raise ValueError(f"card: {quoted(name)} is not one of {', '.join(CARDS)}")
     return PUBLISHED[name]
 
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ...memory.fields import quoted
 from ..config import CARD_KEY, PUBLISHED_SIZES, StudentCard, WanConfig
 from ..wan import WanModel
 from .containers import DTYPE_NAMES, SAFETENSORS, Container, open_container, write_safetensors
@@ -92,7 +93,7 @@ class StudentFile:
         """The network's tensors, and the name of the set that holds them; empty for a flat file."""
         weights, card, container = self.source.weights, self.source.card, self.container
         if weights not in WEIGHTS:
-            raise ValueError(f"weights: {weights!r} is not one of {', '.join(WEIGHTS)}")
+            raise ValueError(f"weights: {quoted(weights)} is not one of {', '.join(WEIGHTS)}")
         first = published_student(DEFAULT if card == "auto" else card).weights if weights == "auto" else weights
         name, state = container.take((first, "generator_ema", "generator", "model", "state_dict"))
         if weights not in ("auto", *name.split(".")):
@@ -111,7 +112,7 @@ class StudentFile:
         values = metadata.get("num_heads"), config.get("num_attention_heads"), config.get("num_heads")
         num_heads = next((value for value in values if value is not None), None)
         if num_heads is not None and (type(num_heads) is not int or num_heads < 1):
-            raise ValueError(f"{self.container.path}: num_heads: {num_heads!r} is not a number of heads")
+            raise ValueError(f"{self.container.path}: num_heads: {quoted(num_heads)} is not a number of heads")
         return infer_config(self.named.tensors, num_heads, self.container.path)
 
     @cached_property

@@ -17,7 +17,7 @@ SEGMENT = {"prompt": "a meadow", "seconds": 3}
 def refused(raw):
     with pytest.raises(ValueError) as caught:
         parse_story(raw)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) <= 300
     return str(caught.value)
 
 
@@ -167,3 +167,46 @@ def test_prompts_that_name_the_same_concepts_are_the_same():
     assert not encode_demo_text("").any()
     assert canonical_words("dunes, dunes!") == ["desert", "desert"]
     assert unknown_words("a dragon over the meadow, a dragon") == ["dragon"]
+
+
+def aliases(first, each, num):
+    """A story whose prompt is a list; its n-th element names the one before ten times."""
+    lines = [f"&a0 {first}", *(f"&a{n} {each % ', '.join([f'*a{n - 1}'] * 10)}" for n in range(1, num))]
+    return f"segments: [{{prompt: [{', '.join(lines)}], seconds: 3}}]"
+
+
+HOSTILE = {
+    "aliases": (aliases("[x, x]", "[%s]", 9), "aliases expanded"),
+    "merged aliases": (aliases("{x: 1}", "{<<: [%s]}", 9), "aliases expanded"),
+    "a few aliases": (aliases("[x, x]", "[%s]", 4), "prompt: [["),
+    "an alias of itself": ("segments: [{prompt: &a [*a], seconds: 3}]", "prompt: [[["),
+    "no bool": ("segments: [{prompt: !!bool x, seconds: 3}]", "fit its tag"),
+    "no timestamp": ("segments: [{prompt: !!timestamp x, seconds: 3}]", "fit its tag"),
+    "no int": ('segments: [{prompt: a, seconds: !!int ""}]', "fit its tag"),
+    "an object": ("segments: [{prompt: !!python/object/apply:os.getcwd [], seconds: 3}]", "could not determine"),
+    "deep lists": ("segments: " + "[" * 600 + "]" * 600, "inside each other"),
+    "deep mappings": ("segments: " + "{a: " * 600 + "}" * 600, "inside each other"),
+    "400 digits": (f"segments: [{{prompt: a, seconds: {'9' * 400}}}]", "segments[0].seconds: a number of 1329 bits"),
+    "5000 digits": (f"segments: [{{prompt: a, seconds: {'9' * 5000}}}]", "4300 digits"),
+    "a year": ("segments: [{prompt: a, seconds: 31536000}]", "below 3e+07"),
+    "a huge frame": ("size: [32768, 32768]\nsegments: [{prompt: a, seconds: 3}]", "size: 32768x32768 is more than"),
+    "a long key": (f"? {'k' * 5000}\n: 1", "unknown key"),
+    "a long word": (f"segments: [{{prompt: a, seconds: 3, change: {'c' * 5000}}}]", "is not one of keep"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text, words", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_yaml_is_one_short_line(tmp_path, text, words):
+    path = tmp_path / "story.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as caught:
+        load_story(path)
+    message = str(caught.value).removeprefix(f"{path}: ")
+    assert words in message and "\n" not in message and len(message) <= 250
+
+
+def test_aliases_of_a_few_values_are_allowed(tmp_path):
+    segment = "{prompt: a meadow, seconds: 3}"
+    (tmp_path / "story.yaml").write_text(f"segments: [&a {segment}, *a, {{<<: *a, seed: 9}}]")
+    first, second, third = load_story(tmp_path / "story.yaml").segments
+    assert first == second == dataclasses.replace(third, seed=None) and third.seed == 9

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...memory.fields import quoted
 from ...model.codecs.backbone import DEMO, WAN, backbone_of
 from ...model.codecs.base import VAE, normalise
 from ...model.codecs.demo_text import canonical_words, encode_demo_text
@@ -67,7 +68,7 @@ def parse_size(text: str) -> tuple[int, int]:
     """`832x480` -> (832, 480)."""
     match = re.fullmatch(r"(\d+)x(\d+)", text.strip().lower())
     if not match:
-        raise ValueError(f"size: {text!r} is not WIDTHxHEIGHT, for example 832x480")
+        raise ValueError(f"size: {quoted(text)} is not WIDTHxHEIGHT, for example 832x480")
     return int(match[1]), int(match[2])
 
 

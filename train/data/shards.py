@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...memory.fields import checked_fields
+from ...memory.fields import checked_fields, quoted
 from ...memory.files import atomic_path
 
 MANIFEST = "manifest.jsonl"
@@ -323,8 +323,8 @@ class EncodedSet:
             return self.empty
         if _negative_prompt(self.folder) != prompt:
             raise ValueError(
-                f"negative_prompt: {prompt!r} is not in {self.folder}; run its `context-forcing encode` again with"
-                " --negative-prompt, which adds it, or give negative_prompt="
+                f"negative_prompt: {quoted(prompt)} is not in {self.folder}; run its `context-forcing encode` again"
+                " with --negative-prompt, which adds it, or give negative_prompt="
             )
         return _at_least_one_row(open_shard(self.folder / NEGATIVE_TEXT).get_tensor("text"))
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...memory.fields import quoted
+
 VIDEOS = frozenset((".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"))
 
 
@@ -76,7 +78,9 @@ def _from_table(path: Path) -> Iterator[Source]:
     rows = csv.DictReader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter)
     for column in ("path", "caption"):
         if column not in (rows.fieldnames or ()):
-            raise ValueError(f"{path}: has no column {column!r}; it takes path, caption and optionally start, end")
+            raise ValueError(
+                f"{path}: has no column {quoted(column)}; it takes path, caption and optionally start, end"
+            )
     names = set()
     for row in rows:
         where = f"{path}: line {rows.line_num}"
@@ -107,5 +111,5 @@ def _seconds(where: str, column: str, text: str) -> float | None:
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise ValueError(f"{where}: {column}: {text!r} is not a number of seconds")
+        raise ValueError(f"{where}: {column}: {quoted(text)} is not a number of seconds")
     return value

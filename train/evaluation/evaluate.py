@@ -22,6 +22,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from ...memory.fields import quoted
 from ...memory.files import atomic_path
 from ...memory.history import reach_frames
 from ...memory.memory import Memory
@@ -108,7 +109,7 @@ def whole_numbers(name: str, text: str) -> tuple[int, ...]:
     """`8,24` -> (8, 24); `name` is the option in error messages."""
     parts = [part.strip() for part in text.split(",")] if text.strip() else []
     if wrong := [part for part in parts if not (part.isascii() and part.isdigit())]:
-        raise ValueError(f"{name}: {wrong[0]!r} is not a whole number")
+        raise ValueError(f"{name}: {quoted(wrong[0])} is not a whole number")
     return tuple(map(int, parts))
 
 
@@ -130,7 +131,9 @@ def parse_students(student: str, compare: Sequence[str], policies: str) -> tuple
     )
     rows = [(student.name, policy) for student in students for policy in student.policies]
     if repeated := [row for row in rows if rows.count(row) > 1]:
-        raise ValueError(f"compare: {repeated[0][0]} with policy {repeated[0][1]!r} is listed twice; list it once")
+        raise ValueError(
+            f"compare: {repeated[0][0]} with policy {quoted(repeated[0][1])} is listed twice; list it once"
+        )
     return students
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ...memory.config import EVICTIONS, POLICIES
+from ...memory.fields import quoted
 from ...memory.memory import Memory
 from ...memory.view import ATTENDS
 from ...model.sampler import SamplerOptions
@@ -40,16 +41,18 @@ class Variant:
         policy, *given = (part.strip() for part in text.split(":"))
         known = (NO_SLOW, *POLICIES, *CHOOSERS)
         if policy not in known:
-            raise ValueError(f"policies: {policy!r} is not one of {', '.join(known)}")
+            raise ValueError(f"policies: {quoted(policy)} is not one of {', '.join(known)}")
         values: dict[str, int | str] = {}
         for setting in given:
             name, _, value = setting.partition("=")
             if name not in SETTINGS or name in values:
-                raise ValueError(f"policies: {name!r} in {text!r} is not one of {', '.join(SETTINGS)}, each once")
+                raise ValueError(
+                    f"policies: {quoted(name)} in {quoted(text)} is not one of {', '.join(SETTINGS)}, each once"
+                )
             if name in _WORDS and value not in _WORDS[name]:
-                raise ValueError(f"policies: {name} {value!r} is not one of {', '.join(_WORDS[name])}")
+                raise ValueError(f"policies: {name} {quoted(value)} is not one of {', '.join(_WORDS[name])}")
             if name not in _WORDS and not (value.isascii() and value.isdigit()):
-                raise ValueError(f"policies: {name} {value!r} is not a whole number")
+                raise ValueError(f"policies: {name} {quoted(value)} is not a whole number")
             values[name] = value if name in _WORDS else int(value)
         memory = {name: values[name] for name in (*_SIZES, "eviction") if name in values}
         attends = values.get("commit_attends")

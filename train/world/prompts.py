@@ -3,6 +3,8 @@
 import itertools
 from dataclasses import dataclass
 
+from ...memory.fields import quoted
+
 CONCEPTS = {
     "ground": ("meadow", "desert", "snow"),
     "weather": ("clear", "cloudy", "foggy"),
@@ -16,7 +18,7 @@ _MOVE_PHRASES = {-1: "pans left", 0: "stays", 1: "pans right"}
 def check_choice(name: str, value: object, choices: tuple) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:
-        raise ValueError(f"{name}: {value!r} must be one of {', '.join(map(repr, choices))}")
+        raise ValueError(f"{name}: {quoted(value)} must be one of {', '.join(map(repr, choices))}")
 
 
 @dataclass(frozen=True, kw_only=True)
