@@ -1,6 +1,6 @@
 """The claim's tables: what scripts/claim_measure.sh measured, all seeds together, dose by dose.
 
-    python scripts/claim_table.py [FOLDER]          default: runs/claim
+    python scripts/claim_table.py [FOLDER [MEASURED]]          default: runs/claim measured
 
 A row is an arm under a policy after so many updates. Intervals of 95 % are bootstrap over training seeds, then over the
 scenes of each seed. Differences are to arm ours under the same policy (windows: under novel), on the same scenes.
@@ -26,14 +26,14 @@ Values = dict[int, dict[int, float]]
 """A figure by seed and scene."""
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, measured: str) -> None:
     doses: dict[int, list[Record]] = defaultdict(list)
-    for path in sorted(folder.glob(f"measured/*-*-*/{RESULTS}")):
+    for path in sorted(folder.glob(f"{measured}/*-*-*/{RESULTS}")):
         arm, _, dose = path.parent.name.rsplit("-", 2)
         records = map(Record.from_dict, json.loads(path.read_text(encoding="utf-8"))["records"])
         doses[int(dose)] += [dataclasses.replace(record, student=arm) for record in records]
     if not doses:
-        sys.exit(f"{folder}: nothing was measured there; run scripts/claim_measure.sh first")
+        sys.exit(f"{folder / measured}: nothing was measured there; run scripts/claim_measure.sh first")
     for dose, records in sorted(doses.items()):
         Console(width=240).print(table(f"{dose} updates", records))
     last = {record.seed: dose for dose, records in sorted(doses.items()) for record in records}
@@ -110,4 +110,5 @@ def interval(by_seed: Values, spec: str) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/claim"))
+    folder, measured, *_ = [*sys.argv[1:], *("runs/claim", "measured")[len(sys.argv) - 1 :]]
+    main(Path(folder), measured)
