@@ -20,6 +20,8 @@ log = logging.getLogger("context_forcing")
 
 UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # the file system has no locks
 HELD = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # another process has the lock
+MAX_TENSORS = 20_000
+"""Tensors of a safetensors file that is read whole. The largest students have about 3,000."""
 LOCKED_BYTE = 2**30  # far after the text, because Windows forbids to read a locked byte
 
 

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .config import MemoryConfig
-from .files import atomic_path
+from .fields import brief
+from .files import MAX_TENSORS, atomic_path
 from .memory import Memory, Segment, all_finite, store_class
 from .policy import Decision, Slots
 from .recall import Recall
@@ -103,11 +104,13 @@ def load_memory(path: str | Path, student: str = "") -> Memory:
     try:
         with safe_open(path, "pt") as f:
             metadata = f.metadata() or {}
-            tensors = {key: f.get_tensor(key) for key in f.keys()}
+            if HEADER_KEY not in metadata:
+                raise ValueError(f"{path}: not a memory, it has no {HEADER_KEY} header; give the file of a memory")
+            if len(names := f.keys()) > MAX_TENSORS:
+                raise ValueError(f"{path}: holds {len(names)} tensors, more than {MAX_TENSORS}; use another copy")
+            tensors = {name: f.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); use another copy") from None
-    if HEADER_KEY not in metadata:
-        raise ValueError(f"{path}: not a memory, it has no {HEADER_KEY} header; give the file of a memory")
+        raise ValueError(f"{path}: not a whole safetensors file ({brief(error)}); use another copy") from None
     try:
         header = json.loads(metadata[HEADER_KEY])
         if header["version"] != VERSION:

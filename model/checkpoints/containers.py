@@ -3,11 +3,13 @@
 The first bytes of a file decide how it is read, not its name. Every message is one line.
 """
 
+import io
 import json
 import pickle
 import re
 import struct
 import warnings
+import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,20 +19,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ...memory.fields import json_object, quoted
-from ...memory.files import atomic_path
+from ...memory.fields import brief, json_object, quoted
+from ...memory.files import MAX_TENSORS, atomic_path
 
 SAFETENSORS = (".safetensors", ".sft")
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 MAX_DEPTH = 16
 """Dicts and lists inside each other that a pickle may have."""
+MAX_PICKLE = 2**22
+"""Bytes of the pickle in a torch file, without its tensors."""
+MAX_READS = 2**20
+"""Reads of a pickle in the format before torch 1.6, about 40 for each tensor."""
 
 SAFE_TORCH = (2, 6)
 """Older versions can execute code in a file even with weights_only (CVE-2025-32434)."""
 
 LOAD_ERRORS = (
     pickle.UnpicklingError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, AssertionError,
-    OverflowError, OSError, struct.error,
+    OverflowError, OSError, struct.error, zipfile.BadZipFile,
 )  # fmt: skip
 """What torch.load raises for files that are damaged or hold something else."""
 
@@ -134,21 +140,26 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
         raise ValueError(f"{path}: no such file")
     try:
         with safe_open(path, "pt") as f:
-            return {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
+            names = f.keys()
+            if len(names) > MAX_TENSORS:
+                raise ValueError(f"{path}: holds {len(names)} tensors, more than {MAX_TENSORS}; give a student's file")
+            return {name: f.get_tensor(name) for name in names}, f.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a complete safetensors file ({error}); download it again") from None
+        raise ValueError(f"{path}: not a complete safetensors file ({brief(error)}); download it again") from None
 
 
 def read_pickle(path: Path) -> dict:
     """Dicts of tensors that torch.save wrote. Raises ValueError for a damaged file, and for objects or code in it."""
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_TORCH:
         raise ValueError(f"{path}: torch {torch.__version__} cannot read it safely; install torch 2.6 or newer")
-    with open(path, "rb") as f:
-        is_zip = f.read(2) == b"PK"  # torch.save before 1.6 wrote files that cannot be mapped
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _PickleFile(path) as f:
             warnings.simplefilter("ignore")
-            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            if is_zip := f.peek(2)[:2] == b"PK":
+                _check_zip(path)
+            # torch.save before 1.6 wrote files that cannot be mapped. torch reads a path by its suffix.
+            is_mapped = is_zip and path.suffix.lower() not in SAFETENSORS
+            tree = torch.load(path if is_mapped else f, map_location="cpu", weights_only=True, mmap=is_mapped)
     except LOAD_ERRORS as error:
         message = " ".join(str(error).split())
         if name := re.search(r"GLOBAL (\w[\w.]*)|[Uu]nsupported class (\w[\w.]*)", message):
@@ -156,11 +167,35 @@ def read_pickle(path: Path) -> dict:
         if "TorchScript" in message:
             raise _not_plain(path, "a TorchScript program") from None
         message = message.rpartition("WeightsUnpickler error: ")[2].partition(". ")[0]
-        raise ValueError(f"{path}: not a complete torch file ({message[:120]}); download it again") from None
+        raise ValueError(f"{path}: not a complete torch file ({brief(message, 120)}); download it again") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: holds a {type(tree).__name__}, not tensors by name; give a student's state dict")
     _check_plain(path, tree, (), set())
     return tree
+
+
+class _PickleFile(io.BufferedReader):
+    """A file that ends a pickle of too many parts: the time to refuse one does not grow with its size."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path))
+        self._reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._reads += 1
+        if self._reads > MAX_READS:
+            raise pickle.UnpicklingError(f"more than {MAX_READS} parts. ")
+        return super().read(size)
+
+
+def _check_zip(path: Path) -> None:
+    """Raises ValueError for a zip that is larger unpacked, and for one with a large pickle."""
+    with zipfile.ZipFile(path) as file:
+        entries = file.infolist()
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ValueError("it is compressed, torch.save compresses nothing")
+    if any(entry.file_size > MAX_PICKLE for entry in entries if entry.filename.endswith(".pkl")):
+        raise ValueError(f"its pickle has more than {MAX_PICKLE} bytes")
 
 
 def _not_plain(path: Path, content: str) -> ValueError:

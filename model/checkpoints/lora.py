@@ -107,6 +107,8 @@ def _pair(
         if kind not in parts:
             raise ValueError(f"{where} has no {title} matrix; download the file again")
     up, down = parts["up"], parts["down"]
+    if 0 in (*up.shape, *down.shape):
+        raise ValueError(f"{where}: {tuple(up.shape)} and {tuple(down.shape)} have no rank; download it again")
     if up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0] or up[0].numel() != up.shape[1]:
         raise ValueError(
             f"{where}: {tuple(up.shape)} and {tuple(down.shape)} are not the matrices of a LoRA; download it again"

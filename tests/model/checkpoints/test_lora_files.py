@@ -154,6 +154,8 @@ BROKEN = {
     "alpha alone": (lambda t: t | {"blocks.0.ffn.0.alpha": torch.tensor(1.0)}, "blocks.0.ffn.0.weight has no"),
     "another width": (lambda t: t | {"head.head.lora_A.weight": torch.zeros(2, 24)}, "another size"),
     "another rank": (lambda t: t | {"head.head.lora_A.weight": torch.zeros(3, 16)}, "not the matrices of a LoRA"),
+    "rank 0": (lambda t: t | {"head.head.lora_A.weight": torch.zeros(0, 16),
+                              "head.head.lora_B.weight": torch.zeros(64, 0)}, "have no rank"),
     "twice": (lambda t: t | {"head.head.lora_up.weight": torch.zeros(64, 2)}, "twice"),
     "dora": (lambda t: t | {"head.head.dora_scale": torch.zeros(64)}, "dora_scale"),
     "a student": (lambda t: {"head.head.weight": torch.zeros(2)}, "not a part of a LoRA"),
