@@ -1,7 +1,10 @@
 """The `context-forcing` command."""
 
+import atexit
 import logging
+import signal
 import sys
+from typing import NoReturn
 
 try:
     import typer
@@ -12,6 +15,7 @@ except ImportError as error:
         f"context-forcing: {error.name} is not installed; pip install 'context-forcing[headless]'"
     ) from None
 
+from ..memory.fields import brief
 from .console import console
 from .convert import convert
 from .doctor import doctor
@@ -42,5 +46,18 @@ def main() -> None:
     try:
         app()
     except (ValueError, FloatingPointError) as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
+        _fail(str(error), 2 if isinstance(error, ValueError) else 1)
+    except (MemoryError, RuntimeError) as error:
+        from ..model.device import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        _fail(f"out of memory ({brief(error)}); close other programs, or choose a smaller size, model or batch", 2)
+    finally:
+        # The work has ended: an interrupt while Python ends changes nothing.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    console.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}", highlight=False, soft_wrap=True)
+    sys.exit(code)

@@ -87,7 +87,7 @@ def generate(
                 task = bar.add_task("generate", total=job.story.num_chunks, note="")
                 num_frames = job.run(lambda finished, note: bar.update(task, completed=finished, note=note))
         finally:
-            if job.journal.has_chunks:
+            if job.journal.has_chunks and not job.is_whole:
                 say(f"{output}: not finished; --resume continues it")
         seconds = time.monotonic() - began
         say(job.summary)

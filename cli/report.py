@@ -25,20 +25,20 @@ def report(
 
     The remembered frames are drawn only with the student that made the memory.
     """
+    from ..memory.files import check_writable
     from ..memory.snapshot import load_memory
     from ..model.attention_mass import attention_mass
     from ..model.checkpoints.locate import locate_student
     from ..model.checkpoints.student import StudentSource
     from ..model.codecs.backbone import backbone_of
     from ..model.device import pick_device
-    from ..video.frames import thumbnails
+    from ..video.frames import save_picture, thumbnails
     from ..video.pipeline import Pipeline
     from ..video.report import draw_report, summary
 
     if output.suffix.lower() != ".png":
         raise ValueError(f"--output: {output} does not end in .png; give a name that does")
-    if output.is_dir() or not output.absolute().parent.is_dir():
-        raise ValueError(f"--output: {output} is a folder, or is in no folder; give a file in an existing folder")
+    check_writable("--output", output)
     if fps is not None and not 0 < fps < math.inf:
         raise ValueError(f"--fps: {fps:g} is not a number above 0")
     saved = load_memory(memory)
@@ -50,5 +50,6 @@ def report(
         say(f"{memory}: made by another student; no frames are drawn without its --student")
     mass = attention_mass(pipeline.sampler, saved, pipeline.card.sigmas) if attention else None
     fps = fps or pipeline.card.fps
-    draw_report(saved, thumbnails(saved, pipeline.decode) if is_own else None, fps, mass).save(output)
+    pictures = thumbnails(saved, pipeline.decode) if is_own else None
+    save_picture(output, draw_report(saved, pictures, fps, mass))
     say(summary(saved, fps, mass))

@@ -72,6 +72,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def check_writable(option: str, path: Path) -> None:
+    """Raises ValueError, one line that begins with `option`, unless a file can be written to `path`; leaves nothing."""
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{option}: {path}: its folder does not exist; create it first")
+    if path.is_dir():
+        raise ValueError(f"{option}: {path} is a folder; give a file name")
+    part = path.with_name(path.name + ".part")
+    try:
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise ValueError(f"{option}: {path} cannot be written ({error.strerror}); give another folder") from None
+
+
 def settle(part: Path, path: Path) -> None:
     """Flush a finished file to the disk, then rename it to `path`."""
     with open(part, "rb+") as file:

@@ -30,6 +30,12 @@ def pick_device(device: str, dtype: str = "auto") -> tuple[torch.device, torch.d
     return chosen, dtype_named(dtype, ("bf16", "fp32"))
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of a device or of the machine is at its end."""
+    # torch has no class of its own for the CPU.
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
 def dtype_named(name: str, choices: Sequence[str] = tuple(DTYPES)) -> torch.dtype:
     """A dtype by its short name. Raises ValueError unless it is one of `choices`."""
     if name not in choices:

@@ -5,12 +5,14 @@ Shapes: T pixel frames, M remembered latent frames, H W pixel rows and columns.
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ..memory.files import atomic_path
 from ..memory.memory import Memory
 from ..model.codecs.base import denormalise
 from ..model.codecs.demo_vae import DemoCodec
@@ -45,6 +47,15 @@ def thumbnails(memory: Memory, decode: Decode) -> np.ndarray:
     """The remembered frames in the order of `memory.slots.all`, uint8 [M, H, W, 3]. Each is decoded alone."""
     pictures = [to_uint8(next(iter(decode([memory.latents_of([frame])])))) for frame in memory.slots.all]
     return np.concatenate(pictures) if pictures else np.zeros((0, 1, 1, 3), np.uint8)
+
+
+def save_picture(path: Path, picture: Image.Image) -> None:
+    """Write a .png atomically. Raises ValueError if it cannot be written."""
+    try:
+        with atomic_path(path) as part:
+            picture.save(part, "PNG")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ..memory.config import named_memory
+from ..memory.fields import brief
+from ..memory.files import check_writable
 from ..memory.history import remembered_parts
 from ..memory.memory import Memory
 from ..memory.snapshot import fingerprint_memory, fingerprint_references, load_memory, save_memory
@@ -17,11 +20,11 @@ from ..model.attention import load_attention
 from ..model.checkpoints.student import DEMO_STUDENT, StudentSource
 from ..model.codecs.backbone import backbone_of
 from ..model.config import StudentCard
-from ..model.device import pick_device, use_cpu_threads
+from ..model.device import is_out_of_memory, pick_device, use_cpu_threads
 from ..model.fingerprint import fingerprint
 from ..model.sampler import SamplerOptions
 from ..model.units import FRAMES_PER_LATENT
-from .frames import thumbnails
+from .frames import save_picture, thumbnails
 from .journal import Journal, journal_path
 from .mp4 import default_scale, hold_output, write_video
 from .pipeline import Pipeline
@@ -29,6 +32,8 @@ from .provenance import tags_of
 from .report import draw_report, summary
 from .story import ResolvedStory, Story
 from .storyboard import read_story
+
+log = logging.getLogger("context_forcing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +70,8 @@ class GenerateRequest:
     def check_paths(self) -> None:
         """Raises ValueError if a file cannot be written where it is requested."""
         for option, path in (("--memory-out", self.memory_out), ("--report", self.report)):
-            if path is not None and not path.absolute().parent.is_dir():
-                raise ValueError(f"{option}: the folder {path.parent} does not exist; create it first")
-            if path is not None and path.is_dir():
-                raise ValueError(f"{option}: {path} is a folder; give a file name")
+            if path is not None:
+                check_writable(option, path)
         if self.report is not None and self.report.suffix.lower() != ".png":
             raise ValueError(f"--report: {self.report} does not end in .png; give a name that does")
         if self.compact and self.memory_out is None:
@@ -90,26 +93,56 @@ class GenerateJob:
     journal: Journal
     tags: Mapping[str, str]
     """What made the video, for its file (provenance.tags_of)."""
+    is_whole: bool = False
+    """Whether the video is written. Memory and report may not be."""
 
     def run(self, on_chunk: Callable[[int, str], None] = lambda finished, note: None) -> int:
         """Generate, decode and write the video. Returns its number of pixel frames.
 
         `on_chunk` is called after every chunk with the number of finished chunks and a note on speed and memory. After
-        an error or an interrupt `memory_out` holds what is finished, and the journal can be resumed.
+        an error or an interrupt `memory_out` holds what is finished, and the journal can be resumed. Raises ValueError
+        for files that cannot be written, and if memory is at its end.
         """
         request, story = self.request, self.story
         scale = request.scale or default_scale(*story.size)
         try:
             pixels = self.pipeline.decode(self._latents(on_chunk))
             num_frames = write_video(request.output, pixels, fps=story.fps, scale=scale, metadata=self.tags)
+            self.is_whole = True
+            self._save_memory()
+            if request.report is not None:
+                pictures = thumbnails(self.memory, self.pipeline.decode)
+                save_picture(request.report, draw_report(self.memory, pictures, story.fps))
+        except (ValueError, MemoryError, RuntimeError) as error:
+            raise self._explained(error) from None
         finally:
-            if request.memory_out is not None and self.memory.latent_chunks:
-                save_memory(request.memory_out, self.memory.compact() if request.compact else self.memory)
+            if not self.is_whole:
+                self._save_unfinished()
         self.journal.close()
-        if request.report is not None:
-            pictures = thumbnails(self.memory, self.pipeline.decode)
-            draw_report(self.memory, pictures, story.fps).save(request.report)
         return num_frames
+
+    def _save_memory(self) -> None:
+        """Raises ValueError if it cannot be written."""
+        path = self.request.memory_out
+        if path is not None and self.memory.latent_chunks:
+            save_memory(path, self.memory.compact() if self.request.compact else self.memory)
+
+    def _save_unfinished(self) -> None:
+        """Save the memory so far. A second error is logged, because the first one is on its way to the user."""
+        try:
+            self._save_memory()
+        except ValueError as error:
+            log.warning("--memory-out: %s", error)
+
+    def _explained(self, error: Exception) -> Exception:
+        """The error with what is kept and the remedy, if it is one of files or memory."""
+        if self.is_whole and isinstance(error, ValueError):
+            output = self.request.output
+            return ValueError(f"{error}; {output} is whole: make room or give another name, then --resume writes this")
+        if is_out_of_memory(error):
+            kept = "the finished chunks are kept: --resume with" if self.journal.has_chunks else "give"
+            return ValueError(f"out of memory ({brief(error)}); {kept} --offload or --kv-placement 'from RAM'")
+        return error
 
     @property
     def summary(self) -> str:

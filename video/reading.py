@@ -47,7 +47,7 @@ def read_frames(path: str | Path) -> tuple[float, Iterator[np.ndarray]]:
 
     if not Path(path).is_file():
         raise VideoError("there is no such file")
-    stream = imageio_ffmpeg.read_frames(str(path), pix_fmt="rgb24")
+    stream = imageio_ffmpeg.read_frames(f"file:{path}", pix_fmt="rgb24")
     try:
         info = next(stream)
     except (OSError, RuntimeError):

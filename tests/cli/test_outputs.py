@@ -1,0 +1,159 @@
+"""Full disks, memory at its end, odd names, late interrupts: one line, and the film is kept."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from context_forcing.memory import snapshot
+from context_forcing.video.pipeline import Pipeline
+from context_forcing.video.reading import read_frames
+
+STORY = {"size": [48, 32], "seed": 4, "segments": [{"prompt": "a meadow by day", "seconds": 2.25}]}
+NUM_CHUNKS = 3
+
+
+@pytest.fixture
+def generate(run, student, tmp_path, monkeypatch):
+    """(options) -> exit code, stderr; of film.mp4 in the folder of this test."""
+    (tmp_path / "story.yaml").write_text(yaml.safe_dump(STORY))
+    monkeypatch.chdir(tmp_path)
+    return lambda *options, output="film.mp4": run(
+        "generate", "story.yaml", "-o", output, "--student", student, "--scale", 1, *options
+    )
+
+
+def last_line(err):
+    """The error, in one line of at most 300 characters."""
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("error: ") and len(line) <= 300 and "Traceback" not in err, err
+    return line
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+OUTPUTS = {"--memory-out": "kept.memory", "--report": "report.png"}
+
+
+@pytest.mark.parametrize("option, name", OUTPUTS.items())
+def test_a_folder_that_cannot_be_written_is_refused_first(generate, refused, tmp_path, monkeypatch, option, name):
+    refused(generate(option, f"story.yaml/{name}"), option, "does not exist")
+    touch = Path.touch
+
+    def denied(path, *args, **kwargs):
+        if path.name.startswith(name):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        touch(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "touch", denied)
+    refused(generate(option, name), f"{option}: {name} cannot be written (Permission denied)")
+    assert names(tmp_path) == {"story.yaml"}
+
+
+def test_a_report_that_cannot_be_written_is_refused_first(generate, run, refused, tmp_path, monkeypatch):
+    def denied(path, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", denied)
+    refused(run("report", "none.memory", "-o", "r.png"), "--output: r.png cannot be written (Permission denied)")
+    assert names(tmp_path) == {"story.yaml"}
+
+
+@pytest.mark.parametrize("option, name", OUTPUTS.items())
+def test_a_disk_that_fills_up_at_the_end_costs_no_film(generate, succeeded, tmp_path, monkeypatch, option, name):
+    def full(*args, **kwargs):
+        part = next(arg for arg in args if isinstance(arg, Path))
+        part.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot, "save_file", full) if option == "--memory-out" else patch.setattr(
+            Image.Image, "save", full
+        )
+        code, err = generate(option, name)
+    line = last_line(err)
+    assert code == 2 and name in line and "No space left" in line and "film.mp4 is whole" in line and "--resume" in line
+    assert names(tmp_path) == {"story.yaml", "film.mp4", "film.mp4.journal"}
+    film = (tmp_path / "film.mp4").read_bytes()
+    succeeded(generate(option, name, "--resume"))
+    assert names(tmp_path) == {"story.yaml", "film.mp4", name} and (tmp_path / "film.mp4").read_bytes() == film
+
+
+ERRORS = {
+    "CUDA": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\n" + "x" * 1000),
+    "CPU": RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory"),
+    "Python": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
+def test_out_of_memory_says_what_is_kept(generate, succeeded, tmp_path, monkeypatch, error):
+    whole = Pipeline.generate
+
+    def two_chunks(self, *args, **kwargs):
+        chunks = whole(self, *args, **kwargs)
+        yield next(chunks)
+        yield next(chunks)
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "generate", two_chunks)
+        code, err = generate("--memory-out", "kept.memory")
+    line = last_line(err)
+    assert code == 2 and "out of memory" in line and "the finished chunks are kept: --resume with --offload" in line
+    assert load_file(tmp_path / "kept.memory")["film"].shape[2] == 2 * 3
+    assert names(tmp_path) == {"story.yaml", "kept.memory", "film.mp4.journal"}
+    succeeded(generate("--memory-out", "kept.memory", "--resume", "--kv-placement", "from RAM"))
+    assert load_file(tmp_path / "kept.memory")["film"].shape[2] == NUM_CHUNKS * 3
+    assert names(tmp_path) == {"story.yaml", "kept.memory", "film.mp4"}
+
+
+@pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
+def test_out_of_memory_while_a_student_is_loaded(generate, refused, tmp_path, monkeypatch, error):
+    def load(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(Pipeline, "load", load)
+    result = generate()
+    refused(result, "out of memory", "smaller size")
+    assert len(last_line(result[1])) <= 300 and names(tmp_path) == {"story.yaml"}
+
+
+def test_another_runtime_error_is_not_hidden(generate, monkeypatch):
+    def load(*args, **kwargs):
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(Pipeline, "load", load)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        generate()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names with a colon are streams of a file there")
+@pytest.mark.parametrize("name", ["12:30.mp4", "http:a.mp4", "concat:a|b.mp4", "-y.mp4"])
+def test_names_that_look_like_protocols_or_options(generate, succeeded, tmp_path, name):
+    succeeded(generate(output=f"./{name}" if name.startswith("-") else name))
+    assert names(tmp_path) == {"story.yaml", name}
+    _, frames = read_frames(name)
+    assert sum(1 for _ in frames) == 1 + 4 * (NUM_CHUNKS * 3 - 1)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a process is stopped by a signal")
+def test_an_interrupt_after_the_end_is_no_error():
+    script = """
+import atexit, os, signal, sys
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))
+from context_forcing import cli
+sys.argv = ["context-forcing", "--help"]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and "Usage" in done.stdout and done.stderr == ""
