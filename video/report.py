@@ -188,6 +188,8 @@ class _Report:
         scores = [(d.frame, d.similarity, d.promoted) for d in self.memory.decisions if d.similarity is not None]
         if not scores:
             text = f"Policy {config.policy} compares no frames, or no frame has left fast yet."
+            if config.recalls:
+                text = f"Policy {config.policy} chooses the slow frames of every chunk by the path of the camera."
             if config.per_layer:
                 text = (
                     f"Policy {config.policy}: every layer compares frames in every pass; the similarities are not kept."
