@@ -1,6 +1,8 @@
 """What the tests of training share."""
 
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +14,10 @@ from context_forcing.model.network import Network
 from context_forcing.train.log import MACHINE_METRICS
 from context_forcing.train.parallel import ParallelState, module_runner
 from context_forcing.train.stages.student import Student
+from context_forcing.train.world.prompts import Style, caption
+from context_forcing.video.pipeline import Pipeline
+from context_forcing.video.story import SegmentSpec as Segment
+from context_forcing.video.story import Story
 
 TINY = WanConfig(dim=32, ffn_dim=64, num_heads=1, num_layers=2)
 SIGMAS = (1.0, 0.8, 0.5)
@@ -49,3 +55,13 @@ def metrics_of(run: Path) -> dict[int, dict[str, float]]:
     """The logged metrics of a run by step, without those of the machine."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return {line["step"]: {k: v for k, v in line.items() if k not in MACHINE_METRICS} for line in lines}
+
+
+def generated(pipeline: Pipeline, memory: Memory, style: Style, seed: int, moves: Sequence[int]) -> Memory:
+    """The film of a script as `context-forcing generate` makes it."""
+    runs = [(move, len(list(run))) for move, run in itertools.groupby(moves)]
+    segments = tuple(Segment(prompt=caption(style, move), seconds=0.75 * count) for move, count in runs)
+    story = Story(segments=segments, seed=seed).resolve(pipeline.card, memory)
+    for memory in pipeline.generate(story, memory):
+        pass
+    return memory

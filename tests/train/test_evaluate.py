@@ -10,11 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 from context_forcing.cli import app
-from context_forcing.memory import MemoryConfig
 from context_forcing.memory.history import reach_frames
 from context_forcing.model.checkpoints.student import StudentSource
-from context_forcing.model.config import StudentCard
-from context_forcing.model.sampler import CausalSampler
 from context_forcing.train.evaluation import evaluate as command
 from context_forcing.train.evaluation.evaluate import Plan, evaluate, long_paths, parse_students
 from context_forcing.train.evaluation.judge import QUARTERS, LongTrial, Trial, World, judge
@@ -28,47 +25,18 @@ from context_forcing.train.evaluation.summary import (
     sum_up,
     tables,
 )
-from context_forcing.train.evaluation.variants import Variant
 from context_forcing.train.world.camera import headings, render_latent_frames
-from context_forcing.train.world.prompts import ALL_STYLES, caption
+from context_forcing.train.world.prompts import ALL_STYLES
 from context_forcing.train.world.scene import Scene
 from context_forcing.train.world.scripts import benchmark_script
 from context_forcing.video.pipeline import Pipeline
-from context_forcing.video.story import SegmentSpec as Segment
-from context_forcing.video.story import Story
+
+from .helpers import generated
 
 
 @pytest.fixture(scope="module")
 def world():
     return World(Pipeline.load(StudentSource().open(), torch.device("cpu"), torch.float32))
-
-
-@pytest.fixture(scope="module")
-def students(make_net, tmp_path_factory, save_student):
-    """Two tiny random students of the demo world, in folders of their own."""
-    paths = []
-    for seed in range(2):
-        path = tmp_path_factory.mktemp(f"run{seed}") / "student.safetensors"
-        memory = MemoryConfig(sink=3, slow=4, fast=6, slow_similarity_threshold=0.999)
-        card = StudentCard(base="demo", steps=(1000.0, 500.0), shift=3.0, memory=memory, size=(128, 64))
-        save_student(path, make_net(seed, text_dim=4096, text_len=512), card)
-        paths.append(str(path))
-    return paths
-
-
-@pytest.fixture(scope="module")
-def pipeline(students):
-    return Pipeline.load(StudentSource(students[0]).open(), torch.device("cpu"), torch.float32)
-
-
-def generated(pipeline, memory, style, seed, moves):
-    """The film of a script as `context-forcing generate` makes it."""
-    runs = [(move, len(list(run))) for move, run in itertools.groupby(moves)]
-    segments = tuple(Segment(prompt=caption(style, move), seconds=0.75 * count) for move, count in runs)
-    story = Story(segments=segments, seed=seed).resolve(pipeline.card, memory)
-    for memory in pipeline.generate(story, memory):
-        pass
-    return memory
 
 
 @pytest.mark.parametrize("policy", ["novel", "fifo"])
@@ -80,52 +48,6 @@ def test_branches_equal_separate_rollouts(pipeline, same_memory, policy):
     assert set(ends) == set(scripts)
     for key, script in scripts.items():
         assert same_memory(ends[key], generated(pipeline, empty, style, seed, script.moves)), key
-
-
-def test_the_settings_of_a_row_are_those_of_the_film(pipeline, same_memory):
-    style, moves = ALL_STYLES[3], (0, 1, 1, -1, 0, 0, 0)
-    roll = lambda name: next(
-        end
-        for _, end in branches(
-            Variant.parse(name).camera(pipeline, style, 7), Variant.parse(name).empty_memory(pipeline), {0: moves}
-        )
-    )
-    given = roll("fifo:sink=1:slow=2:fast=5:eviction=redundant:commit_attends=itself")
-    empty = pipeline.empty_memory(policy="fifo", sink=1, slow=2, fast=5, eviction="redundant")
-    card = dataclasses.replace(pipeline.card, commit_attends="itself")
-    alone = generated(dataclasses.replace(pipeline, card=card), empty, style, 7, moves)
-    assert same_memory(given, alone)
-    assert not same_memory(roll("fifo:sink=1:slow=2:fast=5:eviction=redundant"), alone)
-
-
-def test_a_row_is_recached_every_so_many_chunks(pipeline, same_memory, monkeypatch):
-    recached = []
-    own = CausalSampler.recache
-    monkeypatch.setattr(
-        CausalSampler, "recache", lambda self, memory: recached.append(memory.num_frames) or own(self, memory)
-    )
-    row = Variant.parse("fifo:recache=2")
-    memory, camera = row.empty_memory(pipeline), row.camera(pipeline, ALL_STYLES[0], 3)
-    once = Variant.parse("fifo").camera(pipeline, ALL_STYLES[0], 3)
-    for _ in range(5):
-        before, memory = memory, camera.move(memory, 1)
-    assert recached == [6, 12]
-    assert not same_memory(memory, once.move(before, 1))
-
-
-@pytest.mark.parametrize(
-    "name, match",
-    [
-        ("best", "policies: 'best' is not one of none, novel"),
-        ("novel:window=3", "'window' in 'novel:window=3' is not one of recache"),
-        ("novel:slow=2:slow=3", "'slow' in .* each once"),
-        ("novel:recache=often", "recache 'often' is not a whole number"),
-        ("novel:commit_attends=most", "commit_attends 'most' is not one of all"),
-    ],
-)
-def test_a_row_that_does_not_exist_is_refused(name, match):
-    with pytest.raises(ValueError, match=match):
-        parse_students("demo", [], name)
 
 
 def test_a_shared_beginning_is_made_once(pipeline):
@@ -466,28 +388,6 @@ def test_a_folder_with_something_else_in_it_is_refused(content, tmp_path):
 
 def test_a_folder_of_the_format_before_is_refused_with_both_formats(tmp_path):
     (tmp_path / "recall.json").write_text('{"header": {"format": 3}, "records": []}')
-    with pytest.raises(ValueError, match="output: .*recall.json has format 3, this version writes 4; give another"):
+    match = f"output: .*recall.json has format 3, this version writes {command.FORMAT}; give another"
+    with pytest.raises(ValueError, match=match):
         command.Results(tmp_path, {"format": command.FORMAT})
-
-
-def test_an_unknown_policy_is_refused():
-    with pytest.raises(ValueError, match="policies: 'nvel' is not one of none, novel, .*oracle, rag, tether"):
-        parse_students("demo", [], "novel,nvel")
-
-
-@pytest.fixture
-def without_slow(make_net, tmp_path, save_student):
-    path = tmp_path / "without_slow.safetensors"
-    card = StudentCard(base="demo", steps=(1000.0,), shift=3.0, memory=MemoryConfig(slow=0), size=(128, 64))
-    save_student(path, make_net(3, text_dim=4096, text_len=512), card)
-    return str(path)
-
-
-def test_policies_that_a_student_cannot_use_are_left_out(without_slow, tmp_path, caplog):
-    plan = Plan(students=parse_students(without_slow, [], "oracle,fifo"), gaps=(0,), columns=(9,), rollouts=2)
-    cells, _ = evaluate(plan, "cpu", "fp32", tmp_path / "out")
-    shown = {column.header: list(column.cells) for column in cells.columns}
-    assert shown["who"] == ["fifo", "fifo"] and all(shown["motion"])
-    assert "without_slow cannot be measured under policy oracle: slow: 0 latent frames" in caplog.text
-    with pytest.raises(ValueError, match="policies: the students can use none of them"):
-        evaluate(dataclasses.replace(plan, students=parse_students(without_slow, [], "rag")), "cpu", "fp32", tmp_path)

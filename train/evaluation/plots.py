@@ -20,8 +20,8 @@ COLOURS = (
 )  # fmt: skip
 MARKERS = "osD^vPX*<>h"
 _INK, _FAINT = "#2a2e35", "#c9ced6"
-_DODGE = 0.01
-"""Distance of rows at one gap, as a share of the axis, so that their intervals do not overlap."""
+_DODGE, _SPREAD = 0.015, 0.7
+"""Distance of rows at one gap, as a share of the axis, and room of all rows, as a share of that between two gaps."""
 
 
 def draw_recall(summary: Summary, fps: float, path: Path) -> None:
@@ -103,7 +103,8 @@ def _lines(
 ) -> None:
     """One line with intervals per row; a row has the same colour in every panel."""
     names = list(dict.fromkeys(row_name(cell, summary) for cell in summary.cells))
-    width = _DODGE * scale * (max(cell.at for cell in cells) if cells else 0)
+    ats = sorted({0, *(cell.at for cell in cells)})
+    width = scale * min(_DODGE * ats[-1], _SPREAD * min(np.diff(ats), default=0) / len(names))
     for i, name in enumerate(names):
         own = [cell for cell in cells if row_name(cell, summary) == name and figure in cell.figures]
         if not own:

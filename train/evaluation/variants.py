@@ -1,7 +1,10 @@
 """Rows of an evaluation: a policy, and settings that differ from the student's card."""
 
+import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ...memory.config import EVICTIONS, POLICIES
 from ...memory.fields import quoted
@@ -17,7 +20,7 @@ NO_SLOW = "none"
 """The name of no slow memory among policies."""
 _SIZES = ("sink", "slow", "fast")
 _WORDS = {"commit_attends": ATTENDS, "eviction": EVICTIONS}
-SETTINGS = ("recache", *_SIZES, *_WORDS)
+SETTINGS = ("recache", "match_sink", *_SIZES, *_WORDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,8 @@ class Variant:
     memory: Mapping[str, int | str] = field(default_factory=dict)
     """Fields of the memory's config that differ from the card."""
     commit_attends: str | None = None
+    match_sink: float | None = None
+    """StudentCard.match_sink; None: that of the card."""
     recache: int = 0
     """Chunks after which keys and values of all remembered frames are computed again; 0: never."""
 
@@ -42,22 +47,17 @@ class Variant:
         known = (NO_SLOW, *POLICIES, *CHOOSERS)
         if policy not in known:
             raise ValueError(f"policies: {quoted(policy)} is not one of {', '.join(known)}")
-        values: dict[str, int | str] = {}
+        values: dict[str, Any] = {}
         for setting in given:
             name, _, value = setting.partition("=")
             if name not in SETTINGS or name in values:
                 raise ValueError(
                     f"policies: {quoted(name)} in {quoted(text)} is not one of {', '.join(SETTINGS)}, each once"
                 )
-            if name in _WORDS and value not in _WORDS[name]:
-                raise ValueError(f"policies: {name} {quoted(value)} is not one of {', '.join(_WORDS[name])}")
-            if name not in _WORDS and not (value.isascii() and value.isdigit()):
-                raise ValueError(f"policies: {name} {quoted(value)} is not a whole number")
-            values[name] = value if name in _WORDS else int(value)
+            values[name] = _value(name, value)
         memory = {name: values[name] for name in (*_SIZES, "eviction") if name in values}
-        attends = values.get("commit_attends")
-        recache = int(values.get("recache", 0))
-        return cls(policy=policy, memory=memory, commit_attends=attends and str(attends), recache=recache)
+        others = {name: value for name, value in values.items() if name not in memory}
+        return cls(policy=policy, memory=memory, **others)
 
     def empty_memory(self, pipeline: Pipeline) -> Memory:
         """Raises ValueError for settings that the student cannot use."""
@@ -75,7 +75,25 @@ class Variant:
 
     def camera(self, pipeline: Pipeline, style: Style, seed: int) -> Camera:
         """The camera that generates under this row."""
+        if self.match_sink is not None:
+            card = dataclasses.replace(pipeline.card, match_sink=self.match_sink)
+            pipeline = dataclasses.replace(pipeline, card=card)
         options = SamplerOptions(commit_attends=self.commit_attends)
         if self.policy in CHOOSERS:
             return ChoosingCamera(pipeline, style, seed, CHOOSERS[self.policy], options, self.recache)
         return Camera(pipeline, style, seed, options, self.recache)
+
+
+def _value(name: str, text: str) -> int | float | str:
+    """The value of a setting. Raises ValueError for one that the setting cannot have."""
+    if name in _WORDS:
+        if text not in _WORDS[name]:
+            raise ValueError(f"policies: {name} {quoted(text)} is not one of {', '.join(_WORDS[name])}")
+        return text
+    if name == "match_sink":
+        if not re.fullmatch(r"0(\.\d+)?|1(\.0+)?", text):
+            raise ValueError(f"policies: {name} {quoted(text)} is not a share; it must be a number in [0, 1]")
+        return float(text)
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"policies: {name} {quoted(text)} is not a whole number")
+    return int(text)
