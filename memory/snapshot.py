@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from .config import MemoryConfig
 from .fields import brief
 from .files import MAX_TENSORS, atomic_path
+from .header import check_header
 from .memory import Memory, Segment, all_finite, store_class
 from .policy import Decision, Slots
 from .recall import Recall
@@ -129,6 +130,7 @@ def load_memory(path: str | Path, student: str = "") -> Memory:
 
 
 def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
+    check_header(header)
     slots = Slots(*(tuple(header["slots"].pop(name)) for name in SLOT_NAMES))
     config = MemoryConfig.from_dict(header["config"])
     channels, height, width = header["latent_size"]

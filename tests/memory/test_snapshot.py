@@ -228,6 +228,22 @@ FORGERIES = {
     "frame twice": (lambda h: h["slots"]["slow"].__setitem__(0, h["slots"]["sink"][0]), "slots"),
     "no likeness": (lambda h: h["slots"].update(likeness=[]), "likeness"),
     "unknown slots": (lambda h: h["slots"].update(medium=[]), "slots"),
+    "student as number": (lambda h: h.update(student=5), "student"),
+    "scene as text": (lambda h: h.update(scene_begins="no"), "scene_begins"),
+    "size as fraction": (lambda h: h.update(latent_size=[16, 4.0, 6]), "latent_size"),
+    "chunk as fraction": (lambda h: h.update(chunks=[2.0] * 5), "chunks"),
+    "prompt as number": (lambda h: h["segments"][0].__setitem__(1, 5), "segments"),
+    "prompt as nothing": (lambda h: h["segments"][0].__setitem__(1, None), "segments"),
+    "seed as text": (lambda h: h["segments"][0].__setitem__(2, "one"), "segments"),
+    "unknown change": (lambda h: h["segments"][0].__setitem__(3, "fade"), "segments"),
+    "segment as text": (lambda h: h["segments"][0].__setitem__(0, "zero"), "segments"),
+    "decision as text": (lambda h: h["decisions"][0].__setitem__(1, "yes"), "decisions"),
+    "decided frame as text": (lambda h: h["decisions"][0].__setitem__(0, "3"), "decisions"),
+    "similarity as text": (lambda h: h["decisions"][0].__setitem__(2, "high"), "decisions"),
+    "similarity NaN": (lambda h: h["decisions"][0].__setitem__(2, float("nan")), "decisions"),
+    "evicted as list": (lambda h: h["decisions"][0].__setitem__(3, [1]), "decisions"),
+    "likeness as text": (lambda h: h["slots"]["likeness"].__setitem__(0, "high"), "likeness"),
+    "slot as fraction": (lambda h: h["slots"]["slow"].__setitem__(0, 1.5), "slow"),
 }
 
 
@@ -235,7 +251,20 @@ FORGERIES = {
 def test_a_forged_header_with_a_right_digest(path, edit, name):
     """Anybody can compute a digest: what cannot be is refused all the same."""
     rewrite(path, edit, forge=True)
-    assert f"{name} has an impossible value" in refused(path)
+    assert f"{name} has an impossible value" in refused(path, "")
+
+
+def test_frames_that_the_film_does_not_have(path):
+    original = path.read_bytes()
+    for edit in (
+        lambda h: h["decisions"][0].__setitem__(0, 5000),
+        lambda h: h["decisions"][0].__setitem__(3, 5000),
+        lambda h: h["segments"][0].__setitem__(0, 5000),
+        lambda h: h["segments"].append([0, "earlier", 1, "keep"]) or h["segments"][0].__setitem__(0, 2),
+    ):
+        path.write_bytes(original)
+        rewrite(path, edit, forge=True)
+        assert "in the film" in refused(path) or "the film does not have" in refused(path)
 
 
 @pytest.mark.parametrize("number", [1, -2, 2.5, "0"], ids=repr)
