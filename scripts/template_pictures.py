@@ -97,7 +97,7 @@ def pictures_of(
             draw.rectangle((place(begin), bar, place(end) - 2, bar + 8), COLOURS[number % len(COLOURS)])
         now = place(moment / FPS)
         draw.rectangle((now - 1, bar - 4, now + 1, bar + 12), INK)
-        draw.text((SIDE // 2, 40), heading, INK, font, anchor="mm")
+        draw.text((SIDE // 2, bar - 44), heading, INK, font, anchor="mm")
         draw.text((SIDE // 2, bar - 22), footer, INK, font, anchor="mm")
         pictures.append(picture)
     return pictures

@@ -50,22 +50,27 @@ export const loadOthers = (device = 'default') => [
   [2, 'CLIPLoader', { clip_name: UMT5, type: 'wan', device }, 20, 250, 340, 110],
   [3, 'VAELoader', { vae_name: VAE }, 20, 420, 340, 60],
 ]
-const FILES_GROUP = ['1. Model files', 0, -20, 380, 520, 'yellow']
-const STORY_GROUP = ['2. Your story', 400, -20, 680, 1080, 'cyan']
-const VIDEO_GROUP = ['3. The video', 1100, -20, 600, 580, 'green']
+const numbered = (groups) => groups.map(([title, ...place], i) => [`${i + 1}. ${title}`, ...place])
 
 function storyGraph({ loaders, title, student, after = '', from = FROM_STUDENT, size = [832, 480], inputs = {}, nodes = [],
-  start, text = STORY }) {
+  picture, text = STORY }) {
+  // From left to right: files, the picture if there is one, the story, the video.
+  const [left, top] = picture ? [820, 60] : [420, 300]
   const [width, height] = size
   const steps = [`## ${title}`, '### 1. Put the files into these folders', student, NEEDED, STORY_STEPS, after, UNSEEN]
   return {
     nodes: [...loaders,
-      memory(4, from.model, 420, 60, { width, height }, 640),
-      ...nodes,
-      storyboard(5, { model: from.model, clip: from.clip, memory: start ?? ['4', 0] }, text, 420, 380, inputs),
-      saveVideo(6, { memory: ['5', 0], vae: from.vae }, 1120, 60, 'video/long_video')],
+      memory(4, from.model, 420, picture ? 450 : 60, { width, height }, picture ? 340 : 640),
+      ...(picture ?? nodes),
+      storyboard(5, { model: from.model, clip: from.clip, memory: [picture ? '8' : '4', 0] }, text, left, top, inputs),
+      saveVideo(6, { memory: ['5', 0], vae: from.vae }, left + 700, 60, 'video/long_video')],
     note: [steps.filter(Boolean).join('\n'), 20, 540, 340, 540],
-    groups: [FILES_GROUP, STORY_GROUP, VIDEO_GROUP],
+    groups: numbered([
+      ['Model files', 0, -20, 380, 520, 'yellow'],
+      ...(picture ? [['Your picture', 400, -20, 380, 850, 'purple']] : []),
+      ['Your story', left - 20, -20, 680, top + 800, 'cyan'],
+      ['The video', left + 680, -20, 600, 580, 'green'],
+    ]),
   }
 }
 
@@ -104,10 +109,9 @@ const fromPicture = (title, node, after) => storyGraph({
   loaders: [selfForcing(), ...loadOthers()],
   student: SELF_FORCING,
   text: PICTURE_STORY,
-  start: ['8', 0],
-  nodes: [
-    [7, 'LoadImage', { image: 'example.png' }, 1120, 620, 340, 330, 'Your picture'],
-    [8, node, { memory: ['4', 0], vae: ['3', 0], images: ['7', 0] }, 1120, 1010, 340, 90, undefined, 'green'],
+  picture: [
+    [7, 'LoadImage', { image: 'example.png' }, 420, 60, 340, 330, 'Your picture'],
+    [8, node, { memory: ['4', 0], vae: ['3', 0], images: ['7', 0] }, 420, 720, 340, 90, undefined, 'green'],
   ],
   after,
 })

@@ -57,10 +57,10 @@ Each line is a segment: its **time**, options in brackets, and its **prompt**. T
   return {
     nodes: [loadDemo, memory,
       storyboard(3, { model: ['1', 0], clip: ['1', 1], memory: ['2', 0] }, text, 410, 60),
-      [6, 'PreviewAny', { source: ['3', 1] }, 410, 790, 640, 240, 'What was made'],
+      [6, 'PreviewAny', { source: ['3', 1] }, 410, 890, 640, 240, 'What was made'],
       saveVideo(4, ['3', 0], 1100, 60), report(5, ['3', 0], 1100, 580),
       [7, 'ContextForcingConsistency', { memory: ['3', 0], vae, every: 1, fps: 16 }, 1700, 60, 560, 460]],
-    note: [note, 20, 540, 340, 490],
+    note: [note, 20, 540, 340, 590],
   }
 }
 

@@ -24,6 +24,10 @@ const browser = await chromium.launch({
     '--disable-component-update', '--disable-sync'],
 })
 const page = await browser.newPage({ viewport: { width: 1600, height: 1100 } })
+// The first storyboard by its id: a click on a node moves it to the end of the page's list.
+await page.addInitScript(() => {
+  window.board = (type) => window.app.graph._nodes.filter((node) => node.type === type).sort((a, b) => a.id - b.id)[0]
+})
 page.setDefaultTimeout(SLOW)
 const problems = []
 page.on('pageerror', (error) => problems.push(error.stack))
@@ -51,8 +55,7 @@ async function open() {
   })
 }
 
-const text = () => page.evaluate((type) =>
-  window.app.graph._nodes.find((node) => node.type === type).widgets.find(({ name }) => name === 'text').value, BOARD)
+const text = () => page.evaluate((type) => window.board(type).widgets.find(({ name }) => name === 'text').value, BOARD)
 const count = (type) => page.evaluate((type) => window.app.graph._nodes.filter((node) => node.type === type).length, type)
 const boxes = page.locator('.cf-strip').first().locator('.cf-box')
 const states = (strip = 0) => page.locator('.cf-strip').nth(strip).locator('.cf-box').evaluateAll((all) =>
@@ -60,8 +63,8 @@ const states = (strip = 0) => page.locator('.cf-strip').nth(strip).locator('.cf-
 const shows = (check, argument) => page.waitForFunction(check, argument, { polling: 200 })
 const boxesAre = (number) => shows((number) => document.querySelectorAll('.cf-strip')[0]
   ?.querySelectorAll('.cf-box').length === number, number)
-const textIs = (wanted) => shows(([type, wanted]) => window.app.graph._nodes.find((node) => node.type === type)
-  ?.widgets.find(({ name }) => name === 'text').value === wanted, [BOARD, wanted])
+const textIs = (wanted) => shows(([type, wanted]) =>
+  window.board(type)?.widgets.find(({ name }) => name === 'text').value === wanted, [BOARD, wanted])
 const statesAre = (wanted, strip = 0) => shows(([wanted, strip]) => [...document.querySelectorAll('.cf-strip')[strip]
   .querySelectorAll('.cf-box')].map((box) => box.dataset.state).join() === wanted, [wanted.join(), strip])
 
@@ -123,9 +126,37 @@ const steps = {
       .nodes.filter(({ type }) => type === BOARD)
     assert.equal(await text(), node.widgets_values[0])
     assert.match(await boxes.nth(3).innerText(), /0:09 .* 3 s[\s\S]*dusk[\s\S]*recache[\s\S]*blend 2/)
-    const saved = await page.evaluate((type) => window.app.graph._nodes.find((node) => node.type === type).serialize(), BOARD)
+    const saved = await page.evaluate((type) => window.board(type).serialize(), BOARD)
     assert.ok(!saved.widgets_values.includes(null) && !JSON.stringify(saved.widgets_values).includes('cf-'))
     await picture('open')
+  },
+  async 'advanced inputs are hidden, saved and sent, and the menu shows them'() {
+    const { hidden, shown, saved, sent } = await page.evaluate(async (type) => {
+      const node = window.board(type)
+      const advanced = node.widgets.filter(({ options }) => options?.advanced)
+      const visible = () => advanced.filter((widget) => node.isWidgetVisible(widget)).map(({ name }) => name)
+      const hidden = visible()
+      node.toggleAdvanced()
+      const shown = visible()
+      node.toggleAdvanced()
+      advanced[0].value = 'comfyui'
+      const [saved, sent] = [node.serialize().widgets_values, (await window.app.graphToPrompt()).output[node.id].inputs]
+      advanced[0].value = 'sdpa'
+      return { hidden, shown, saved, sent }
+    }, BOARD)
+    assert.ok(shown.includes('attention') && shown.length >= 4, `${shown}`)
+    if (renderer === 'classic') assert.deepEqual(hidden, [])
+    else assert.equal(await page.locator('[data-node-id]').getByText('attention', { exact: true }).count(), 0)
+    assert.ok(saved.includes('comfyui') && sent.attention === 'comfyui')
+    for (const name of shown) assert.ok(name in sent, name)
+  },
+  async 'templates for published students come first'() {
+    const all = await page.evaluate(async () => {
+      const templates = await window.app.api.getWorkflowTemplates()
+      return Object.values(templates).find((names) => names.some((name) => name.startsWith('Tutorial')))
+    })
+    const first = all.findIndex((name) => name.startsWith('Tutorial'))
+    assert.ok(first > 0 && all.slice(first).every((name) => name.startsWith('Tutorial')), `${all}`)
   },
   async 'a drag writes whole chunks, later segments move, undo takes it back'() {
     const before = await text()
@@ -134,7 +165,7 @@ const steps = {
       return box.getBoundingClientRect().width / box.offsetWidth
     })
     await drag(1, 2 * 24 * chunk)
-    await shows(([before, type]) => window.app.graph._nodes.find((node) => node.type === type).widgets[0].value !== before, [before, BOARD])
+    await shows(([before, type]) => window.board(type).widgets[0].value !== before, [before, BOARD])
     const moved = (await text()).split('\n')
     const begins = moved.filter((line) => /^\d/.test(line)).map((line) => line.split(' ')[0].split(':'))
     const seconds = begins.map(([minutes, rest]) => 60 * minutes + Number(rest))
@@ -169,7 +200,7 @@ const steps = {
   async 'a run gives states and thumbnails'() {
     // A seed of its own, so that the server has no segment of an earlier page.
     await page.evaluate((type) => {
-      const { widgets } = window.app.graph._nodes.find((node) => node.type === type)
+      const { widgets } = window.board(type)
       widgets.find(({ name }) => name === 'seed').value = Date.now() % 1e9
     }, BOARD)
     await write(SHORT)
@@ -229,8 +260,7 @@ const steps = {
   },
   async 'fourteen segments stay readable'() {
     // The view is on the branch, and text fields outside of it are hidden.
-    await page.evaluate((type) => window.app.canvas.centerOnNode(
-      window.app.graph._nodes.find((node) => node.type === type)), BOARD)
+    await page.evaluate((type) => window.app.canvas.centerOnNode(window.board(type)), BOARD)
     const lines = Array.from({ length: 14 }, (_, i) => `0:${String(3 * i).padStart(2, '0')} A meadow by day. The camera stays, take ${i}.`)
     await write([...lines, '0:42'])
     await boxesAre(14)
