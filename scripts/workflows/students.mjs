@@ -67,7 +67,7 @@ function storyGraph({ loaders, title, student, after = '', from = FROM_STUDENT, 
     note: [steps.filter(Boolean).join('\n'), 20, 540, 340, 540],
     groups: numbered([
       ['Model files', 0, -20, 380, 520, 'yellow'],
-      ...(picture ? [['Your picture', 400, -20, 380, 850, 'purple']] : []),
+      ...(picture ? [['Your picture', 400, -20, 380, 880, 'pale_blue']] : []),
       ['Your story', left - 20, -20, 680, top + 800, 'cyan'],
       ['The video', left + 680, -20, 600, 580, 'green'],
     ]),
