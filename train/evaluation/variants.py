@@ -29,7 +29,7 @@ class Variant:
 
     policy: str
     """A policy of memories, NO_SLOW, or one of CHOOSERS."""
-    memory: Mapping[str, int | str] = field(default_factory=dict)
+    memory: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the memory's config that differ from the card."""
     commit_attends: str | None = None
     match_sink: float | None = None
