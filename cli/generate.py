@@ -11,6 +11,8 @@ from .options import Card, Device, Dtype, Loras, ModelsDir, Settings, Student, T
 
 STORY = """YAML: `segments`, each with `prompt` and `seconds`; optional `size`, `fps` and `seed`. Or a storyboard, .txt:
 a time and a prompt per line."""
+LIKE = "Make this video of `generate` again: its story, seeds, memory and options. Options given here win."
+REFERENCE = "With --like: a picture of the story's references. Repeatable, in the order of the story."
 MEMORY = "Memory by name: slow-fast, context-forcing, released, longlive, infinity-rope. Default: the student's."
 POLICY = "What slow memory keeps: novel, cover, recall, clean, fifo, uniform, released. Default: the student's."
 COMMIT_ATTENDS = """What a finished chunk attends to while it is written to the memory: all, no sink, fast only, itself.
@@ -21,8 +23,10 @@ SCALE = "Nearest-neighbour enlargement. Default: the shorter side gets 360 pixel
 
 
 def generate(
-    story: Annotated[Path, Argument(help=STORY)],
     output: Annotated[Path, Option("--output", "-o", help="Video to write, .mp4.")],
+    story: Annotated[Path | None, Argument(help=STORY)] = None,
+    like: Annotated[Path | None, Option(help=LIKE)] = None,
+    reference: Annotated[list[Path] | None, Option(help=REFERENCE)] = None,
     student: Student = "demo",
     vae: Vae = None,
     text_encoder: TextEncoder = None,
@@ -39,7 +43,7 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     offload: Annotated[bool, Option("--offload", help="Keep the student in CPU memory: larger than VRAM.")] = False,
-    attention: Annotated[str, Option(help="sdpa, or sage (needs sageattention and CUDA).")] = "sdpa",
+    attention: Annotated[str | None, Option(help="sdpa (default), or sage (needs sageattention and CUDA).")] = None,
     commit_attends: Annotated[str | None, Option(help=COMMIT_ATTENDS)] = None,
     kv_placement: Annotated[str, Option(help=KV_PLACEMENT)] = "at once",
     memory_in: Annotated[Path | None, Option(help="Memory to continue; its video is the start of this one.")] = None,
@@ -50,13 +54,14 @@ def generate(
     report: Annotated[Path | None, Option(help="Picture of the memory at the end, .png.")] = None,
     scale: Annotated[int | None, Option(min=1, max=64, help=SCALE)] = None,
 ) -> None:
-    """Generate a video from a story."""
+    """Generate a video from a story, or one again from what its file says (--like)."""
     from ..model.checkpoints.locate import locate_student
     from ..video.generate import GenerateRequest, open_job
 
     fields = {"policy": policy, "slow": slow, "slow_similarity_threshold": threshold}
     request = GenerateRequest(
         story=story,
+        like=like,
         output=output,
         student=student_source(locate_student(student, models_dir), weights, card, settings, lora),
         loras=tuple(lora or ()),
@@ -76,6 +81,7 @@ def generate(
         memory_out=memory_out,
         compact=compact,
         start=start,
+        references=tuple(reference or ()),
         resume=resume,
         report=report,
         scale=scale,

@@ -1,7 +1,5 @@
 import io
 import os
-import re
-import subprocess
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -218,18 +216,3 @@ def ffmpeg_that(tmp_path_factory, monkeypatch):
         monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(script))
 
     return stand_in
-
-
-@pytest.fixture(scope="session")
-def tags_of_video():
-    """(path) -> the tags of a video's container, read by ffmpeg."""
-
-    def read(path) -> dict[str, str]:
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
-        raw = subprocess.run(command, check=True, capture_output=True).stdout.decode()
-        # A backslash before a backslash, an equals sign, a line's end and the like.
-        lines = re.split(r"(?<!\\)\n", raw.replace("\\\\", "\0"))
-        plain = lambda text: re.sub(r"\\(.)", r"\1", text, flags=re.DOTALL).replace("\0", "\\")
-        return {plain(name): plain(text) for name, _, text in (line.partition("=") for line in lines[1:]) if name}
-
-    return read

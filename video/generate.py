@@ -10,17 +10,18 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..memory.config import named_memory
+from ..memory.config import MemoryConfig, named_memory
 from ..memory.fields import brief
 from ..memory.files import check_writable
 from ..memory.history import remembered_parts
 from ..memory.memory import Memory
 from ..memory.snapshot import fingerprint_memory, fingerprint_references, load_memory, save_memory
 from ..model.attention import load_attention
-from ..model.checkpoints.student import DEMO_STUDENT, StudentSource
+from ..model.checkpoints.locate import BUILT_IN
+from ..model.checkpoints.student import StudentSource
 from ..model.codecs.backbone import backbone_of
 from ..model.config import StudentCard
-from ..model.device import is_out_of_memory, pick_device, use_cpu_threads
+from ..model.device import DTYPES, is_out_of_memory, pick_device, use_cpu_threads
 from ..model.fingerprint import fingerprint
 from ..model.sampler import SamplerOptions
 from ..model.units import FRAMES_PER_LATENT
@@ -28,7 +29,16 @@ from .frames import save_picture, thumbnails
 from .journal import Journal, journal_path
 from .mp4 import default_scale, hold_output, write_video
 from .pipeline import Pipeline
-from .provenance import tags_of
+from .provenance import (  # fmt: skip
+    GivenFile,
+    Provenance,
+    git_revision,
+    libraries,
+    machine_of,
+    not_the_same,
+    read_provenance,
+    shortened,
+)
 from .report import draw_report, summary
 from .story import ResolvedStory, Story
 from .storyboard import read_story
@@ -40,7 +50,9 @@ log = logging.getLogger("context_forcing")
 class GenerateRequest:
     """What to generate, from which files, and where to write it: the options of `context-forcing generate`."""
 
-    story: Path
+    story: Path | None = None
+    like: Path | None = None
+    """A video that is made again, instead of a story. What is not given here is as it was there."""
     output: Path
     student: StudentSource
     loras: tuple[str, ...] = ()
@@ -55,7 +67,8 @@ class GenerateRequest:
     device: str = "auto"
     dtype: str = "auto"
     offload: bool = False
-    attention: str = "sdpa"
+    attention: str | None = None
+    """None: sdpa."""
     commit_attends: str | None = None
     """What the commit pass attends to; None: as the story, or else the student's card, says."""
     kv_placement: str = "at once"
@@ -63,12 +76,18 @@ class GenerateRequest:
     memory_out: Path | None = None
     compact: bool = False
     start: Path | None = None
+    references: tuple[Path, ...] = ()
+    """The pictures of the story of `like`, in its order."""
     resume: bool = False
     report: Path | None = None
     scale: int | None = None
 
     def check_paths(self) -> None:
-        """Raises ValueError if a file cannot be written where it is requested."""
+        """Raises ValueError if a file cannot be written where it is requested, or one excludes another."""
+        if (self.story is None) == (self.like is None):
+            raise ValueError("story: give either a STORY, or --like with a video that is made again")
+        if self.references and self.like is None:
+            raise ValueError("--reference: is for --like; a story names its pictures in `references`")
         for option, path in (("--memory-out", self.memory_out), ("--report", self.report)):
             if path is not None:
                 check_writable(option, path)
@@ -79,6 +98,40 @@ class GenerateRequest:
         if self.memory_out and self.memory_in and self.memory_out.resolve() == self.memory_in.resolve():
             raise ValueError(f"--memory-out: {self.memory_out} is --memory-in; give another file, --resume needs both")
 
+    def filled(self, made: Provenance) -> "GenerateRequest":
+        """This request with the options of a video where it has none, for everything but the memory.
+
+        Raises ValueError for a file that made the video and is not given. No file that the video names is opened.
+        """
+        student = self.student
+        for option, file, is_given in (
+            ("--student", made.student_file != BUILT_IN and f"{made.student_file}, {made.student}", student.path),
+            *(("--lora", lora, student.loras) for lora in made.loras),
+            ("--start", made.start, self.start),
+            ("--memory-in", made.memory_in, self.memory_in),
+        ):
+            if file and not is_given:
+                raise ValueError(shortened(f"{option}: give {file}, with which {self.like} was made"))
+        if len(self.references) != len(made.references):
+            names = ", ".join(map(str, made.references)) or "no picture"
+            given = f"{len(self.references)} given, give as many as made {self.like}, in this order"
+            raise ValueError(shortened(f"--reference: {given}: {names}"))
+        student = dataclasses.replace(
+            student,
+            weights=made.weights if student.weights == "auto" else student.weights,
+            card=made.published if student.card == "auto" else student.card,
+            overrides=student.overrides or made.overrides,
+        )
+        return dataclasses.replace(
+            self,
+            student=student,
+            device=made.device if self.device == "auto" else self.device,
+            dtype=made.dtype if self.dtype == "auto" else self.dtype,
+            attention=self.attention or made.attention,
+            commit_attends=self.commit_attends or made.commit_attends,
+            scale=self.scale or made.scale,
+        )
+
 
 @dataclass(kw_only=True)
 class GenerateJob:
@@ -88,11 +141,13 @@ class GenerateJob:
     pipeline: Pipeline
     options: SamplerOptions
     story: ResolvedStory
+    scale: int
+    """How many times each pixel is enlarged."""
     memory: Memory
     """The memory after the last finished chunk."""
     journal: Journal
-    tags: Mapping[str, str]
-    """What made the video, for its file (provenance.tags_of)."""
+    made: Provenance
+    """What makes the video, for its file."""
     is_whole: bool = False
     """Whether the video is written. Memory and report may not be."""
 
@@ -104,10 +159,9 @@ class GenerateJob:
         for files that cannot be written, and if memory is at its end.
         """
         request, story = self.request, self.story
-        scale = request.scale or default_scale(*story.size)
         try:
             pixels = self.pipeline.decode(self._latents(on_chunk))
-            num_frames = write_video(request.output, pixels, fps=story.fps, scale=scale, metadata=self.tags)
+            num_frames = write_video(request.output, pixels, fps=story.fps, scale=self.scale, metadata=self.made.tags())
             self.is_whole = True
             self._save_memory()
             if request.report is not None:
@@ -147,8 +201,7 @@ class GenerateJob:
     @property
     def summary(self) -> str:
         """The memory in words, and what its commit passes attended to."""
-        attends = self.options.commit_attends or self.story.commit_attends
-        return f"{summary(self.memory, self.story.fps)}\ncommit pass attends to: {attends}"
+        return f"{summary(self.memory, self.story.fps)}\ncommit pass attends to: {self.made.commit_attends}"
 
     def _latents(self, on_chunk: Callable[[int, str], None]) -> Iterator[Tensor]:
         """The chunks of the video so far, then every new one as soon as it is kept."""
@@ -171,15 +224,16 @@ def open_job(request: GenerateRequest) -> Iterator[GenerateJob]:
     Raises ValueError, one line, for anything that cannot work; then nothing is written.
     """
     request.check_paths()
+    like = None if request.like is None else read_provenance(request.like)
+    request = request if like is None else request.filled(like)
     options = SamplerOptions(
-        attention=load_attention(request.attention),
+        attention=load_attention(request.attention or "sdpa"),
         commit_attends=request.commit_attends,
         kv_placement=request.kv_placement,
     )
     student = request.student.open()
     card = student.card
-    story = read_story(request.story, card.fps, card.memory.chunk)
-    story = story if request.seed is None else story.with_seed(request.seed)
+    story = _story(request, card, like)
     with hold_output(request.output):
         where = pick_device(request.device, request.dtype)
         captions = [reference.prompt for reference in story.references if reference.prompt]
@@ -188,16 +242,11 @@ def open_job(request: GenerateRequest) -> Iterator[GenerateJob]:
             *where, prompts, text_encoder=request.text_encoder, vae=request.vae, models_dir=request.models_dir
         )
         pipeline = Pipeline.load(student, *where, codecs, request.offload)
+        if like is not None and like.student != pipeline.fingerprint:
+            both = f"was made by {like.student} ({like.student_file}), this student is {pipeline.fingerprint}"
+            raise ValueError(shortened(f"--student: give that of {request.like}; it {both}"))
         use_cpu_threads(pipeline.network.net)
-        preset = {} if request.memory is None else dataclasses.asdict(named_memory(request.memory, card.memory))
-        settings = preset | dict(request.settings)
-        if request.memory_in is not None:
-            memory = load_memory(request.memory_in, pipeline.fingerprint)
-            for name, value in settings.items():
-                if (own := getattr(memory.config, name)) != value:
-                    raise ValueError(f"{name}: {value} requested, the memory has {own}; a memory keeps its settings")
-        else:
-            memory = pipeline.empty_memory(story.size, **settings)
+        memory = _memory(request, pipeline, story, like)
         resolved = story.resolve(card, memory)
         if request.compact:
             memory.check_supports("compact")
@@ -205,11 +254,16 @@ def open_job(request: GenerateRequest) -> Iterator[GenerateJob]:
             memory = memory.with_start_latents(pipeline.encode_file(request.start, memory, resolved.fps))
         references = [pipeline.encode_reference(spec, memory, resolved.fps) for spec in story.references]
         pinned = memory.with_references(references) if references else memory
+        commit_attends = options.commit_attends or resolved.commit_attends
+        scale = request.scale or default_scale(*resolved.size)
+        made = _provenance(request, pipeline, story, memory.config, commit_attends, scale)
+        if like is not None and (differences := like.differences(made)):
+            log.warning("%s", not_the_same(differences))
         inputs = {
             "student": pipeline.merged_fingerprint,
-            "text encoder": pipeline.text_encoder.name,
-            "codec": fingerprint(pipeline.vae),
-            "device": pipeline.device.type,
+            "text encoder": made.text_encoder,
+            "codec": made.codec,
+            "device": made.device,
             "dtype": str(pipeline.network.dtype),
             "loras": request.loras,
             "story": _journal_fields(story),
@@ -217,19 +271,85 @@ def open_job(request: GenerateRequest) -> Iterator[GenerateJob]:
             "memory": fingerprint_memory(memory),
         }
         # Only if they are not the defaults: older journals do not have them.
-        inputs |= {"attention": request.attention} if request.attention != "sdpa" else {}
-        commit_attends = options.commit_attends or resolved.commit_attends
+        inputs |= {"attention": made.attention} if made.attention != "sdpa" else {}
         inputs |= {"commit attends": commit_attends} if commit_attends != "all" else {}
         inputs |= {"references": fingerprint_references(references)} if references else {}
         folder, num_chunks = journal_path(request.output), resolved.num_chunks
         journal = Journal(folder, inputs, request.resume, num_chunks=num_chunks, shape=memory.chunk_shape)
-        # Videos are published: names of files, not their folders.
-        file, loras = Path(request.student.path or DEMO_STUDENT).name, [Path(lora).name for lora in request.loras]
-        tags = tags_of({"student file": file, "seed": story.seed, **inputs, "loras": loras})
         yield GenerateJob(
-            request=request, pipeline=pipeline, options=options, story=resolved, memory=pinned, journal=journal,
-            tags=tags,
+            request=request, pipeline=pipeline, options=options, story=resolved, scale=scale, memory=pinned,
+            journal=journal, made=made,
         )  # fmt: skip
+
+
+def _story(request: GenerateRequest, card: StudentCard, like: Provenance | None) -> Story:
+    """The story of a request, its references with the paths that the user gave. Raises ValueError, one line."""
+    if like is not None:
+        pictures = zip(like.story.references, request.references)
+        references = tuple(dataclasses.replace(spec, image=str(path)) for spec, path in pictures)
+        story = dataclasses.replace(like.story, references=references)
+    else:
+        assert request.story is not None, "check_paths"
+        story = read_story(request.story, card.fps, card.memory.chunk)
+    return story if request.seed is None else story.with_seed(request.seed)
+
+
+def _memory(request: GenerateRequest, pipeline: Pipeline, story: Story, like: Provenance | None) -> Memory:
+    """The memory that a video begins from. Raises ValueError, one line, for settings that it cannot have."""
+    trained, settings = pipeline.card.memory, dict(request.settings)
+    if request.memory is not None:
+        settings = dataclasses.asdict(named_memory(request.memory, trained)) | settings
+    elif like is not None and request.memory_in is None:
+        if (window := like.memory.window) > trained.window:
+            raise ValueError(f"window: {request.like} has {window} frames, the student {trained.window}; give --memory")
+        settings = dataclasses.asdict(like.memory) | settings
+    if request.memory_in is None:
+        return pipeline.empty_memory(story.size, **settings)
+    memory = load_memory(request.memory_in, pipeline.fingerprint)
+    for name, value in settings.items():
+        if (own := getattr(memory.config, name)) != value:
+            raise ValueError(f"{name}: {value} requested, the memory has {own}; a memory keeps its settings")
+    return memory
+
+
+def _provenance(
+    request: GenerateRequest,
+    pipeline: Pipeline,
+    story: Story,
+    memory: MemoryConfig,
+    commit_attends: str,
+    scale: int,
+) -> Provenance:
+    """What makes the video of a request, with the options in effect."""
+    student, network = request.student, pipeline.network
+    at = lambda path: None if path is None else GivenFile.of(path)
+    name_of = lambda path: "" if path is None else Path(path).name
+    return Provenance(
+        revision=git_revision(),
+        machine=machine_of(pipeline.device),
+        libraries=libraries(),
+        device=pipeline.device.type,
+        dtype=next(name for name, dtype in DTYPES.items() if dtype == network.dtype),
+        attention=request.attention or "sdpa",
+        student_file=name_of(student.path or BUILT_IN),
+        student=pipeline.fingerprint,
+        weights=student.weights,
+        published=student.card,
+        overrides=student.overrides,
+        loras=tuple(GivenFile.of(path, f"{path.name}:{strength:g}") for path, strength in student.loras),
+        card=pipeline.card,
+        text_encoder=pipeline.text_encoder.name,
+        text_encoder_file=name_of(request.text_encoder),
+        codec=fingerprint(pipeline.vae),
+        vae_file=name_of(request.vae),
+        memory=memory,
+        commit_attends=commit_attends,
+        scale=scale,
+        start=at(request.start),
+        memory_in=at(request.memory_in),
+        references=tuple(GivenFile.of(spec.image) for spec in story.references),
+        story=story.without_folders(),
+    )
 
 
 def _journal_fields(value: Story | StudentCard) -> dict:

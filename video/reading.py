@@ -5,11 +5,16 @@ import math
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+
+MAX_TAGS = 2**24
+"""Bytes of a video's tags. The graph of a ComfyUI video is among them."""
+TAG_LINE = re.compile(r"((?:\\.|[^\\=\n])+)=((?:\\.|[^\\\n])*)\n", re.DOTALL)
+"""A tag as ffmpeg writes it: a backslash stands before a line's end that belongs to the text."""
 
 
 class VideoError(ValueError):
@@ -39,6 +44,25 @@ def check_whole(path: str | Path, num_frames: int, fps: float) -> None:
         raise VideoError(f"has {count} frames, {num_frames} were written")
     if abs((seconds := (last - first) * unit) - num_frames / fps) > 0.5 / fps:
         raise VideoError(f"is {float(seconds):.3f} s long, {num_frames / fps:.3f} s were written")
+
+
+def read_tags(path: str | Path) -> dict[str, str]:
+    """The tags of an mp4's container. Raises VideoError for a file that is no mp4 and for more than 16 MiB of tags."""
+    if not Path(path).is_file():
+        raise VideoError("there is no such file")
+    # The demuxer is named: ffmpeg would follow the paths in a playlist, whatever its name.
+    runs = _ffmpeg(path, "-c", "copy", "-f", "ffmetadata", "-", demuxer="mov", run_bytes=MAX_TAGS)
+    data = next(runs, b"")
+    runs.close()
+    if len(data) == MAX_TAGS:
+        raise VideoError(f"has {MAX_TAGS // 2**20} MiB of tags or more")
+    text, tags = data.decode(errors="replace"), {}
+    plain = lambda words: re.sub(r"\\(.)", r"\1", words, flags=re.DOTALL)
+    position = text.find("\n") + 1  # The first line says that these are tags.
+    while (match := TAG_LINE.match(text, position)) and text[position] != "[":  # [STREAM] begins another list.
+        tags[plain(match[1])] = plain(match[2])
+        position = match.end()
+    return tags
 
 
 def read_frames(path: str | Path) -> tuple[float, Iterator[np.ndarray]]:
@@ -96,9 +120,11 @@ def _ffmpeg(
     end: float | None = None,
     run_bytes: int = 0,
     stop_at_errors: bool = False,
-) -> Iterator[bytes]:
+    demuxer: str = "",
+) -> Generator[bytes, None, None]:
     """What ffmpeg writes to its output, in runs of `run_bytes`, or in lines if that is 0.
 
+    `demuxer` is the only one that may read the file; by default ffmpeg chooses one by the contents.
     Raises VideoError if ffmpeg fails, before a last run that is shorter.
     """
     import imageio_ffmpeg
@@ -106,6 +132,7 @@ def _ffmpeg(
     part = ["-ss", f"{start:.6f}"] if start else []
     part += ["-t", f"{end - start:.6f}"] if end is not None else []
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", *["-xerror"] * stop_at_errors, *part]
+    command += ["-f", demuxer] if demuxer else []
     command += ["-i", f"file:{path}", "-map", "0:v:0", *options]
     with (
         tempfile.TemporaryFile() as stderr,

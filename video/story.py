@@ -87,6 +87,11 @@ class Story:
         segments = tuple(dataclasses.replace(segment, seed=None) for segment in self.segments)
         return dataclasses.replace(self, seed=seed, segments=segments)
 
+    def without_folders(self) -> "Story":
+        """The same story with names of pictures for their paths."""
+        references = tuple(dataclasses.replace(each, image=Path(each.image).name) for each in self.references)
+        return dataclasses.replace(self, references=references)
+
     def resolve(self, card: StudentCard, memory: Memory) -> ResolvedStory:
         """Fill in every default for a student and the memory that the video continues; round up to whole chunks.
 
@@ -152,6 +157,13 @@ def parse_story(raw: object) -> Story:
         else None,
         references=_references(values.get("references", [])),
     )
+
+
+def plain_story(story: Story) -> dict:
+    """The plain values that `parse_story` reads as this story."""
+    known = lambda spec: {name: value for name, value in vars(spec).items() if value is not None}
+    lists = {name: [known(each) for each in getattr(story, name)] for name in ("segments", "references")}
+    return {**known(story), **lists}
 
 
 def _segment(where: str, raw: object) -> SegmentSpec:

@@ -17,6 +17,7 @@ from context_forcing.model.config import StudentCard
 from context_forcing.model.fingerprint import fingerprint
 from context_forcing.model.sampler import COMMIT_ATTENDS
 from context_forcing.video.provenance import TAG, git_revision
+from context_forcing.video.reading import read_tags
 
 SEGMENT = {"prompt": "a meadow by day, the camera pans right", "seconds": 0.75}
 STORY = {"size": [48, 32], "seed": 4, "segments": [SEGMENT]}
@@ -163,13 +164,14 @@ def test_what_the_commit_pass_attends_to(generate, tmp_path, succeeded):
     assert torch.equal(latents("all", story, *card, *option("all")), expected["all"])
 
 
-def test_the_video_says_what_made_it(generate, run, student, tmp_path, tags_of_video, succeeded):
+def test_the_video_says_what_made_it(generate, run, student, tmp_path, succeeded):
     succeeded(generate({**story_of(0.75), "seed": 5}))
-    made = json.loads(tags_of_video(tmp_path / "film.mp4")[TAG])
+    made = json.loads(read_tags(tmp_path / "film.mp4")[TAG])
     opened = StudentSource(student).open()
-    assert made["revision"] == git_revision() and made["student file"] == student.name and made["seed"] == 5
+    assert made["revision"] == git_revision() and made["student_file"] == student.name
     assert made["student"] == fingerprint(opened.load())
     assert made["card"]["steps"] == [1000.0, 500.0] and made["story"]["segments"][0]["seconds"] == 0.75
+    assert made["story"]["seed"] == 5 and made["memory"]["slow"] == 4 and made["scale"] == 12
     assert str(tmp_path) not in json.dumps(made)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from context_forcing.model.checkpoints.student import StudentSource
 from context_forcing.model.codecs.base import normalise
 from context_forcing.video.mp4 import default_scale
-from context_forcing.video.reading import read_frames
+from context_forcing.video.reading import read_frames, read_tags
 
 from .graph import (  # fmt: skip
     CHUNK_SECONDS,
@@ -67,13 +67,13 @@ def test_demo_chain_makes_the_video(host, demo_chain, size):
     assert "36 latent frames (9.0 s)" in text_shown(run, only(demo_chain, "PreviewAny"))
 
 
-def test_the_video_carries_prompt_and_workflow(host, demo_chain, tags_of_video):
+def test_the_video_carries_prompt_and_workflow(host, demo_chain):
     """Under the names that ComfyUI's page looks for, as its own Save Video writes them."""
     workflow = {"nodes": [{"id": 1, "title": "a=b; #c \u96ea\n"}], "links": []}
     demo_chain[only(demo_chain, "ContextForcingSaveVideo")]["inputs"]["filename_prefix"] = "video/tags"
     run = succeeded(host.run(demo_chain, workflow=workflow))
     (shown,) = run.outputs[only(demo_chain, "ContextForcingSaveVideo")]["images"]
-    tags = tags_of_video(host.output_path(shown))
+    tags = read_tags(host.output_path(shown))
     assert json.loads(tags["prompt"]) == demo_chain and json.loads(tags["workflow"]) == workflow
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from context_forcing.video.mp4 import hold_output, join_videos, part_name, write_video
-from context_forcing.video.reading import VideoError, check_whole, read_frames, read_runs
+from context_forcing.video.reading import VideoError, check_whole, read_frames, read_runs, read_tags
 
 SHORT, LONG = 6, 150
 """Frames: those that fit into a pipe, and more than ffmpeg takes before it writes."""
@@ -64,9 +64,9 @@ def ffmpeg(*arguments) -> bytes:
     ).stdout
 
 
-def test_tags_of_any_length_and_any_characters_are_kept(tmp_path, tags_of_video):
+def test_tags_of_any_length_and_any_characters_are_kept(tmp_path):
     write(tmp_path / "film.mp4", SHORT, metadata=TAGS)
-    found = tags_of_video(tmp_path / "film.mp4")
+    found = read_tags(tmp_path / "film.mp4")
     assert {name: found.get(name, "") for name in TAGS} == TAGS
 
 
