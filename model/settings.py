@@ -33,7 +33,7 @@ def read_yaml(text: str) -> Any:
 
 def _check_expansion(text: str) -> None:
     """Raises ValueError for more than MAX_VALUES values, an alias counted as what it stands for, or deeper nesting."""
-    sizes: dict[str, int] = {}
+    sizes: dict[str | None, int] = {}
     count, begun = 0, []
     for event in yaml.parse(text, yaml.SafeLoader):
         count += 1
