@@ -1,5 +1,6 @@
 """Every command of the documentation runs, or its options parse; CONTRIBUTING.md, Tests, explains the comments."""
 
+import itertools
 import re
 import shlex
 import sys
@@ -25,10 +26,10 @@ STORY = "size: [32, 32]\nseed: 4\nsegments:\n  - {prompt: A meadow by day. The c
 
 
 def commands_of(block):
-    """The commands of a block as lists of words, without comments."""
+    """The commands of a block as lists of words, without comments and variables of the environment before them."""
     for line in block.text.replace("\\\n", " ").splitlines():
         if words := shlex.split(line.removeprefix("$ "), comments=True):
-            yield words
+            yield list(itertools.dropwhile(re.compile(r"[A-Z_]+=").match, words))
 
 
 def own_arguments(words):
