@@ -124,7 +124,7 @@ def load_memory(path: str | Path, student: str = "") -> Memory:
             raise ValueError(f"NaN or infinity in {bad[0]}; continue from an earlier memory")
         return _build(header, tensors)
     except (LookupError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: damaged header ({error!r}); use another copy") from None
+        raise ValueError(f"{path}: damaged header ({brief(repr(error))}); use another copy") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
