@@ -1,6 +1,7 @@
 """Where memories are kept: between nodes, and in files of ComfyUI's folders."""
 
 import os
+from pathlib import Path
 
 import comfy.model_management as mm
 import folder_paths
@@ -81,6 +82,20 @@ class ContextForcingSaveMemory(io.ComfyNode):
         return io.NodeOutput(file.relative, ui=ui.PreviewText(f"{file.relative}, {megabytes:.1f} MB"))
 
 
+MISSING = "{} does not exist; select a file that Save Memory wrote (key R refreshes the list)"
+
+
+def file_of(name: str) -> str | None:
+    """The path of a file of ComfyUI's input or output folder; None if there is none, or outside of the folder.
+
+    ComfyUI 0.27 does not look whether a name leads out of the folder.
+    """
+    name, folder = folder_paths.annotated_filepath(name)
+    folder = Path(folder or folder_paths.get_input_directory()).absolute()
+    path = os.path.abspath(folder / name)
+    return path if Path(path).is_relative_to(folder) and os.path.isfile(path) else None
+
+
 class ContextForcingLoadMemory(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -99,19 +114,20 @@ class ContextForcingLoadMemory(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> tuple[float, int] | None:
-        path = folder_paths.get_annotated_filepath(file)
-        return (os.path.getmtime(path), os.path.getsize(path)) if os.path.isfile(path) else None
+        path = file_of(file)
+        return (os.path.getmtime(path), os.path.getsize(path)) if path else None
 
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
         """Here and not in `execute`, so that the rest of a graph runs, which may write the file."""
         # ComfyUI puts the name of the input before the reason.
-        reason = f"{file} does not exist; select a file that Save Memory wrote (key R refreshes the list)"
-        return True if folder_paths.exists_annotated_filepath(file) else reason
+        return True if file_of(file) else MISSING.format(file)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        path = folder_paths.get_annotated_filepath(file)
+        path = file_of(file)
+        if path is None:
+            raise ValueError(f"file: {MISSING.format(file)}")
         with named_as("file", path, file):
             memory = load_memory(path)
         return io.NodeOutput(MemoryHandle.of(memory), summary(memory, 16.0))
