@@ -81,10 +81,10 @@ class Archive:
         is_cut = self._step(frames, (frames - 1).clamp(min=0))[1] < FITS
         begin = torch.where(is_cut, frames, 0).cummax(0).values
         before = (frames - self.last_chunk).maximum(begin)
-        step, place = self._step(frames, before)[0], torch.zeros_like(frames)
-        for frame in range(1, len(frames)):
-            place[frame] = place[before[frame]] + step[frame]
-        return place, is_cut.long().cumsum(0)
+        place, steps = [0] * len(frames), self._step(frames, before)[0].tolist()
+        for frame, earlier in enumerate(before.tolist()):
+            place[frame] = place[earlier] + steps[frame]
+        return torch.tensor(place), is_cut.long().cumsum(0)
 
     def _step(self, frames: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
         """The best shift of every frame from another, in columns, and the fit there, [T] each."""
@@ -120,21 +120,27 @@ class Archive:
         free[list(remembered)] = False
         place, stretch = self.places()
         run_of = {frame: run for run in readable for frame in run}
+        is_held = torch.zeros_like(free)
+        is_held[list(held)] = True
+        can_be_had = torch.ones_like(free) if reads else is_held
         chosen, read = [], set()
         for frame in self._nearest(place, stretch):
             if len(chosen) == count:
                 break
-            if not free[frame]:
+            candidates = free & can_be_had & (place == place[frame]) & (stretch == stretch[frame])
+            if not free[frame] or not candidates.any():
                 continue
             alike = self.similarity(frame) >= ALIKE
-            copies = free & alike & (place == place[frame]) & (stretch == stretch[frame])
-            for copy in copies.nonzero()[:, 0].tolist():
-                needed = read if copy in held else read | {run_of[copy]}
-                if len(needed) <= reads:
-                    chosen.append(copy)
-                    read = needed
-                    free &= ~alike
-                    break
+            copies = (candidates & alike).nonzero()[:, 0].tolist()
+            if not copies:
+                continue
+            chosen.append(copies[0])
+            free &= ~alike
+            if not is_held[copies[0]]:
+                read.add(run_of[copies[0]])
+            if len(read) == reads:
+                can_be_had = is_held.clone()
+                can_be_had[list(itertools.chain(*read))] = True
         return tuple(sorted(chosen))
 
     def _nearest(self, place: Tensor, stretch: Tensor) -> list[int]:

@@ -8,7 +8,7 @@ import comfy.latent_formats
 import latent_preview
 from PIL import Image
 
-from ..memory.history import PARTS, reach_frames
+from ..memory.history import REFERENCE, reach_frames, remembered_parts
 from ..memory.memory import Memory
 from ..model.units import latent_seconds
 
@@ -48,6 +48,6 @@ def segment_ui(
         "chunk": memory.config.chunk,
         "frame_seconds": latent_seconds(1, fps),
         "reach": reach_frames(memory),
-        "remembered": {part: list(getattr(memory.slots, part)) for part in PARTS},
+        "remembered": {part: list(frames) for part, frames in remembered_parts(memory).items() if part != REFERENCE},
     }
     return {KEY: [segment]}

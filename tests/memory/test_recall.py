@@ -111,3 +111,13 @@ def test_descriptors_live_as_long_as_their_latents():
     del latents
     gc.collect()
     assert len(_DESCRIPTORS) == before - 1
+
+
+def test_frames_that_cannot_be_read_are_not_compared(monkeypatch):
+    """Else the cost of a chunk grows with the square of the film. No two frames of noise are alike."""
+    archive = Archive(torch.randn(1, 16, 90, 4, 16, generator=torch.Generator().manual_seed(2)).split(3, dim=2))
+    compared, similarity = [], Archive.similarity
+    monkeypatch.setattr(Archive, "similarity", lambda self, frame: compared.append(frame) or similarity(self, frame))
+    held = (3, 4, 5, 30, 31, 32)
+    assert archive.choose(40, held, [0, 1, 2, 87, 88, 89], runs(87), 0) == held
+    assert len(compared) == len(held)
