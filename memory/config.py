@@ -94,7 +94,7 @@ class MemoryConfig:
 
     @property
     def evicts_redundant(self) -> bool:
-        """Whether the slow frame that two others tell best is evicted, not the oldest."""
+        """Whether the slow frame most like two others is evicted, not the oldest."""
         return self.policy == "cover" or self.eviction == "redundant"
 
     @property

@@ -101,7 +101,7 @@ def _is_promoted(frame: int, score: float | None, config: MemoryConfig) -> bool:
 
 
 def _most_redundant(slow: tuple[int, ...], similarity: Similarity) -> int:
-    """The frame that two others tell best: the middle of the densest triple. Of equals the oldest."""
+    """The frame most like two others: the middle of the densest triple. Of equals the oldest."""
 
     def told(frame: int) -> float:
         return sum(sorted(similarity(frame, [other for other in slow if other != frame]))[-2:])
