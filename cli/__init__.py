@@ -4,7 +4,7 @@ import atexit
 import logging
 import signal
 import sys
-from typing import NoReturn
+from typing import NoReturn, cast
 
 try:
     import typer
@@ -15,7 +15,7 @@ except ImportError as error:
         f"context-forcing: {error.name} is not installed; pip install 'context-forcing[headless]'"
     ) from None
 
-from ..memory.fields import brief
+from ..memory.fields import brief, one_line
 from .console import console
 from .convert import convert
 from .doctor import doctor
@@ -27,12 +27,15 @@ from .train import train
 
 app = typer.Typer(
     help="Generate long videos that stay consistent: prompts chained over one Slow-Fast memory.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 for command in (generate, report, train, encode, evaluate, convert, doctor):
     app.command()(command)
+
+
+UsageError = cast(type[typer.BadParameter], typer.BadParameter.__bases__[0])
+"""What typer raises for a command line that it cannot read. It has no name of its own for it."""
 
 
 @app.callback()
@@ -44,7 +47,13 @@ def _root() -> None:
 def main() -> None:
     """Run the command. An error that a user can cause is one line; the exit code is 2."""
     try:
-        app()
+        code = app(["--help"] if len(sys.argv) == 1 else None, standalone_mode=False)
+    except UsageError as error:
+        _fail(f"{error.format_message().rstrip('.')}; --help lists the options", 2)
+    except typer.Abort:  # an interrupt, of older typer
+        sys.exit(130)
+    except OSError as error:
+        _fail(f"{error.filename or 'file'}: {error.strerror or error}; check the name and the disk", 2)
     except (ValueError, FloatingPointError) as error:
         _fail(str(error), 2 if isinstance(error, ValueError) else 1)
     except (MemoryError, RuntimeError) as error:
@@ -56,8 +65,9 @@ def main() -> None:
     finally:
         # The work has ended: an interrupt while Python ends changes nothing.
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code or 0)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    console.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}", highlight=False, soft_wrap=True)
+    console.print(f"[bold red]error:[/] {escape(one_line(message))}", highlight=False, soft_wrap=True)
     sys.exit(code)

@@ -1,13 +1,17 @@
-"""JSON objects and other mappings from files -> keyword arguments of dataclasses."""
+"""JSON objects and other mappings from files -> keyword arguments of dataclasses; values in messages."""
 
 import dataclasses
 import json
+import re
 import reprlib
 import typing
 from collections.abc import Mapping
 
 MAX_BRIEF = 80
 """Characters that a message quotes of a value or of another program's message."""
+MAX_MESSAGE = 300
+"""Characters of a message."""
+LONG_WORD = re.compile(r"\S{81,}")
 
 
 class _Brief(reprlib.Repr):
@@ -26,6 +30,22 @@ def brief(text: object, most: int = MAX_BRIEF) -> str:
     """Text on one line of at most `most` characters; what is longer loses its end."""
     words = " ".join(str(text).split())
     return words if len(words) <= most else f"{words[: most - 3]}..."
+
+
+def printable(text: str) -> str:
+    """A text without line ends and characters that command a terminal."""
+    return "".join(each if each.isprintable() else " " for each in text)
+
+
+def one_line(message: object) -> str:
+    """A message as one printable line of at most MAX_MESSAGE characters.
+
+    If it is longer, paths and other long words lose their middle, and then the line its end.
+    """
+    line = " ".join(printable(str(message)).split())
+    if len(line) > MAX_MESSAGE:
+        line = LONG_WORD.sub(lambda word: f"{word[0][:30]}...{word[0][-47:]}", line)
+    return brief(line, MAX_MESSAGE)
 
 
 def quoted(value: object) -> str:

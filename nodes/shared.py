@@ -9,6 +9,7 @@ import torch
 from comfy_api.latest import io, ui
 from PIL import Image
 
+from ..memory.fields import one_line
 from ..memory.stores import KV_PLACEMENTS
 
 log = logging.getLogger("context_forcing")
@@ -64,7 +65,7 @@ def named_as(field: str, path: str, name: str) -> Iterator[None]:
         yield
     except ValueError as error:
         text = str(error).replace(path, name)
-        raise ValueError(text if text.startswith(f"{field}: ") else f"{field}: {text}") from None
+        raise ValueError(one_line(text if text.startswith(f"{field}: ") else f"{field}: {text}")) from None
 
 
 def picture_output(picture: Image.Image, text: str, node: type[io.ComfyNode]) -> io.NodeOutput:

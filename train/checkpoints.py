@@ -1,17 +1,25 @@
 """Checkpoints of a run: one folder each (torch.distributed.checkpoint), written completely or not at all."""
 
 import dataclasses
+import io
 import json
 import os
+import pickle
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
+from ..memory.fields import brief
 from ..model.checkpoints.containers import read_json
 from .config import field_defaults, plain
 from .stage import Stage
@@ -31,6 +39,53 @@ MAY_CHANGE_IN_PARTS = ("lr", "clip", "spike", "clips_per_pass")
 """The same of optimisers and of the anchor."""
 NUM_KEPT = 2
 """Number of checkpoints on disk."""
+
+
+METADATA = ".metadata"
+"""The file in which torch lists the tensors of a checkpoint, a pickle."""
+IN_METADATA = frozenset(
+    [
+        *(("torch.distributed.checkpoint.metadata", name) for name in (
+            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+            "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        )),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
+        *((module, f"{system}Path") for module in ("pathlib", "pathlib._local") for system in ("Posix", "Windows")),
+    ]
+)  # fmt: skip
+"""What torch names in it, besides dtypes. Nothing else is unpickled."""
+
+
+class _Listed(pickle.Unpickler):
+    """Reads only what torch writes into a checkpoint's metadata."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and (module, name) not in IN_METADATA:
+            raise pickle.UnpicklingError(f"{METADATA} holds {module}.{name}")
+        return super().find_class(module, name)
+
+
+class _Reader(FileSystemReader):
+    """Reads checkpoints. Raises UnpicklingError for objects, which torch itself would unpickle."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with open(Path(self.path) / METADATA, "rb") as file:
+            _Listed(file).load()
+        return super().read_metadata(*args, **kwargs)
+
+
+class _Planner(DefaultLoadPlanner):
+    """Puts what is read into the state. Raises UnpicklingError for objects, which torch itself would unpickle."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        try:
+            torch.load(value, weights_only=True)
+        except pickle.UnpicklingError:
+            raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is no number, text or tensor") from None
+        value.seek(0)
+        super().load_bytes(read_item, value)
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -91,7 +146,15 @@ class Checkpoints:
         if extra_state:
             self._load_extra_state(run["world_size"], path)
         tensors = self._tensors()
-        load_tensors(tensors, checkpoint_id=path)
+        try:
+            load_tensors(tensors, storage_reader=_Reader(path), planner=_Planner())
+        except CheckpointException as error:
+            reason, _ = next(iter(error.failures.values()))
+            if not isinstance(reason, Exception):  # an interrupt
+                raise
+            raise ValueError(
+                f"{path}: not a whole checkpoint ({brief(reason)}); delete it, and the one before it is used"
+            ) from None
         for name, trained in self.stage.trained.items():
             trained.load_state(tensors[name], run["progress"][name])
         return run

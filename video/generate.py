@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..memory.config import MemoryConfig, named_memory
-from ..memory.fields import brief
+from ..memory.fields import brief, one_line
 from ..memory.files import check_writable
 from ..memory.history import remembered_parts
 from ..memory.memory import Memory
@@ -37,7 +37,6 @@ from .provenance import (  # fmt: skip
     machine_of,
     not_the_same,
     read_provenance,
-    shortened,
 )
 from .report import draw_report, summary
 from .story import ResolvedStory, Story
@@ -111,11 +110,11 @@ class GenerateRequest:
             ("--memory-in", made.memory_in, self.memory_in),
         ):
             if file and not is_given:
-                raise ValueError(shortened(f"{option}: give {file}, with which {self.like} was made"))
+                raise ValueError(one_line(f"{option}: give {file}, with which {self.like} was made"))
         if len(self.references) != len(made.references):
             names = ", ".join(map(str, made.references)) or "no picture"
             given = f"{len(self.references)} given, give as many as made {self.like}, in this order"
-            raise ValueError(shortened(f"--reference: {given}: {names}"))
+            raise ValueError(one_line(f"--reference: {given}: {names}"))
         student = dataclasses.replace(
             student,
             weights=made.weights if student.weights == "auto" else student.weights,
@@ -244,7 +243,7 @@ def open_job(request: GenerateRequest) -> Iterator[GenerateJob]:
         pipeline = Pipeline.load(student, *where, codecs, request.offload)
         if like is not None and like.student != pipeline.fingerprint:
             both = f"was made by {like.student} ({like.student_file}), this student is {pipeline.fingerprint}"
-            raise ValueError(shortened(f"--student: give that of {request.like}; it {both}"))
+            raise ValueError(one_line(f"--student: give that of {request.like}; it {both}"))
         use_cpu_threads(pipeline.network.net)
         memory = _memory(request, pipeline, story, like)
         resolved = story.resolve(card, memory)

@@ -1,6 +1,7 @@
 """A student with its text encoder and VAE: stories to memories chunk by chunk, latents to pixels as a stream."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +27,9 @@ from ..model.wan import WanModel
 from .frames import num_start_frames, to_pixels
 from .reading import VideoError, check_video, read_runs
 from .story import ReferenceSpec, ResolvedStory
+
+MAX_START_BYTES = 2**31
+"""Pixels of a picture or clip that is encoded at once, uint8: 112 s at 832x480 and 16 fps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,11 +150,17 @@ class Pipeline:
 
 def _frames_of(name: str, path: str | Path, memory: Memory, fps: float) -> np.ndarray:
     """The frames of a picture or video in the size of a memory, uint8 [T, H, W, 3]. Raises ValueError about `name`."""
+    runs, num_bytes, size = [], 0, pixel_size(memory.latent_size)
     try:
         check_video(path)
-        runs = list(read_runs(path, 64, pixel_size(memory.latent_size), fps))
+        for run in read_runs(path, 64, size, fps):
+            runs.append(run)
+            num_bytes += run.nbytes
+            if num_bytes > MAX_START_BYTES:
+                seconds = MAX_START_BYTES / (3 * math.prod(size) * fps)
+                raise VideoError(f"is too long, {seconds:.3g} s of {size[0]}x{size[1]} are read at most; cut it")
         if not runs:
-            raise VideoError(f"has no frame at {fps:g} frames per second")
+            raise VideoError("has no frame")
     except VideoError as error:
         raise ValueError(f"{name}: {path}: {error}") from None
     return np.concatenate(runs)

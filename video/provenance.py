@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..memory.config import MemoryConfig
-from ..memory.fields import brief, checked_fields, json_object, quoted
+from ..memory.fields import MAX_MESSAGE, checked_fields, json_object, one_line, printable, quoted
 from ..model.config import StudentCard
 from .reading import read_tags
 from .story import Story, parse_story, plain_story
@@ -29,7 +29,6 @@ GRAPH_TAGS = ("workflow", "prompt")
 IN_COMFYUI = "made in ComfyUI, its graph is in the file; drop the file on ComfyUI's page to open the graph"
 MAX_TEXT = 200
 """Characters of a name or a setting in a tag."""
-MAX_MESSAGE = 300
 MAX_SCALE = 64
 
 
@@ -160,7 +159,7 @@ class Provenance:
     def rows(self) -> list[tuple[str, str]]:
         """Name and value of what a reader wants to know, the segments of the story last."""
         story, card, memory = self.story, self.card, self.memory
-        encoder, vae = (_printable(text) for text in (self.text_encoder_file, self.vae_file))
+        encoder, vae = (printable(text) for text in (self.text_encoder_file, self.vae_file))
         seeds = "" if all(each.seed is None for each in story.segments) else ", some segments have their own"
         rows = [
             ("made by", f"context_forcing, revision {self.revision}"),
@@ -183,7 +182,7 @@ class Provenance:
             seed = "" if segment.seed is None else f", seed {segment.seed}"
             blend = f", blend {segment.blend}" if segment.blend else ""
             rows.append((f"{segment.seconds:g} s, {segment.change}{blend}{seed}", segment.prompt))
-        return [(name, _printable(value).strip()) for name, value in rows]
+        return [(name, printable(value).strip()) for name, value in rows]
 
 
 def read_provenance(video: Path) -> Provenance:
@@ -212,22 +211,12 @@ def _one_line(video: Path) -> Iterator[None]:
         yield
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         name = str(video) if len(str(video)) <= MAX_MESSAGE // 3 else f"...{str(video)[-MAX_MESSAGE // 3 :]}"
-        raise ValueError(shortened(f"{name}: {error}")) from None
+        raise ValueError(one_line(f"{name}: {error}")) from None
 
 
 def not_the_same(differences: list[str]) -> str:
     """One line that says in which fields a video is not made as the one before was."""
-    return shortened(f"--like: not the same as then: {', '.join(differences)}")
-
-
-def shortened(text: str) -> str:
-    """One line of at most MAX_MESSAGE characters that can be printed: what a video says is not trusted."""
-    return brief(_printable(text), MAX_MESSAGE)
-
-
-def _printable(text: str) -> str:
-    """A text without characters that command a terminal."""
-    return "".join(each if each.isprintable() else " " for each in text)
+    return one_line(f"--like: not the same as then: {', '.join(differences)}")
 
 
 def _text(name: str, raw: object) -> str:

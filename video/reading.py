@@ -11,6 +11,25 @@ from pathlib import Path
 
 import numpy as np
 
+from ..memory.fields import brief
+
+MAX_INPUT_PIXELS = 2**26
+"""Pixels of a frame that is read, 8192 x 8192: a small file can claim any number."""
+CONTAINERS = (
+    *"mov matroska avi mpegts mpeg flv asf ogg mjpeg gif apng webp_anim".split(),
+    *(f"{picture}_pipe" for picture in "bmp dpx exr gif j2k jpeg jpegxl pbm pgm png ppm tiff webp".split()),
+)
+"""ffmpeg's names of what is read. Not among them: playlists, lists and series of pictures, which name other files."""
+INPUT_LIMITS = (
+    "-protocol_whitelist",
+    "file",
+    "-format_whitelist",
+    ",".join(CONTAINERS),
+    "-max_pixels",
+    str(MAX_INPUT_PIXELS),
+)
+"""Options of ffmpeg for every file that is read."""
+OTHER_CONTAINER = "not a video or picture that is read; lists of files are not, nor names with %d in them"
 MAX_TAGS = 2**24
 """Bytes of a video's tags. The graph of a ComfyUI video is among them."""
 TAG_LINE = re.compile(r"((?:\\.|[^\\=\n])+)=((?:\\.|[^\\\n])*)\n", re.DOTALL)
@@ -71,7 +90,7 @@ def read_frames(path: str | Path) -> tuple[float, Iterator[np.ndarray]]:
 
     if not Path(path).is_file():
         raise VideoError("there is no such file")
-    stream = imageio_ffmpeg.read_frames(f"file:{path}", pix_fmt="rgb24")
+    stream = imageio_ffmpeg.read_frames(f"file:{path}", pix_fmt="rgb24", input_params=list(INPUT_LIMITS))
     try:
         info = next(stream)
     except (OSError, RuntimeError):
@@ -93,17 +112,22 @@ def read_runs(
     """Consecutive runs of a video as uint8 [num_frames, H, W, 3], without the first `skip`; the last may be shorter.
 
     Frames are resampled to `fps`, resized to cover `size` (width, height) in square pixels, and cropped to the centre.
-    A picture is a video of one frame. Raises VideoError for a file that does not decode.
+    A video of less than half a frame's time, such as a picture at a low `fps`, is its first frame. Raises VideoError
+    for a file that does not decode.
     """
     width, height = size
     zoom = f"max({width}/(iw*sar),{height}/ih)"
-    filters = (
-        f"fps={fps},scale=w='max({width},round(iw*sar*{zoom}))':h='max({height},round(ih*{zoom}))'"
+    fit = (
+        f"scale=w='max({width},round(iw*sar*{zoom}))':h='max({height},round(ih*{zoom}))'"
         f":flags=bicubic+accurate_rnd+full_chroma_int,crop={width}:{height}"
     )
-    options = ("-vf", filters, "-f", "rawvideo", "-pix_fmt", "rgb24", "-")
-    runs = _ffmpeg(path, *options, start=start, end=end, run_bytes=num_frames * height * width * 3)
-    for data in itertools.islice(runs, skip, None):
+    raw, run_bytes = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-"), num_frames * height * width * 3
+    resampled = _ffmpeg(path, "-vf", f"fps={fps},{fit}", *raw, start=start, end=end, run_bytes=run_bytes)
+    if (first := next(resampled, None)) is None:
+        # The filter fps rounds the duration of the video to no frame.
+        resampled = _ffmpeg(path, "-vf", fit, "-frames:v", "1", *raw, start=start, end=end, run_bytes=run_bytes)
+        first = next(resampled, None)
+    for data in itertools.islice(itertools.chain([first] if first else [], resampled), skip, None):
         yield np.frombuffer(data, np.uint8).reshape(-1, height, width, 3)
 
 
@@ -132,7 +156,7 @@ def _ffmpeg(
     part = ["-ss", f"{start:.6f}"] if start else []
     part += ["-t", f"{end - start:.6f}"] if end is not None else []
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", *["-xerror"] * stop_at_errors, *part]
-    command += ["-f", demuxer] if demuxer else []
+    command += [*INPUT_LIMITS, *(["-f", demuxer] if demuxer else [])]
     command += ["-i", f"file:{path}", "-map", "0:v:0", *options]
     with (
         tempfile.TemporaryFile() as stderr,
@@ -145,7 +169,8 @@ def _ffmpeg(
                 if (not data or len(data) < run_bytes) and process.wait():
                     stderr.seek(0)
                     message = first_line(stderr.read().decode(errors="replace"))
-                    raise VideoError(f"does not decode: {message or 'ffmpeg gave no reason'}")
+                    reason = OTHER_CONTAINER if "not on whitelist" in message else brief(message, 160)
+                    raise VideoError(f"does not decode: {reason or 'ffmpeg gave no reason'}")
                 if not data:
                     return
                 yield data

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..memory.fields import brief
+from ..memory.fields import MAX_MESSAGE, brief
 from ..model.sampler import MAX_SECONDS
 from ..model.units import latent_seconds
 from .story import CHANGES, MAX_BLEND, MAX_SEED, SegmentSpec, Story, load_story
 
-MAX_ERRORS = 5
-"""Wrong lines that a message names."""
+ROOM = 20
+"""Characters of a message for the number of wrong lines that it does not name."""
 MAX_TEXT = 50
 """Characters of a line that a message quotes."""
 
@@ -216,5 +216,8 @@ def _name(number: int, raw: str) -> str:
 def _raise(wrong: Sequence[WrongLine]) -> None:
     """Raises ValueError, one line, unless no line is wrong."""
     if wrong:
-        more = f"; and {len(wrong) - MAX_ERRORS} more" if len(wrong) > MAX_ERRORS else ""
-        raise ValueError("; ".join(f"{line.name}: {line.reason}" for line in wrong[:MAX_ERRORS]) + more)
+        texts = [f"{line.name}: {line.reason}" for line in wrong]
+        ends = list(itertools.accumulate(len(text) + 2 for text in texts))
+        count = max(1, sum(end <= MAX_MESSAGE - ROOM for end in ends))
+        more = f"; and {len(wrong) - count} more" if len(wrong) > count else ""
+        raise ValueError("; ".join(texts[:count]) + more)

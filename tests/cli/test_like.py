@@ -13,9 +13,10 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
+from context_forcing.memory.fields import MAX_MESSAGE
 from context_forcing.video.generate import GenerateRequest
 from context_forcing.video.mp4 import write_video
-from context_forcing.video.provenance import MAX_MESSAGE, TAG, Provenance
+from context_forcing.video.provenance import TAG, Provenance
 from context_forcing.video.reading import MAX_TAGS, read_tags
 
 MEADOW = "a meadow by day, the camera pans right"

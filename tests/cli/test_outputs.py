@@ -146,6 +146,15 @@ def test_names_that_look_like_protocols_or_options(generate, succeeded, tmp_path
     assert sum(1 for _ in frames) == 1 + 4 * (NUM_CHUNKS * 3 - 1)
 
 
+@pytest.mark.parametrize("fps", [1, 12])
+def test_a_video_of_few_frames_a_second_begins_with_a_picture(generate, succeeded, tmp_path, fps):
+    (tmp_path / "story.yaml").write_text(yaml.safe_dump({**STORY, "fps": fps}))
+    Image.new("RGB", (96, 64), (40, 160, 90)).save(tmp_path / "start.png")
+    succeeded(generate("--start", "start.png"))
+    _, frames = read_frames("film.mp4")
+    assert next(frames).reshape(-1, 3).mean(0) == pytest.approx((40, 160, 90), abs=30)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="a process is stopped by a signal")
 def test_an_interrupt_after_the_end_is_no_error():
     script = """

@@ -2,7 +2,7 @@
 
 import pytest
 
-from context_forcing.memory.fields import MAX_BRIEF, brief, quoted
+from context_forcing.memory.fields import MAX_BRIEF, MAX_MESSAGE, brief, one_line, quoted
 
 EVERYTHING = []
 EVERYTHING.append(EVERYTHING)
@@ -28,3 +28,13 @@ def test_a_short_value_is_quoted_as_it_is(value):
 def test_the_end_of_a_long_text_is_left_out():
     assert brief("one  line\nof text") == "one line of text"
     assert brief("0123456789", 10) == "0123456789" and brief("0123456789a", 10) == "0123456..."
+
+
+def test_a_message_is_one_line_of_300_characters():
+    assert one_line("size: 3 is\n odd\x1b[2J; give 4") == "size: 3 is odd [2J; give 4"
+    path = "/" + "a/" * 400 + "student.safetensors"
+    line = one_line(f"{path}: no such file; give another")
+    assert line.startswith("/a/a/") and line.endswith("student.safetensors: no such file; give another")
+    assert len(line) <= MAX_MESSAGE
+    assert len(one_line("many words " * 100)) == MAX_MESSAGE and one_line("x" * 300) == "x" * 300
+    assert one_line("caf\udce9: no such file") == "caf : no such file", "a name that is not UTF-8 can be printed"

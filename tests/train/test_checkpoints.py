@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -200,3 +202,30 @@ def test_sigterm_writes_a_checkpoint_and_ends(tmp_path):
     steps = len(metrics_of(tmp_path))
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [f"step-{steps:08d}"]
     assert (tmp_path / "teacher.safetensors").exists()
+
+
+class Harmful:
+    """Unpickled, it makes a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+@pytest.mark.parametrize("place", [".metadata", "a value"])
+def test_no_object_of_a_checkpoint_is_unpickled(tiny, tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    stage = VaeStage(load_config("vae", "smoke"), ALONE)
+    checkpoints = Checkpoints(tmp_path / "run", stage, "vae")
+    if place == "a value":
+        state = checkpoints._tensors()
+        state[next(iter(state))]["optim"]["param_groups"][0]["lr"] = Harmful()
+        monkeypatch.setattr(Checkpoints, "_tensors", lambda self: state)
+    checkpoints.save(3, 1.0, "r")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    if place == ".metadata":
+        (newest_checkpoint(tmp_path / "run") / place).write_bytes(pickle.dumps(Harmful()))
+    with pytest.raises(ValueError, match="step-00000003: not a whole checkpoint .*; delete it") as caught:
+        checkpoints.load()
+    assert ("mkdir" if place == ".metadata" else "lr is no number") in str(caught.value)
+    assert "\n" not in str(caught.value) and not (tmp_path / "harm").exists()

@@ -1,9 +1,12 @@
 """Reading videos: the frames, their size, and files that do not decode."""
 
+import subprocess
+
 import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from context_forcing.video.mp4 import write_video
 from context_forcing.video.reading import VideoError, check_video, read_runs
@@ -70,3 +73,33 @@ def test_a_file_without_pictures(tmp_path):
         list(read_runs(tmp_path / "none.mp4", 5, (16, 16), 16))
     with pytest.raises(VideoError, match="there is no such file"):
         check_video(tmp_path / "gone.mp4")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_a_picture_is_one_frame_at_every_rate(tmp_path, suffix):
+    path = tmp_path / f"start{suffix}"
+    Image.fromarray(bars(32, 48)).save(path)
+    (expected,) = read_runs(path, 4, (48, 32), 25)
+    assert expected.shape == (1, 32, 48, 3)
+    for fps in (1, 8, 12, 12.5, 16):
+        (found,) = read_runs(path, 4, (48, 32), fps)
+        assert np.array_equal(found, expected), fps
+        assert not list(read_runs(path, 4, (48, 32), fps, skip=1))
+
+
+@pytest.mark.parametrize("fps, num_frames", [(2, 1), (6, 2), (7, 3), (16, 6), (25, 9)])
+def test_a_video_has_the_frames_of_ffmpegs_filter(tmp_path, fps, num_frames):
+    film(tmp_path / "ramp.mp4", np.stack([np.full((32, 48, 3), 40 * level, np.uint8) for level in range(6)]))
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(tmp_path / "ramp.mp4"), "-vf", f"fps={fps}"]
+    data = subprocess.run([*command, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"], capture_output=True, check=True)
+    (found,) = read_runs(tmp_path / "ramp.mp4", 99, (48, 32), fps)
+    expected = np.frombuffer(data.stdout, np.uint8).reshape(-1, 32, 48, 3)
+    assert found.shape == expected.shape and len(found) == num_frames
+    assert np.abs(found.astype(int) - expected).max() < 3, "levels are 40 apart"
+
+
+def test_a_video_of_less_than_half_a_frames_time_is_its_first_frame(tmp_path):
+    levels = [np.full((32, 48, 3), 40 * level, np.uint8) for level in range(6)]
+    film(tmp_path / "short.mp4", np.stack(levels), fps=240)
+    (found,) = read_runs(tmp_path / "short.mp4", 9, (48, 32), 16)
+    assert len(found) == 1 and found.max() < 20

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from context_forcing.memory import MemoryConfig, empty_memory
+from context_forcing.memory.fields import MAX_MESSAGE
 from context_forcing.memory.memory import CHANGES
 from context_forcing.model.codecs.demo_text import unknown_words
 from context_forcing.model.config import StudentCard
@@ -124,11 +125,13 @@ def test_no_prompt(text):
     assert refused(text).startswith("storyboard: no prompt; write a line per segment")
 
 
-def test_five_lines_are_named_at_most():
-    bad = "\n".join(["0:00 A meadow.", *["x" * 80] * 7, "0:20"])
+@pytest.mark.parametrize("length, named", [(80, 2), (1, 4)])
+def test_as_many_lines_are_named_as_fit(length, named):
+    bad = "\n".join(["0:00 A meadow.", *["x" * length] * 7, "0:20"])
     message = refused(bad)
-    assert [f"line {number} " in message for number in range(1, 9)] == [False, *[True] * 5, False, False]
-    assert message.endswith("; and 2 more") and "x" * 47 + '..."' in message and "x" * 48 not in message
+    assert [f"line {number} " in message for number in range(1, 9)] == [False, *[True] * named, *[False] * (7 - named)]
+    assert message.endswith(f"; and {7 - named} more") and "x" * 48 not in message and len(message) <= MAX_MESSAGE
+    assert refused(bad.replace("x" * length, "x" * 80)).count("x" * 47 + '..."') == 2
     assert refused("0:00 A meadow.\nx\n0:06 [wipe] y\n0:20").count("line") == 2
 
 
