@@ -151,7 +151,7 @@ class GenerateJob:
     """Whether the video is written. Memory and report may not be."""
 
     def run(self, on_chunk: Callable[[int, str], None] = lambda finished, note: None) -> int:
-        """Generate, decode and write the video. Returns its number of pixel frames.
+        """Generate the video, and decode and write it on a second thread. Returns its number of pixel frames.
 
         `on_chunk` is called after every chunk with the number of finished chunks and a note on speed and memory. After
         an error or an interrupt `memory_out` holds what is finished, and the journal can be resumed. Raises ValueError
@@ -159,8 +159,10 @@ class GenerateJob:
         """
         request, story = self.request, self.story
         try:
-            pixels = self.pipeline.decode(self._latents(on_chunk))
-            num_frames = write_video(request.output, pixels, fps=story.fps, scale=self.scale, metadata=self.made.tags())
+            num_frames = write_video(
+                request.output, self._latents(on_chunk), decoding=self.pipeline.decoding, fps=story.fps,
+                scale=self.scale, metadata=self.made.tags(),
+            )  # fmt: skip
             self.is_whole = True
             self._save_memory()
             if request.report is not None:

@@ -17,10 +17,14 @@ import numpy as np
 from torch import Tensor
 
 from ..memory.files import HeldError, lock, settle
+from .background import AtStop, in_background
 from .frames import to_uint8
 from .reading import VideoError, check_whole, first_line
 
 log = logging.getLogger("context_forcing")
+
+Decoding = Callable[[Iterable[Tensor]], contextlib.AbstractContextManager[Iterable[Tensor]]]
+"""Consecutive chunks -> their pixels as a stream, which is read within the block."""
 
 MIN_SIDE = 360
 """Small videos are enlarged until the shorter side has at least this many pixels."""
@@ -73,30 +77,32 @@ def write_video(
     crf: int = 16,
     on_frames: Callable[[np.ndarray], None] = lambda frames: None,
     metadata: Mapping[str, str] | None = None,
+    decoding: Decoding | None = None,
 ) -> int:
     """Encode consecutive pixels [1, 3, T, H, W] in [-1, 1] to H.264. Returns the number of frames.
 
     `scale` enlarges by nearest neighbour. Enlarged frames are encoded by x264's preset `veryfast`, in half of the time,
     others by `medium`. `on_frames` is called with every run of uint8 frames [T, H, W, 3] before it is encoded.
-    `metadata` are tags of the container, of any length. The file has a temporary name until ffmpeg has ended without an
-    error, every frame decodes, and all of it is on the disk. Raises ValueError if that fails; then no file is left.
+    `metadata` are tags of the container, of any length. With `decoding`, `pixels` are chunks of latents: they are
+    decoded and encoded on a second thread while this thread makes more, and few of them wait (`in_background`).
+    The file has a temporary name until ffmpeg has ended without an error, every frame decodes, and all of it is on the
+    disk. Raises ValueError if that fails; then no file is left.
     """
     if scale < 1:
         raise ValueError(f"scale: {scale} is below 1; give 1 or more")
-    path, preset = Path(path), "veryfast" if scale > 1 else "medium"
-    part, frames = part_name(path), _frames(pixels, scale, on_frames)
-    first = next(frames, None)
-    if first is None:
-        raise ValueError("film: there is no frame to write; generate at least one chunk first")
+    path = Path(path)
+    part = part_name(path)
+
+    def encode(pixels: Iterable[Tensor], at_stop: AtStop = lambda end: None) -> int:
+        return _encode(path, _frames(pixels, scale, on_frames), fps, crf, scale > 1, metadata or {}, at_stop)
+
+    def decode(chunks: Iterable[Tensor], at_stop: AtStop) -> int:
+        assert decoding is not None
+        with decoding(chunks) as pixels:
+            return encode(pixels, at_stop)
+
     try:
-        with (
-            tempfile.TemporaryFile() as stderr,
-            _tags_file(metadata or {}) as tags,
-            _Encoder(path, first.shape[1::-1], fps, crf, preset, stderr, tags) as encoder,
-        ):
-            for count, frame in enumerate(itertools.chain([first], frames), 1):
-                encoder.write(frame)
-            encoder.finish()
+        count = encode(pixels) if decoding is None else in_background(pixels, decode)
         try:
             check_whole(part, count, fps)
             settle(part, path)
@@ -106,6 +112,27 @@ def write_video(
             raise _not_whole(path, error.strerror) from None
     finally:
         part.unlink(missing_ok=True)
+    return count
+
+
+def _encode(
+    path: Path, frames: Iterator[np.ndarray], fps: float, crf: int, fast: bool, metadata: Mapping[str, str],
+    at_stop: AtStop,
+) -> int:  # fmt: skip
+    """Write the part of a video. Returns the number of frames. Raises ValueError unless ffmpeg takes all of them."""
+    first, count = next(frames, None), 0
+    if first is None:
+        raise ValueError("film: there is no frame to write; generate at least one chunk first")
+    preset = "veryfast" if fast else "medium"
+    with (
+        tempfile.TemporaryFile() as stderr,
+        _tags_file(metadata) as tags,
+        _Encoder(path, first.shape[1::-1], fps, crf, preset, stderr, tags) as encoder,
+    ):
+        at_stop(encoder.kill)
+        for count, frame in enumerate(itertools.chain([first], frames), 1):
+            encoder.write(frame)
+        encoder.finish()
     return count
 
 
@@ -205,8 +232,12 @@ class _Encoder:
         if message := self._message():
             log.warning("%s: ffmpeg: %s", self._path, message)
 
-    def __exit__(self, *_) -> None:
+    def kill(self) -> None:
+        """End ffmpeg at once. A thread that waits for it in `write` or `finish` gets an error."""
         self._process.kill()
+
+    def __exit__(self, *_) -> None:
+        self.kill()
         self._process.wait()
         with contextlib.suppress(OSError):
             self._stdin.close()

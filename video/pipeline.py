@@ -1,5 +1,6 @@
 """A student with its text encoder and VAE: stories to memories chunk by chunk, latents to pixels as a stream."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -146,6 +147,12 @@ class Pipeline:
     def decode(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Consecutive normalised latents -> consecutive pixels [1, 3, T, H, W]."""
         yield from self.vae.decode_stream(denormalise(chunk.to(self.device)) for chunk in chunks)
+
+    @contextlib.contextmanager
+    def decoding(self, chunks: Iterable[Tensor]) -> Iterator[Iterator[Tensor]]:
+        """`decode` for a second thread: on CUDA it has a stream of its own, beside that of the network."""
+        with torch.cuda.stream(torch.cuda.Stream(self.device) if self.device.type == "cuda" else None):
+            yield self.decode(chunks)
 
 
 def _frames_of(name: str, path: str | Path, memory: Memory, fps: float) -> np.ndarray:
