@@ -4,12 +4,12 @@ import importlib.util
 import os
 import platform
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import typer
 from rich.markup import escape
 
+from ..video.provenance import version_of
 from .console import console
 
 
@@ -37,6 +37,7 @@ def examine() -> list[Finding]:
     """Look for Python, torch, a device, attention backends, ffmpeg, the built-in weights and ComfyUI."""
     import torch
 
+    from ..model.attention import BACKENDS
     from ..model.checkpoints.student import DEMO_STUDENT
     from ..model.codecs.demo_vae import DEMO_CODEC
 
@@ -49,22 +50,23 @@ def examine() -> list[Finding]:
         Finding("torch", torch.__version__),
         Finding("device", device),
         Finding("attention sdpa", "PyTorch's own, the default"),
-        _optional("attention sage", ["sageattention"], "sage", "attention sage"),
+        *(_optional(f"attention {name}", [each.package], each.install) for name, each in BACKENDS.items()),
         _ffmpeg(),
         _file("demo student", DEMO_STUDENT),
         _file("demo codec", DEMO_CODEC),
         _optional(
-            "Wan text", ["sentencepiece", "tokenizers", "ftfy"], "wan", "prompts of Wan students without ComfyUI"
+            "Wan text",
+            ["sentencepiece", "tokenizers", "ftfy"],
+            "pip install 'context-forcing[wan]' for prompts of Wan students without ComfyUI",
         ),
         _comfyui(),
     ]
 
 
-def _optional(name: str, packages: list[str], extra: str, purpose: str) -> Finding:
+def _optional(name: str, packages: list[str], remedy: str) -> Finding:
     if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
-        text = f"no {', '.join(missing)}; pip install 'context-forcing[{extra}]' for {purpose}"
-        return Finding(name, text, ok=False, required=False)
-    return Finding(name, ", ".join(f"{package} {version(package)}" for package in packages))
+        return Finding(name, f"no {', '.join(missing)}; {remedy}", ok=False, required=False)
+    return Finding(name, ", ".join(f"{package} {version_of(package)}" for package in packages))
 
 
 def _ffmpeg() -> Finding:

@@ -17,6 +17,7 @@ MEMORY = "Memory by name: slow-fast, context-forcing, released, longlive, infini
 POLICY = "What slow memory keeps: novel, cover, recall, clean, fifo, uniform, released. Default: the student's."
 COMMIT_ATTENDS = """What a finished chunk attends to while it is written to the memory: all, no sink, fast only, itself.
 Default: the story's, or else the student's."""
+ATTENTION = "sdpa (default), flash, sage or sage3: each needs its package and CUDA, and is tested before use."
 KV_PLACEMENT = "Where keys and values are for a chunk: at once (fastest), by layer, from RAM (least video memory)."
 COMPACT = "Write --memory-out without keys and values: small; its continuation is close to exact."
 SCALE = "Nearest-neighbour enlargement. Default: the shorter side gets 360 pixels or more."
@@ -43,7 +44,7 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     offload: Annotated[bool, Option("--offload", help="Keep the student in CPU memory: larger than VRAM.")] = False,
-    attention: Annotated[str | None, Option(help="sdpa (default), or sage (needs sageattention and CUDA).")] = None,
+    attention: Annotated[str | None, Option(help=ATTENTION)] = None,
     commit_attends: Annotated[str | None, Option(help=COMMIT_ATTENDS)] = None,
     kv_placement: Annotated[str, Option(help=KV_PLACEMENT)] = "at once",
     memory_in: Annotated[Path | None, Option(help="Memory to continue; its video is the start of this one.")] = None,

@@ -14,7 +14,7 @@ from ..memory.fields import quoted
 from ..memory.memory import Memory, all_finite
 from ..memory.stores import KV_PLACEMENTS
 from ..memory.view import ATTENDS as COMMIT_ATTENDS
-from .attention import Attention, load_attention
+from .attention import Attention, find_attention, load_attention
 from .causal import TextContext
 from .config import StudentCard
 from .finite import FiniteCheck
@@ -37,7 +37,7 @@ class SamplerOptions:
     """How a sampler runs, apart from the student and the prompt."""
 
     attention: str | Attention = "sdpa"
-    """One of attention.ATTENTIONS, or an attention function."""
+    """One of attention.ATTENTIONS, tested by make_sampler, or an attention function."""
     commit_attends: str | None = None
     """One of COMMIT_ATTENDS; None: as the student's card says."""
     kv_placement: str = "at once"
@@ -46,6 +46,8 @@ class SamplerOptions:
     """Whether a chunk with NaN or infinity raises NotFiniteError."""
 
     def __post_init__(self):
+        if isinstance(self.attention, str):
+            find_attention(self.attention)
         if self.commit_attends not in (None, *COMMIT_ATTENDS):
             raise ValueError(f"commit_attends: {quoted(self.commit_attends)} is not one of {', '.join(COMMIT_ATTENDS)}")
         if self.kv_placement not in KV_PLACEMENTS:
@@ -57,9 +59,11 @@ def make_sampler(
 ) -> "CausalSampler":
     """A sampler of a student under the text embeddings [1, L, C] of one prompt. `student` is its fingerprint.
 
-    Raises ValueError for an attention that is not installed, and for a text too long.
+    Raises ValueError for an attention that fails its self-test, and for a text too long.
     """
-    attention = load_attention(options.attention) if isinstance(options.attention, str) else options.attention
+    attention = options.attention
+    if isinstance(attention, str):
+        attention = load_attention(attention, network.device, network.dtype, network.head_dim)
     commit = network.commit and dataclasses.replace(network.commit, attention=attention)
     network = dataclasses.replace(network, attention=attention, commit=commit)
     return CausalSampler(

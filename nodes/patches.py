@@ -1,18 +1,21 @@
 """What other nodes set on a MODEL: what has an effect in the sampler, and the names of what has none."""
 
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import comfy.model_sampling
-from comfy.ldm.modules.attention import optimized_attention
+from comfy.ldm.modules.attention import REGISTERED_ATTENTION_FUNCTIONS, optimized_attention
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY, TORCH_COMPILE_KWARGS
 from torch import Tensor
 
-from ..model.attention import Attention, sdpa
+from ..memory.fields import quoted
+from ..model.attention import BACKENDS, EIGHT_BITS, EXACT, Attention, load_attention, sdpa, tested
 from ..model.causal import ModuleRunner, compiled, run_directly
-from .shared import log
+from ..model.network import Network
+from .shared import attention_names, log
 
 OVERRIDE = "optimized_attention_override"
 
@@ -29,19 +32,46 @@ SAMPLING = (
 """Model options that only ComfyUI's own samplers read."""
 
 
-def attention_of(model: io.Model.Type, name: str) -> Attention:
-    """One of ATTENTIONS, in layout [B, S, N, E].
+EXACT_HERE = ("pytorch", "sub_quad", "split", "xformers")
+"""Of the attention functions that ComfyUI registers, those that do not quantise."""
+
+
+def attention_of(model: io.Model.Type, name: str, network: Network) -> Attention:
+    """An attention function by name, in layout [B, S, N, E], for the heads of a network.
 
     `sdpa` is exact. `comfyui` is the attention ComfyUI was started with, or the one another node set on the MODEL.
+    Others are what ComfyUI registers, tested once. Raises ValueError for one that is missing or fails its test.
     """
     options = dict(model.model_options["transformer_options"])
-    if name == "sdpa":
-        if OVERRIDE in options:
-            log.warning("model: the attention that a node set on it is used only if the sampler's attention is comfyui")
-        return sdpa
+    if name == "comfyui":
+        return _in_our_layout(optimized_attention, options)
+    if OVERRIDE in options:
+        log.warning("model: the attention that a node set on it is used only if the sampler's attention is comfyui")
+    heads = network.device, network.dtype, network.head_dim
+    if name == "sdpa" or name in list(BACKENDS):
+        # Not by ComfyUI's functions of these names: they go over to PyTorch's attention when a kernel fails.
+        return load_attention(name, *heads)
+    if name not in list(REGISTERED_ATTENTION_FUNCTIONS):
+        raise ValueError(f"attention: {quoted(name)} is not one of {', '.join(attention_names())}; use sdpa")
+    tolerance = EXACT if name in EXACT_HERE else EIGHT_BITS
+    return tested(name, _registered(REGISTERED_ATTENTION_FUNCTIONS[name]), tolerance, *heads)
+
+
+@functools.cache
+def _registered(function: Callable[..., Tensor]) -> Attention:
+    """A function that ComfyUI registers as an Attention. Calls with a bias, those of prompts, are exact."""
+    without_bias = _in_our_layout(function, {})
 
     def attention(q_BSNE: Tensor, k_BKNE: Tensor, v_BKNE: Tensor, bias: Tensor | None = None) -> Tensor:
-        out_BNSE = optimized_attention(
+        exact = bias is not None
+        return sdpa(q_BSNE, k_BKNE, v_BKNE, bias) if exact else without_bias(q_BSNE, k_BKNE, v_BKNE)
+
+    return attention
+
+
+def _in_our_layout(function: Callable[..., Tensor], options: dict) -> Attention:
+    def attention(q_BSNE: Tensor, k_BKNE: Tensor, v_BKNE: Tensor, bias: Tensor | None = None) -> Tensor:
+        out_BNSE = function(
             q_BSNE.transpose(1, 2), k_BKNE.transpose(1, 2), v_BKNE.transpose(1, 2), q_BSNE.shape[2],
             mask=bias, skip_reshape=True, skip_output_reshape=True, transformer_options=options,
         )  # fmt: skip

@@ -62,7 +62,7 @@ def prepare_sampler(
     if ignored := sorted(set(ignored_patches(student.model))):
         log.warning("model: these patches have no effect in this sampler: %s", ", ".join(ignored))
     make_room(student, memory, layout)
-    function = attention_of(student.model, attention)
+    function = attention_of(student.model, attention, student.network)
     attends = None if commit_attends == AS_CARD else commit_attends
     options = SamplerOptions(attention=function, commit_attends=attends, kv_placement=layout)
     return lambda text: make_sampler(student.network, student.card, text, options, student.fingerprint)
@@ -102,6 +102,11 @@ class ContextForcingSampler(io.ComfyNode):
                 io.Latent.Output("latent", tooltip="Latents of this segment only."),
             ],
         )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, attention: str = "sdpa") -> bool:
+        """A graph may name an attention that is not installed here. The sampler then says how to get it."""
+        return True
 
     @classmethod
     def execute(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from comfy.ldm.modules.attention import REGISTERED_ATTENTION_FUNCTIONS
 from comfy_api.latest import io, ui
 from PIL import Image
 
@@ -15,7 +16,6 @@ from ..memory.stores import KV_PLACEMENTS
 log = logging.getLogger("context_forcing")
 
 CATEGORY = "Context Forcing"
-ATTENTIONS = ("sdpa", "comfyui")
 PLACES = ("RAM", "GPU", "compact")
 UNCHANGED = -1
 """Value of an input for a number of latent frames that leaves the card's number."""
@@ -35,12 +35,18 @@ def seed_input(tooltip: str) -> io.Input:
     return io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=fixed, tooltip=tooltip)
 
 
+def attention_names() -> list[str]:
+    """The choices of a sampler's attention: ours, then what ComfyUI registers on this machine."""
+    return ["sdpa", "comfyui", *REGISTERED_ATTENTION_FUNCTIONS]
+
+
 def attention_input() -> io.Input:
     tooltip = (
         "sdpa: PyTorch's exact attention. comfyui: the attention that ComfyUI was started with (sage, flash, xformers),"
-        " or that another node set on the MODEL. Quantised attention drifts in long videos."
+        " or that another node set on the MODEL. Others: what is installed here by name, tested once against sdpa; one"
+        " that fails is an error. Quantised attention (sage, sage3, int8) drifts in long videos."
     )
-    return io.Combo.Input("attention", options=list(ATTENTIONS), default="sdpa", tooltip=tooltip, **ADVANCED)
+    return io.Combo.Input("attention", options=attention_names(), default="sdpa", tooltip=tooltip, **ADVANCED)
 
 
 def storage_inputs() -> list[io.Input]:

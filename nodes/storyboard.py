@@ -52,6 +52,11 @@ class ContextForcingStoryboard(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, attention: str = "sdpa") -> bool:
+        """A graph may name an attention that is not installed here. The sampler then says how to get it."""
+        return True
+
+    @classmethod
     def execute(
         cls, model: io.Model.Type, clip: io.Clip.Type, memory: MemoryHandle, text: str, seed: int,
         branch_after: int = 0, **options: str | bool,

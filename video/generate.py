@@ -228,7 +228,7 @@ def open_job(request: GenerateRequest) -> Iterator[GenerateJob]:
     like = None if request.like is None else read_provenance(request.like)
     request = request if like is None else request.filled(like)
     options = SamplerOptions(
-        attention=load_attention(request.attention or "sdpa"),
+        attention=request.attention or "sdpa",
         commit_attends=request.commit_attends,
         kv_placement=request.kv_placement,
     )
@@ -243,6 +243,7 @@ def open_job(request: GenerateRequest) -> Iterator[GenerateJob]:
             *where, prompts, text_encoder=request.text_encoder, vae=request.vae, models_dir=request.models_dir
         )
         pipeline = Pipeline.load(student, *where, codecs, request.offload)
+        load_attention(request.attention or "sdpa", *where, pipeline.network.head_dim)
         if like is not None and like.student != pipeline.fingerprint:
             both = f"was made by {like.student} ({like.student_file}), this student is {pipeline.fingerprint}"
             raise ValueError(one_line(f"--student: give that of {request.like}; it {both}"))
@@ -328,7 +329,7 @@ def _provenance(
     return Provenance(
         revision=git_revision(),
         machine=machine_of(pipeline.device),
-        libraries=libraries(),
+        libraries=libraries(request.attention or "sdpa"),
         device=pipeline.device.type,
         dtype=next(name for name, dtype in DTYPES.items() if dtype == network.dtype),
         attention=request.attention or "sdpa",

@@ -9,6 +9,7 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from ..memory.config import MemoryConfig
 from ..memory.fields import MAX_MESSAGE, checked_fields, json_object, one_line, printable, quoted
+from ..model.attention import BACKENDS
 from ..model.config import StudentCard
 from .reading import read_tags
 from .story import Story, parse_story, plain_story
@@ -52,11 +54,22 @@ def machine_of(device: torch.device) -> str:
     return f"{platform.machine()} {capability}, threads {torch.get_num_threads()}"
 
 
-def libraries() -> str:
-    """The versions of torch and ffmpeg, and the cores that ffmpeg's encoder divides its work among."""
+def version_of(package: str) -> str:
+    """The version of an installed package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "of unknown version"
+
+
+def libraries(attention: str) -> str:
+    """The versions of torch, ffmpeg and an attention's package, and the cores that ffmpeg's encoder uses."""
     import imageio_ffmpeg
 
-    return f"torch {torch.__version__}, ffmpeg {imageio_ffmpeg.get_ffmpeg_version()}, cores {os.cpu_count()}"
+    named = [f"torch {torch.__version__}", f"ffmpeg {imageio_ffmpeg.get_ffmpeg_version()}", f"cores {os.cpu_count()}"]
+    if attention in BACKENDS:
+        named.append(f"{BACKENDS[attention].package} {version_of(BACKENDS[attention].package)}")
+    return ", ".join(named)
 
 
 @dataclass(frozen=True, kw_only=True)

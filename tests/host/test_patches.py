@@ -11,6 +11,8 @@ from comfy_extras.nodes_model_advanced import ModelComputeDtype, ModelSamplingSD
 from comfy_extras.nodes_rope import ScaleROPE
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from context_forcing.nodes.sampler import ContextForcingSampler
+
 
 def messages(caplog, words):
     return [record.getMessage() for record in caplog.records if words in record.getMessage()]
@@ -52,6 +54,21 @@ def test_attention_of_other_nodes(bench, caplog):
     assert not messages(caplog, "attention")
     bench.run(model, chunks=1)
     assert not calls and len(messages(caplog, "attention")) == 1
+
+
+def test_every_attention_that_comfyui_registers(bench):
+    model, names = bench.load(), list(ContextForcingSampler.define_schema().inputs[5].options)
+    assert names[:2] == ["sdpa", "comfyui"] and {"pytorch", "sub_quad", "split"} <= {*names}
+    for name in names:
+        latents, _ = bench.run(model, attention=name)
+        assert difference(latents, bench.plain) < ROUNDING, name
+
+
+def test_attention_that_is_not_installed_is_refused_with_its_remedy(bench):
+    with pytest.raises(
+        ValueError, match="^attention: sage3 needs the package sageattn3 .*; install it by .*, or use sdpa"
+    ):
+        bench.run(bench.load(), chunks=1, attention="sage3")
 
 
 def test_the_shift_of_model_sampling(bench, caplog):

@@ -191,19 +191,70 @@ def test_what_has_no_effect_is_named(node_module, fake_model):
     assert not list(patches.ignored_patches(fake_model()))
 
 
+HEADS = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, head_dim=16)
+
+
 def test_attention_of_another_node_is_named_where_it_is_not_used(node_module, fake_model, caplog):
     patches = node_module("patches")
     model = fake_model(model_options={"transformer_options": {patches.OVERRIDE: print}})
-    assert patches.attention_of(model, "sdpa") is patches.sdpa and "comfyui" in caplog.text
+    assert patches.attention_of(model, "sdpa", HEADS) is patches.sdpa and "comfyui" in caplog.text
 
 
-def test_comfyuis_attention_has_its_layout(node_module, fake_model, monkeypatch):
+def comfyuis(q, k, v, heads, mask=None, **options):
+    """Attention as ComfyUI's functions compute it, without PyTorch's function."""
+    assert options.pop("skip_reshape") and options.pop("skip_output_reshape") and heads == q.shape[1]
+    return (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5 + (0 if mask is None else mask)).softmax(-1) @ v
+
+
+@pytest.fixture
+def registered(node_module, monkeypatch):
+    """What ComfyUI registers."""
+    functions = {"mine": comfyuis}
+    for name in ("patches", "shared"):
+        monkeypatch.setattr(node_module(name), "REGISTERED_ATTENTION_FUNCTIONS", functions)
+    return functions
+
+
+@pytest.mark.parametrize("name", ["comfyui", "mine"])
+def test_comfyuis_attention_has_its_layout(node_module, fake_model, registered, monkeypatch, name):
     patches = node_module("patches")
-    plain = lambda q, k, v, heads, mask, **options: torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
-    monkeypatch.setattr(patches, "optimized_attention", plain)
-    q, k, v = torch.randn(1, 5, 2, 8), torch.randn(1, 7, 2, 8), torch.randn(1, 7, 2, 8)
-    expected = patches.sdpa(q, k, v)
-    torch.testing.assert_close(patches.attention_of(fake_model(), "comfyui")(q, k, v), expected)
+    monkeypatch.setattr(patches, "optimized_attention", comfyuis)
+    q, k, v = torch.randn(1, 5, 2, 16), torch.randn(1, 7, 2, 16), torch.randn(1, 7, 2, 16)
+    attention = patches.attention_of(fake_model(), name, HEADS)
+    for bias in (None, torch.randn(1, 1, 1, 7)):
+        torch.testing.assert_close(attention(q, k, v, bias), patches.sdpa(q, k, v, bias))
+
+
+def test_what_comfyui_registers_is_offered(node_module, registered):
+    entry = node_module("shared").attention_input()
+    assert entry.options == ["sdpa", "comfyui", "mine"] and entry.default == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda q, k, v, heads, **options: comfyuis(q, k.roll(1, dims=2), v, heads, **options), "differs from sdpa"),
+        (lambda q, k, v, heads, **options: torch.nn.functional.scaled_dot_product_attention(q, k, v), "left its self"),
+    ],
+)
+def test_what_comfyui_registers_is_tested(node_module, fake_model, registered, function, words):
+    patches, registered["mine"] = node_module("patches"), function
+    with pytest.raises(ValueError, match=f"^attention: mine {words}.*; use .*sdpa$"):
+        patches.attention_of(fake_model(), "mine", HEADS)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("sage3", "sage3 needs the package sageattn3 .*; install it by docs/performance.md, or use sdpa"),
+        ("theirs", "'theirs' is not one of sdpa, comfyui, mine; use sdpa"),
+    ],
+)
+def test_attention_that_is_not_here_is_refused_with_its_remedy(node_module, fake_model, registered, name, words):
+    for node in (node_module("sampler").ContextForcingSampler, node_module("storyboard").ContextForcingStoryboard):
+        assert node.validate_inputs(attention=name), "the page would show no remedy"
+    with pytest.raises(ValueError, match=f"^attention: {words}$"):
+        node_module("patches").attention_of(fake_model(), name, HEADS)
 
 
 AS_IS = dict(steps="", shift=0.0, solver="as is", fps=0, sizes={"chunk": -1, "sink": -1})
