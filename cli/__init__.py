@@ -16,6 +16,7 @@ except ImportError as error:
     ) from None
 
 from ..memory.fields import brief, one_line
+from .batch import batch
 from .console import console
 from .convert import convert
 from .doctor import doctor
@@ -30,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, report, train, encode, evaluate, convert, doctor):
+for command in (generate, batch, report, train, encode, evaluate, convert, doctor):
     app.command()(command)
 
 

@@ -9,7 +9,7 @@ from rich.text import Text
 from typer import Argument, Exit, Option
 
 from .console import say
-from .options import Card, Loras, Settings, Weights, student_source
+from .options import Card, Loras, Settings, Weights
 
 
 def convert(
@@ -25,10 +25,11 @@ def convert(
 ) -> None:
     """Convert any published Wan 2.1 student into one file with a card, or print what a file is."""
     from ..model.checkpoints import convert as conversion
+    from ..model.checkpoints.student import StudentSource
 
     if inspect == (output is not None):
         raise ValueError("output: give -o with the file to write, or --inspect to only look")
-    student = student_source(source, weights, card, settings, lora)
+    student = StudentSource.parse(source, weights, card, settings or (), lora or ())
     if output is not None:
         written = conversion.convert(student, output, dtype, force)
         if written.note:

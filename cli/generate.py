@@ -7,7 +7,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from .console import progress_bar, say
-from .options import Card, Device, Dtype, Loras, ModelsDir, Settings, Student, TextEncoder, Vae, Weights, student_source
+from .options import Card, Device, Dtype, Loras, ModelsDir, Settings, Student, TextEncoder, Vae, Weights
 
 STORY = """YAML: `segments`, each with `prompt` and `seconds`; optional `size`, `fps` and `seed`. Or a storyboard, .txt:
 a time and a prompt per line."""
@@ -57,6 +57,7 @@ def generate(
 ) -> None:
     """Generate a video from a story, or one again from what its file says (--like)."""
     from ..model.checkpoints.locate import locate_student
+    from ..model.checkpoints.student import StudentSource
     from ..video.generate import GenerateRequest, open_job
 
     fields = {"policy": policy, "slow": slow, "slow_similarity_threshold": threshold}
@@ -64,7 +65,7 @@ def generate(
         story=story,
         like=like,
         output=output,
-        student=student_source(locate_student(student, models_dir), weights, card, settings, lora),
+        student=StudentSource.parse(locate_student(student, models_dir), weights, card, settings or (), lora or ()),
         loras=tuple(lora or ()),
         text_encoder=text_encoder,
         vae=vae,

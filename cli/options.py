@@ -1,13 +1,9 @@
 """Options that several commands share."""
 
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from typer import Option
-
-if TYPE_CHECKING:
-    from ..model.checkpoints.student import StudentSource
 
 Student = Annotated[str, Option(help="`demo` (built in), a student file, or its name in --models-dir.")]
 Vae = Annotated[
@@ -21,15 +17,3 @@ Settings = Annotated[list[str] | None, Option("--set", help="Replace a field of 
 Loras = Annotated[list[str] | None, Option(help="LoRA to merge, FILE or FILE:strength. Repeatable.")]
 Device = Annotated[str, Option(help="auto, cuda or cpu.")]
 Dtype = Annotated[str, Option(help="auto, bf16 or fp32. auto: bf16 on CUDA, fp32 on the CPU.")]
-
-
-def student_source(
-    path: str | Path | None, weights: str, card: str, settings: list[str] | None, loras: list[str] | None
-) -> "StudentSource":
-    """A student file with these options."""
-    from ..model.checkpoints.lora import parse_lora
-    from ..model.checkpoints.student import StudentSource
-
-    overrides = tuple(part for text in settings or () for part in re.split(r"\s+(?=[\w.]+=)", text))
-    merged = tuple(parse_lora(text) for text in loras or ())
-    return StudentSource(path, weights=weights, card=card, overrides=overrides, loras=merged)

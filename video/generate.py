@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..memory.config import MemoryConfig, named_memory
@@ -18,8 +19,8 @@ from ..memory.memory import Memory
 from ..memory.snapshot import fingerprint_memory, fingerprint_references, load_memory, save_memory
 from ..model.attention import load_attention
 from ..model.checkpoints.locate import BUILT_IN
-from ..model.checkpoints.student import StudentSource
-from ..model.codecs.backbone import backbone_of
+from ..model.checkpoints.student import StudentFile, StudentSource
+from ..model.codecs.backbone import Codecs, backbone_of
 from ..model.config import StudentCard
 from ..model.device import DTYPES, is_out_of_memory, pick_device, use_cpu_threads
 from ..model.fingerprint import fingerprint
@@ -43,6 +44,9 @@ from .story import ResolvedStory, Story
 from .storyboard import read_story
 
 log = logging.getLogger("context_forcing")
+
+Load = Callable[[StudentFile, torch.device, torch.dtype, Codecs, bool], Pipeline]
+"""Pipeline.load, or what keeps a student for the next video."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +100,11 @@ class GenerateRequest:
             raise ValueError("--compact: there is no --memory-out that it applies to; give one")
         if self.memory_out and self.memory_in and self.memory_out.resolve() == self.memory_in.resolve():
             raise ValueError(f"--memory-out: {self.memory_out} is --memory-in; give another file, --resume needs both")
+
+    def memory_settings(self, trained: MemoryConfig) -> dict[str, object]:
+        """Fields of the memory's configuration that replace those it was trained with. Raises ValueError."""
+        named = {} if self.memory is None else dataclasses.asdict(named_memory(self.memory, trained))
+        return named | dict(self.settings)
 
     def filled(self, made: Provenance) -> "GenerateRequest":
         """This request with the options of a video where it has none, for everything but the memory.
@@ -219,7 +228,7 @@ class GenerateJob:
 
 
 @contextlib.contextmanager
-def open_job(request: GenerateRequest) -> Iterator[GenerateJob]:
+def open_job(request: GenerateRequest, load: Load = Pipeline.load) -> Iterator[GenerateJob]:
     """Read, check and load all that a request names, and reserve its output until the end of the block.
 
     Raises ValueError, one line, for anything that cannot work; then nothing is written.
@@ -242,7 +251,7 @@ def open_job(request: GenerateRequest) -> Iterator[GenerateJob]:
         codecs = backbone_of(card.base).load_codecs(
             *where, prompts, text_encoder=request.text_encoder, vae=request.vae, models_dir=request.models_dir
         )
-        pipeline = Pipeline.load(student, *where, codecs, request.offload)
+        pipeline = load(student, *where, codecs, request.offload)
         load_attention(request.attention or "sdpa", *where, pipeline.network.head_dim)
         if like is not None and like.student != pipeline.fingerprint:
             both = f"was made by {like.student} ({like.student_file}), this student is {pipeline.fingerprint}"
@@ -298,10 +307,9 @@ def _story(request: GenerateRequest, card: StudentCard, like: Provenance | None)
 
 def _memory(request: GenerateRequest, pipeline: Pipeline, story: Story, like: Provenance | None) -> Memory:
     """The memory that a video begins from. Raises ValueError, one line, for settings that it cannot have."""
-    trained, settings = pipeline.card.memory, dict(request.settings)
-    if request.memory is not None:
-        settings = dataclasses.asdict(named_memory(request.memory, trained)) | settings
-    elif like is not None and request.memory_in is None:
+    trained = pipeline.card.memory
+    settings = request.memory_settings(trained)
+    if request.memory is None and like is not None and request.memory_in is None:
         if (window := like.memory.window) > trained.window:
             raise ValueError(f"window: {request.like} has {window} frames, the student {trained.window}; give --memory")
         settings = dataclasses.asdict(like.memory) | settings

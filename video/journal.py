@@ -38,6 +38,21 @@ def journal_path(video: Path) -> Path:
     return video.with_name(video.name + ".journal")
 
 
+def has_journal(video: Path) -> bool:
+    """Whether a video has a journal with a chunk to resume from."""
+    return (journal_path(video) / HEADER).exists() and _chunk_path(journal_path(video), 0).exists()
+
+
+def num_kept(video: Path) -> int:
+    """Chunks in the journal of a video; 0 without one. Another process may write it."""
+    folder = journal_path(video)
+    return sum(1 for path in folder.iterdir() if CHUNK_FILE.fullmatch(path.name)) if folder.is_dir() else 0
+
+
+def _chunk_path(folder: Path, number: int) -> Path:
+    return folder / f"chunk-{number:06d}.safetensors"
+
+
 class Journal:
     """A folder of chunks, and a header with all that the video depends on."""
 
@@ -170,7 +185,7 @@ class Journal:
         return sha.hexdigest()
 
     def _path(self, number: int) -> Path:
-        return self.folder / f"chunk-{number:06d}.safetensors"
+        return _chunk_path(self.folder, number)
 
 
 class _DamagedChunk(Exception):

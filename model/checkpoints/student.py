@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..wan import WanModel
 from .containers import DTYPE_NAMES, SAFETENSORS, Container, open_container, write_safetensors
 from .float8 import scaled
 from .layouts import Named, commit_name, name_tensors
-from .lora import Lora, read_lora
+from .lora import Lora, parse_lora, read_lora
 from .published import DEFAULT, KNOWN, CardChoice, choose_card, override, published_student, transformer_config
 
 log = logging.getLogger("context_forcing")
@@ -64,6 +64,19 @@ class StudentSource:
     """Fields of the card to replace, each `key=value`."""
     loras: tuple[tuple[Path, float], ...] = ()
     """LoRA files to merge, each with its strength."""
+
+    @classmethod
+    def parse(
+        cls,
+        path: str | Path | None,
+        weights: str = "auto",
+        card: str = "auto",
+        settings: Iterable[str] = (),
+        loras: Iterable[str] = (),
+    ) -> "StudentSource":
+        """A student from texts: `key=value`, several with spaces between, and `FILE:strength`. Raises ValueError."""
+        overrides = tuple(part for text in settings for part in re.split(r"\s+(?=[\w.]+=)", text))
+        return cls(path, weights=weights, card=card, overrides=overrides, loras=tuple(map(parse_lora, loras)))
 
     def open(self) -> "StudentFile":
         """The student, checked; its weights stay on disk. Raises ValueError, one line."""

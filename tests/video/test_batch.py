@@ -1,0 +1,88 @@
+"""The order of videos and attempts, with workers that do nothing."""
+
+import pytest
+import yaml
+
+from context_forcing.video.batch import FAILED, MADE, WAITING, Batch
+from context_forcing.video.jobs import read_jobs
+from context_forcing.video.workers import Death, LocalWorkers, Outcome
+
+MADE_IT, DIED = Outcome(num_frames=12), Death(reason="ended by SIGKILL")
+
+
+class Scripted:
+    """Workers that give the outcomes of a video one after the other; the last one stays."""
+
+    def __init__(self, count, **outcomes):
+        self.count, self.outcomes, self.running, self.given, self.closed = count, outcomes, {}, [], False
+        self.most = 0
+
+    def give(self, place, request):
+        assert place not in self.running and place < self.count
+        self.running[place] = request.output.stem
+        self.given.append(request.output.stem)
+        self.most = max(self.most, len(self.running))
+
+    def wait(self, seconds):
+        place, name = self.running.popitem()
+        script = self.outcomes.get(name, [MADE_IT])
+        outcome = script.pop(0) if len(script) > 1 else script[0]
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return [(place, outcome)]
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def batch(tmp_path):
+    names = "abcde"
+    for name in names:
+        (tmp_path / f"{name}.yaml").write_text("segments: [{prompt: A meadow by day., seconds: 1}]")
+    jobs = {"output": "out/{story}.mp4", "stories": [f"{name}.yaml" for name in names]}
+    (tmp_path / "jobs.yaml").write_text(yaml.safe_dump(jobs))
+    return Batch.of(read_jobs(tmp_path / "jobs.yaml"))
+
+
+def states(batch):
+    return {video.job.output.stem: video.state for video in batch.videos}
+
+
+def test_every_place_works_and_every_video_is_made_once(batch):
+    workers = Scripted(2)
+    batch.run(workers)
+    assert sorted(workers.given) == list("abcde") and workers.most == 2 and workers.closed
+    assert set(states(batch).values()) == {MADE} and batch.lost_workers == 0
+
+
+def test_a_video_is_tried_again_when_its_worker_dies_and_before_the_others(batch):
+    workers = Scripted(1, b=[DIED, DIED, MADE_IT])
+    batch.run(workers, retries=2)
+    assert workers.given == list("abbbcde") and batch.count(MADE) == 5 and batch.lost_workers == 2
+
+
+def test_retries_have_an_end(batch):
+    workers = Scripted(2, b=[DIED])
+    batch.run(workers, retries=2)
+    assert workers.given.count("b") == 3 and batch.count(MADE) == 4
+    (failed,) = (video for video in batch.videos if video.state == FAILED)
+    assert failed.problem == "its worker died 3 times, the last ended by SIGKILL; 0 chunks are kept"
+
+
+def test_a_problem_of_the_video_is_not_tried_again(batch):
+    workers = Scripted(2, c=[Outcome(problem="story: no")])
+    batch.run(workers, retries=9)
+    assert workers.given.count("c") == 1 and states(batch)["c"] == FAILED and batch.count(MADE) == 4
+
+
+def test_an_interrupt_ends_the_workers(batch):
+    workers = Scripted(1, b=[KeyboardInterrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        batch.run(workers)
+    assert workers.closed and states(batch)["a"] == MADE and batch.count(WAITING) == 3
+
+
+def test_a_wrong_number_of_workers_is_refused():
+    with pytest.raises(ValueError, match="--workers: 10000 is not from 1 to"):
+        LocalWorkers(10_000, "cpu")
