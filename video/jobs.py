@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..memory.config import MemoryConfig
-from ..memory.fields import brief, checked_fields, quoted
+from ..memory.fields import brief, checked_fields, one_line, quoted
 from ..model.checkpoints.locate import BUILT_IN, default_models_dir, locate_student
 from ..model.checkpoints.student import StudentFile, StudentSource
 from ..model.config import StudentCard
@@ -21,7 +21,7 @@ from ..model.settings import read_yaml
 from ..model.units import FRAMES_PER_LATENT
 from .generate import GenerateRequest
 from .journal import has_journal
-from .provenance import MAX_SCALE, Provenance, read_provenance, shortened
+from .provenance import MAX_SCALE, Provenance, read_provenance
 from .story import MAX_SEED, Story
 from .storyboard import read_story
 
@@ -228,7 +228,7 @@ def _job(request: GenerateRequest, student: StudentFile, story: Story) -> VideoJ
     is_made = output.exists() and not has_journal(output)
     if is_made and (differences := _differences(read_provenance(output), request, card, story, memory)):
         names = ", ".join(differences)
-        raise ValueError(shortened(f"output: {output} was made with another {names}; delete it, or change `output`"))
+        raise ValueError(one_line(f"output: {output} was made with another {names}; delete it, or change `output`"))
     return VideoJob(
         request=request,
         num_chunks=sum(chunks_for(segment.seconds, fps, chunk) for segment in story.segments),

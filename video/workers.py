@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..memory.fields import one_line
 from ..model.checkpoints.student import StudentFile
 from ..model.codecs.backbone import Codecs
 from ..model.device import pick_device
@@ -77,7 +78,7 @@ class VideoMaker:
                 with open_job(request, self._load) as job:
                     num_frames = job.run(_end_with_parent)
             except (ValueError, FloatingPointError) as error:
-                return Outcome(problem=" ".join(str(error).split()), messages=tuple(messages))
+                return Outcome(problem=one_line(error), messages=tuple(messages))
         return Outcome(num_frames=num_frames, seconds=time.monotonic() - began, messages=tuple(messages))
 
     def _load(

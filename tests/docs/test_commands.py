@@ -20,7 +20,7 @@ from context_forcing.video.storyboard import parse_storyboard
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 SHELL = ("sh", "console")
-OTHERS = ("cd", "git", "tensorboard", ".venv/bin/pre-commit", ".venv/bin/ruff", ".venv/bin/pyright")
+OTHERS = ("cd", "git", "ray", "tensorboard", ".venv/bin/pre-commit", ".venv/bin/ruff", ".venv/bin/pyright")
 """Commands that are not checked."""
 STORY = "size: [32, 32]\nseed: 4\nsegments:\n  - {prompt: A meadow by day. The camera stays., seconds: 0.75}\n"
 
