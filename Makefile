@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3 || command -v pyth
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast lint train-demo clean
+.PHONY: demo test test-fast lint train-demo bench-gpu clean
 
 $(VENV)/ready: pyproject.toml requirements.txt constraints-test.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,10 @@ test-fast: $(VENV)/ready
 # The whole pipeline on the demo world, from nothing to a distilled student; docs/demo_student.md says how the shipped one was made.
 train-demo: $(VENV)/ready
 	CONTEXT_FORCING=$(BIN)/context-forcing scripts/train_demo.sh
+
+# Speed, memory and drift on a CUDA device, and the tests that need one; docs/performance.md, Bench, says what is counted.
+bench-gpu: $(VENV)/ready
+	PYTHON=$(BIN)/python CONTEXT_FORCING=$(BIN)/context-forcing scripts/bench_gpu.sh
 
 clean:
 	rm -rf $(VENV) out runs build *.egg-info

@@ -17,6 +17,7 @@ except ImportError as error:
 
 from ..memory.fields import brief, one_line
 from .batch import batch
+from .bench import bench
 from .console import console
 from .convert import convert
 from .doctor import doctor
@@ -31,7 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, batch, report, train, encode, evaluate, convert, doctor):
+for command in (generate, batch, report, train, encode, evaluate, convert, bench, doctor):
     app.command()(command)
 
 

@@ -43,6 +43,11 @@ def dtype_named(name: str, choices: Sequence[str] = tuple(DTYPES)) -> torch.dtyp
     return DTYPES[name]
 
 
+def name_of_dtype(dtype: torch.dtype) -> str:
+    """The short name of a dtype."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
 def use_cpu_threads(net: nn.Module) -> None:
     """Limit torch's CPU threads for inference beside a video encoder, which needs a core of its own.
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from context_forcing.benchmark.random_net import random_net
 from context_forcing.memory import Memory, MemoryConfig
 from context_forcing.memory import empty_memory as new_empty_memory
 from context_forcing.model.checkpoints.student import write_student
@@ -15,7 +16,7 @@ from context_forcing.model.codecs.wan_vae import WanVAE
 from context_forcing.model.config import WanConfig
 from context_forcing.model.network import Network
 from context_forcing.model.sampler import CausalSampler, SamplerOptions
-from context_forcing.model.wan import Block, Head, WanModel
+from context_forcing.model.wan import WanModel
 
 collect_ignore = ["host"]
 """ComfyUI's Python runs these (tests/nodes/test_inside_comfyui.py)."""
@@ -35,17 +36,7 @@ def _no_global_randomness():
 def _make_net(seed: int = 0, **sizes) -> WanModel:
     """A tiny random network in which every part matters: nothing is zero, no gate is shut."""
     defaults = dict(dim=64, ffn_dim=128, num_heads=2, num_layers=2, text_dim=32, text_len=16)
-    net = WanModel(WanConfig(**{**defaults, **sizes}))
-    generator = torch.Generator().manual_seed(seed)
-    net.reset_parameters(generator)
-    for module in net.modules():
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.normal_(module.bias, std=0.1, generator=generator)
-        elif isinstance(module, (Block, Head)):
-            module.modulation.data += 0.3 * torch.randn(module.modulation.shape, generator=generator)
-    for weight in (net.head.head.weight, net.time_projection[1].weight):
-        torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5, generator=generator)
-    return net.eval().requires_grad_(False)
+    return random_net(WanConfig(**{**defaults, **sizes}), seed)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("memory", "model", "video", "nodes", "train", "cli")
+ROOMS = ("memory", "model", "video", "benchmark", "nodes", "train", "cli")
 FILES = sorted([*ROOT.glob("*.py"), *(f for room in ROOMS for f in (ROOT / room).rglob("*.py"))])
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
@@ -20,6 +20,7 @@ PACKAGES = {
     "model/settings.py": {"yaml"},
     "video/ray_workers.py": {"ray"},
     "video": {"torch", "numpy", "safetensors", "yaml", "PIL", "imageio_ffmpeg"},
+    "benchmark": {"torch", "einops", "rich"},
     "train": {"torch", "safetensors", "numpy", "yaml", "tqdm", "rich", "PIL", "peft"},
     "train/stages": {"torch", "einops", "safetensors", "numpy", "PIL"},
     "train/data": {"torch", "einops", "safetensors", "numpy"},
@@ -38,7 +39,8 @@ ARROWS = {
     **{room: BELOW[: place + 1] for place, room in enumerate(BELOW)},
     "nodes": ("nodes", *BELOW),
     "train": ("train", *BELOW),
-    "cli": ("cli", "train", *BELOW),
+    "benchmark": ("benchmark", *BELOW),
+    "cli": ("cli", "benchmark", "train", *BELOW),
     "__init__.py": ("nodes",),
 }
 

@@ -22,7 +22,7 @@ from ..model.checkpoints.locate import BUILT_IN
 from ..model.checkpoints.student import StudentFile, StudentSource
 from ..model.codecs.backbone import Codecs, backbone_of
 from ..model.config import StudentCard
-from ..model.device import DTYPES, is_out_of_memory, pick_device, use_cpu_threads
+from ..model.device import is_out_of_memory, name_of_dtype, pick_device, use_cpu_threads
 from ..model.fingerprint import fingerprint
 from ..model.sampler import SamplerOptions
 from ..model.units import FRAMES_PER_LATENT
@@ -339,7 +339,7 @@ def _provenance(
         machine=machine_of(pipeline.device),
         libraries=libraries(request.attention or "sdpa"),
         device=pipeline.device.type,
-        dtype=next(name for name, dtype in DTYPES.items() if dtype == network.dtype),
+        dtype=name_of_dtype(network.dtype),
         attention=request.attention or "sdpa",
         student_file=name_of(student.path or BUILT_IN),
         student=pipeline.fingerprint,

@@ -13,9 +13,22 @@ from context_forcing.model.checkpoints.published import PUBLISHED
 ROOT = Path(__file__).parents[2]
 README_BYTES = 10_240
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "web" / "docs").glob("*.md")])
+ROOMS = ("benchmark", "cli", "memory", "model", "nodes", "train", "video")
 SOURCES = sorted(
     path
-    for folder in ("cli", "memory", "model", "nodes", "train", "video", "tests", "scripts", ".github", ".ci")
+    for folder in (
+        "benchmark",
+        "cli",
+        "memory",
+        "model",
+        "nodes",
+        "train",
+        "video",
+        "tests",
+        "scripts",
+        ".github",
+        ".ci",
+    )
     for path in (ROOT / folder).rglob("*")
     if path.suffix in (".py", ".sh", ".mjs", ".yml", "") and path.is_file() and path != Path(__file__)
 ) + [ROOT / "__init__.py", ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / ".pre-commit-config.yaml"]

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from context_forcing.benchmark.clock import peak_bytes
 from context_forcing.memory import MemoryConfig
 from context_forcing.memory import empty_memory as new_empty_memory
 from context_forcing.memory.config import MEMORY_PRESETS
@@ -38,18 +38,6 @@ def test_an_unknown_layout_is_named(net, make_sampler):
         make_sampler(net, kv_placement="everywhere")
 
 
-def peak_bytes(function) -> int:
-    """Most bytes held at once of what `function` allocates."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize("name", ["slow-fast", "released"])
 @pytest.mark.parametrize("layout", KV_PLACEMENTS)
@@ -67,7 +55,7 @@ def test_working_bytes_are_what_a_chunk_takes(make_net, make_sampler, name, layo
     # Text keys, and a memory that is not in RAM, are there before the chunk and count too.
     there = sum(tensor.nbytes for tensor in (*sampler.text.keys, *sampler.text.values))
     there += memory.num_bytes if layout != "from RAM" else 0
-    taken = there + peak_bytes(lambda: sampler.generate_chunk(memory, (1.0, 0.5), noise))
+    taken = there + peak_bytes(torch.device("cpu"), lambda: sampler.generate_chunk(memory, (1.0, 0.5), noise))
     assert working_bytes(sampler.network, memory, layout) == pytest.approx(taken, rel=0.15)
 
 

@@ -1,0 +1,1 @@
+"""Measurement of speed and memory: `context-forcing bench`."""

@@ -1,0 +1,367 @@
+"""The measurements of `context-forcing bench`: loops in turn, a film end to end, growth, drift."""
+
+import contextlib
+import dataclasses
+import logging
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..memory.fields import brief
+from ..memory.memory import Memory
+from ..model.device import is_out_of_memory
+from ..model.sampler import CausalSampler
+from ..model.segment import generate_segment
+from ..model.units import FRAMES_PER_LATENT
+from ..video.consistency import measure_consistency
+from ..video.frames import to_uint8
+from ..video.mp4 import default_scale, write_video
+from .clock import PartClock, Spent, peak_bytes
+from .loops import Loop, OurLoop, filled, make_port
+from .ports import PORTS
+from .subject import PROMPT, Setup, Subject
+
+log = logging.getLogger("context_forcing")
+
+EARLY, LATE = 12, 300
+"""Finished chunks of the two memories that the growth check compares."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is measured, and how often."""
+
+    setups: tuple[Setup, ...]
+    """The first one is what the others are compared with."""
+    size: tuple[int, int]
+    """Width and height in pixels."""
+    chunks: int = 5
+    """Timed chunks of every loop."""
+    warmup: int = 2
+    """Chunks of every loop before them, which are not timed."""
+    ports: bool = True
+    film: bool = True
+    growth: bool = False
+    drift: bool = False
+    seconds: float = 60.0
+    """Length of the videos that `drift` compares."""
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("chunks", "warmup"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is below 1; give 1 or more")
+        if self.drift and len(self.setups) < 2:
+            raise ValueError("drift: there is one setup; give --options with two values or more, the reference first")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """One loop, timed in turn with the others. Parts: denoise, commit."""
+
+    name: str
+    rounds: tuple[Spent, ...]
+    frames: int
+    """Pixel frames of a chunk."""
+    weights_bytes: int
+    predicted_bytes: int | None
+    """Most bytes on the device beside the weights; None for ports."""
+    measured_bytes: int
+    difference: float
+    """Of the chunk's x0 to that of the first loop, relative to its norm."""
+
+    @property
+    def frames_per_second(self) -> float:
+        return self.frames / statistics.median(spent.seconds for spent in self.rounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Film:
+    """A video of one setup as `generate` makes it. Parts of a chunk: denoise, commit, decode, encode."""
+
+    name: str
+    text_seconds: float
+    """Embedding of the prompt, once a segment."""
+    chunks: tuple[Spent, ...]
+    """Those after the warm-up."""
+    frames: int
+    """Pixel frames of a chunk."""
+    end_seconds: float
+    """From the last frame to the finished file."""
+
+    @property
+    def frames_per_second(self) -> float:
+        return self.frames / statistics.median(spent.seconds for spent in self.chunks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """One setup at two lengths of a video, timed in turn."""
+
+    name: str
+    early: tuple[Spent, ...]
+    late: tuple[Spent, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """A video under one setup beside the same one under the first setup."""
+
+    name: str
+    difference: tuple[float, ...]
+    """Of the latents of each chunk, relative to their norm under the first setup."""
+    motion: tuple[float, ...]
+    """Mean absolute difference of consecutive pixel frames from one chunk to the next, % of the full range."""
+    reference_motion: tuple[float, ...]
+    """The same under the first setup."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """All that was measured."""
+
+    speed: tuple[Speed, ...]
+    films: tuple[Film, ...]
+    growth: tuple[Growth, ...]
+    drift: tuple[Drift, ...]
+    not_run: dict[str, str]
+    """Loops that this machine cannot run, each with the reason."""
+
+
+def ratios(ones: Sequence[Spent], others: Sequence[Spent]) -> tuple[float, float]:
+    """Median over the rounds of one loop's time as a share of another's in the same round: wall clock, CPU seconds."""
+    pairs = list(zip(ones, others, strict=True))
+    wall = statistics.median(one.seconds / other.seconds for one, other in pairs)
+    return wall, statistics.median(one.cpu_seconds / max(1e-9, other.cpu_seconds) for one, other in pairs)
+
+
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """Norm of the difference over the norm of `b`."""
+    return ((a.float().cpu() - b.float().cpu()).norm() / b.float().cpu().norm()).item()
+
+
+@torch.inference_mode()
+def measure(subject: Subject, plan: Plan, say: Callable[[str], None] = log.info) -> Result:
+    """Measure what a plan asks for. Raises ValueError if no setup runs on this machine."""
+    bench = _Bench(subject, plan, say)
+    ours = bench.our_loops()
+    return Result(
+        speed=bench.speed(ours),
+        films=tuple(bench.film(loop) for loop in ours if plan.film),
+        growth=tuple(bench.growth(loop) for loop in ours[:1] if plan.growth),
+        drift=bench.drift(ours) if plan.drift else (),
+        not_run=bench.not_run,
+    )
+
+
+class _Bench:
+    """The measurements of one plan."""
+
+    def __init__(self, subject: Subject, plan: Plan, say: Callable[[str], None]):
+        self.subject, self.plan, self.say = subject, plan, say
+        self.clock = PartClock(subject.device)
+        self.not_run: dict[str, str] = {}
+        self.memories: dict[object, Memory] = {}
+        self.first_x0: dict[str, Tensor] = {}
+        """The first chunk of every loop. All of them attend to the same frames."""
+        self.measured_bytes: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def _trying(self, name: str) -> Iterator[None]:
+        """Note why a loop does not run, and go on with the others."""
+        try:
+            yield
+        except (ValueError, MemoryError, RuntimeError) as error:
+            if not (isinstance(error, ValueError) or is_out_of_memory(error)):
+                raise
+            self.not_run[name] = brief(error, 200)
+            self.say(f"{name}: not run: {self.not_run[name]}")
+
+    def our_loops(self) -> list[OurLoop]:
+        """A loop for every setup that runs here. Raises ValueError if there is none."""
+        loops = []
+        for setup in self.plan.setups:
+            name = setup.differences(Setup()) or "default"
+            with self._trying(name):
+                loop = OurLoop(name, self.subject, setup, self._memory(setup), self.plan.seed)
+                self._warm_up(loop)
+                loops.append(loop)
+        if not loops:
+            reason = next(iter(self.not_run.values()))
+            raise ValueError(f"options: no setup runs on this machine ({reason}); give others")
+        return loops
+
+    def _memory(self, setup: Setup) -> Memory:
+        """A full memory; setups that differ in nothing that it depends on share it."""
+        empty = self.subject.empty_memory(setup, self.plan.size)
+        pipeline = self.subject.pipeline(setup)
+        key = empty.config, pipeline.network.dtype, setup.kv_placement == "from RAM", setup.commit_attends
+        if key not in self.memories:
+            self.say(f"filling a memory of {empty.config.capacity} frames")
+            text = pipeline.text_encoder.encode(PROMPT)
+            sampler = self.subject.sampler(dataclasses.replace(setup, compile="off"), text)
+            self.memories[key] = filled(sampler, empty, self.plan.seed)
+        return self.memories[key]
+
+    def _warm_up(self, loop: Loop) -> None:
+        """The first chunk of a loop, which compiles what is compiled, and one that is measured for memory."""
+        self.say(f"{loop.name}: warm-up")
+        self.first_x0[loop.name] = loop.chunk()
+        held = loop.held_bytes()
+        self.measured_bytes[loop.name] = held + peak_bytes(self.subject.device, loop.chunk)
+
+    def speed(self, ours: Sequence[OurLoop]) -> tuple[Speed, ...]:
+        """All loops in turn, chunk by chunk; another one begins every round."""
+        loops: list[Loop] = list(ours)
+        for kind in PORTS if self.plan.ports else ():
+            with self._trying(kind.name):
+                port = make_port(kind, ours[0], self.subject)
+                self._warm_up(port)
+                loops.append(port)
+        rounds: dict[str, list[Spent]] = {loop.name: [] for loop in loops}
+        for number in range(self.plan.warmup + self.plan.chunks):
+            shift = number % len(loops)
+            for loop in loops[shift:] + loops[:shift]:
+                spent = self.timed(loop)
+                if number >= self.plan.warmup:
+                    rounds[loop.name].append(spent)
+            self.say(f"round {number + 1} of {self.plan.warmup + self.plan.chunks}")
+        reference = self.first_x0[loops[0].name]
+        return tuple(
+            Speed(
+                name=loop.name,
+                rounds=tuple(rounds[loop.name]),
+                frames=_chunk_frames(ours[0].memory),
+                weights_bytes=self._weights_bytes(loop.setup if isinstance(loop, OurLoop) else ours[0].setup),
+                predicted_bytes=loop.predicted_bytes() if isinstance(loop, OurLoop) else None,
+                measured_bytes=self.measured_bytes[loop.name],
+                difference=relative_difference(self.first_x0[loop.name], reference),
+            )
+            for loop in loops
+        )
+
+    def timed(self, loop: Loop) -> Spent:
+        self.clock.switch("denoise")
+        loop.chunk(lambda: self.clock.switch("commit"))
+        return self.clock.take()
+
+    def _weights_bytes(self, setup: Setup) -> int:
+        """Bytes of the student's weights, both sets if it has two."""
+        network = self.subject.pipeline(setup).network
+        nets = [network.net, *([network.commit.net] if network.commit else [])]
+        return sum(weight.nbytes for net in nets for weight in net.parameters())
+
+    def film(self, loop: OurLoop) -> Film:
+        """A video from the full memory on, decoded and encoded as `generate` does it."""
+        self.say(f"{loop.name}: film")
+        plan, clock = self.plan, self.clock
+        text_seconds, chunks = 0.0, []
+
+        def latents(begin: Callable[[], None]) -> Iterator[Tensor]:
+            nonlocal text_seconds
+            clock.switch("text")
+            for number, memory in enumerate(self._segment(loop, loop.memory, plan.warmup + plan.chunks, clock)):
+                clock.switch("decode")
+                yield memory.latent_chunks[-1]
+                spent = clock.take()
+                text_seconds += spent.wall.pop("text", 0.0)
+                if number >= plan.warmup:
+                    chunks.append(spent)
+                begin()
+                clock.switch("denoise")
+
+        def decoded(begin: Callable[[], None]) -> Iterator[Tensor]:
+            pixels = self.subject.pipeline(loop.setup).decode(latents(begin))
+            while (run := next(pixels, None)) is not None:
+                clock.switch("encode")
+                yield run
+                clock.switch("decode")
+
+        with tempfile.TemporaryDirectory() as folder, loop.watched(lambda: clock.switch("commit")) as begin:
+            begin()
+            frames, path = decoded(begin), Path(folder) / "film.mp4"
+            write_video(path, frames, fps=self.subject.card.fps, scale=default_scale(*plan.size))
+            end = clock.take()
+        return Film(
+            name=loop.name,
+            text_seconds=text_seconds,
+            chunks=tuple(chunks),
+            frames=_chunk_frames(loop.memory),
+            end_seconds=end.seconds,
+        )
+
+    def _segment(
+        self, loop: OurLoop, memory: Memory, num_chunks: int, clock: PartClock | None = None
+    ) -> Iterator[Memory]:
+        """A memory continued chunk by chunk as `generate` does it. A clock is told where the text ends."""
+
+        def sampler_of(text_BLC: Tensor) -> CausalSampler:
+            sampler = loop.sampler.under(text_BLC)
+            if clock:
+                clock.switch("denoise")
+            return sampler
+
+        text = self.subject.pipeline(loop.setup).text_encoder.encode(PROMPT)
+        how = dict(prompt=PROMPT, seed=self.plan.seed, num_chunks=num_chunks, sigmas=loop.sigmas)
+        return generate_segment(sampler_of, memory, text, **how)
+
+    def growth(self, loop: OurLoop) -> Growth:
+        """The chunk after EARLY chunks and the one after LATE, in turn."""
+        self.say(f"{loop.name}: memories of {EARLY} and {LATE} chunks")
+        empty = self.subject.empty_memory(loop.setup, self.plan.size)
+        early = filled(loop.sampler, empty, self.plan.seed, EARLY)
+        late = filled(loop.sampler, early, self.plan.seed, LATE - EARLY)
+        spent: dict[int, list[Spent]] = {EARLY: [], LATE: []}
+        for number in range(self.plan.warmup + self.plan.chunks):
+            at = [(EARLY, early), (LATE, late)]
+            for length, memory in at if number % 2 else at[::-1]:
+                self.clock.switch("denoise")
+                loop.continued(memory, lambda: self.clock.switch("commit"))
+                seconds = self.clock.take()
+                if number >= self.plan.warmup:
+                    spent[length].append(seconds)
+        return Growth(name=loop.name, early=tuple(spent[EARLY]), late=tuple(spent[LATE]))
+
+    def drift(self, loops: Sequence[OurLoop]) -> tuple[Drift, ...]:
+        """The same video under every setup, from an empty memory, compared chunk by chunk with the first one."""
+        if len(loops) < 2:
+            raise ValueError(f"drift: only {loops[0].name} runs on this machine; there is nothing to compare it with")
+        made = {loop.name: self._video(loop) for loop in loops}
+        (reference, reference_motion), *others = made.values()
+        return tuple(
+            Drift(
+                name=loop.name,
+                difference=tuple(relative_difference(a, b) for a, b in zip(latents, reference)),
+                motion=motion,
+                reference_motion=reference_motion,
+            )
+            for loop, (latents, motion) in zip(loops[1:], others)
+        )
+
+    def _video(self, loop: OurLoop) -> tuple[list[Tensor], tuple[float, ...]]:
+        """The latents of every chunk of a video, and its motion from one chunk to the next."""
+        self.say(f"{loop.name}: video of {self.plan.seconds:g} s")
+        fps, pipeline = self.subject.card.fps, self.subject.pipeline(loop.setup)
+        frames = _chunk_frames(loop.memory)
+        num_chunks = max(2, round(self.plan.seconds * fps / frames))
+        memory = self.subject.empty_memory(loop.setup, self.plan.size)
+        for memory in self._segment(loop, memory, num_chunks):
+            pass
+        pixels = (frame for run in pipeline.decode(memory.latent_chunks) for frame in to_uint8(run))
+        curve = measure_consistency(pixels, fps, {}, frames / fps, loop.name)
+        return list(memory.latent_chunks), curve.motion[1:]
+
+
+def _chunk_frames(memory: Memory) -> int:
+    """Pixel frames of a chunk."""
+    return memory.config.chunk * FRAMES_PER_LATENT
+
+
+def median_of(spents: Iterable[Spent], part: str) -> float:
+    """Median seconds of one part."""
+    return statistics.median(spent.wall.get(part, 0.0) for spent in spents)
