@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
-import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from ..video.mp4 import default_scale, write_video
 from .clock import PartClock, Spent, peak_bytes
 from .loops import Loop, OurLoop, filled, make_port
 from .ports import PORTS
+from .results import Drift, Film, Growth, Result, Speed, relative_difference
 from .subject import PROMPT, Setup, Subject
 
 log = logging.getLogger("context_forcing")
@@ -59,90 +61,10 @@ class Plan:
         if self.drift and len(self.setups) < 2:
             raise ValueError("drift: there is one setup; give --options with two values or more, the reference first")
 
-
-@dataclass(frozen=True, kw_only=True)
-class Speed:
-    """One loop, timed in turn with the others. Parts: denoise, commit."""
-
-    name: str
-    rounds: tuple[Spent, ...]
-    frames: int
-    """Pixel frames of a chunk."""
-    weights_bytes: int
-    predicted_bytes: int | None
-    """Most bytes on the device beside the weights; None for ports."""
-    measured_bytes: int
-    difference: float
-    """Of the chunk's x0 to that of the first loop, relative to its norm."""
-
     @property
-    def frames_per_second(self) -> float:
-        return self.frames / statistics.median(spent.seconds for spent in self.rounds)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Film:
-    """A video of one setup as `generate` makes it. Parts of a chunk: denoise, commit, decode, encode."""
-
-    name: str
-    text_seconds: float
-    """Embedding of the prompt, once a segment."""
-    chunks: tuple[Spent, ...]
-    """Those after the warm-up."""
-    frames: int
-    """Pixel frames of a chunk."""
-    end_seconds: float
-    """From the last frame to the finished file."""
-
-    @property
-    def frames_per_second(self) -> float:
-        return self.frames / statistics.median(spent.seconds for spent in self.chunks)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Growth:
-    """One setup at two lengths of a video, timed in turn."""
-
-    name: str
-    early: tuple[Spent, ...]
-    late: tuple[Spent, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drift:
-    """A video under one setup beside the same one under the first setup."""
-
-    name: str
-    difference: tuple[float, ...]
-    """Of the latents of each chunk, relative to their norm under the first setup."""
-    motion: tuple[float, ...]
-    """Mean absolute difference of consecutive pixel frames from one chunk to the next, % of the full range."""
-    reference_motion: tuple[float, ...]
-    """The same under the first setup."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """All that was measured."""
-
-    speed: tuple[Speed, ...]
-    films: tuple[Film, ...]
-    growth: tuple[Growth, ...]
-    drift: tuple[Drift, ...]
-    not_run: dict[str, str]
-    """Loops that this machine cannot run, each with the reason."""
-
-
-def ratios(ones: Sequence[Spent], others: Sequence[Spent]) -> tuple[float, float]:
-    """Median over the rounds of one loop's time as a share of another's in the same round: wall clock, CPU seconds."""
-    pairs = list(zip(ones, others, strict=True))
-    wall = statistics.median(one.seconds / other.seconds for one, other in pairs)
-    return wall, statistics.median(one.cpu_seconds / max(1e-9, other.cpu_seconds) for one, other in pairs)
-
-
-def relative_difference(a: Tensor, b: Tensor) -> float:
-    """Norm of the difference over the norm of `b`."""
-    return ((a.float().cpu() - b.float().cpu()).norm() / b.float().cpu().norm()).item()
+    def num_chunks(self) -> int:
+        """Chunks of every loop, warm-up included."""
+        return self.warmup + self.chunks
 
 
 @torch.inference_mode()
@@ -224,13 +146,13 @@ class _Bench:
                 self._warm_up(port)
                 loops.append(port)
         rounds: dict[str, list[Spent]] = {loop.name: [] for loop in loops}
-        for number in range(self.plan.warmup + self.plan.chunks):
+        for number in range(self.plan.num_chunks):
             shift = number % len(loops)
             for loop in loops[shift:] + loops[:shift]:
                 spent = self.timed(loop)
                 if number >= self.plan.warmup:
                     rounds[loop.name].append(spent)
-            self.say(f"round {number + 1} of {self.plan.warmup + self.plan.chunks}")
+            self.say(f"round {number + 1} of {self.plan.num_chunks}")
         reference = self.first_x0[loops[0].name]
         return tuple(
             Speed(
@@ -257,20 +179,32 @@ class _Bench:
         return sum(weight.nbytes for net in nets for weight in net.parameters())
 
     def film(self, loop: OurLoop) -> Film:
-        """A video from the full memory on, decoded and encoded as `generate` does it."""
+        """A video from the full memory on."""
         self.say(f"{loop.name}: film")
-        plan, clock = self.plan, self.clock
-        text_seconds, chunks = 0.0, []
+        text_seconds, chunks = self._parts(loop)
+        overlapped, end_seconds = self._overlapped(loop)
+        return Film(
+            name=loop.name,
+            text_seconds=text_seconds,
+            chunks=tuple(chunks),
+            overlapped=tuple(overlapped),
+            end_seconds=end_seconds,
+            frames=_chunk_frames(loop.memory),
+        )
+
+    def _parts(self, loop: OurLoop) -> tuple[float, list[Spent]]:
+        """Seconds of the text, and of the parts of every chunk after the warm-up, on one thread."""
+        clock, text_seconds, chunks = self.clock, 0.0, []
 
         def latents(begin: Callable[[], None]) -> Iterator[Tensor]:
             nonlocal text_seconds
             clock.switch("text")
-            for number, memory in enumerate(self._segment(loop, loop.memory, plan.warmup + plan.chunks, clock)):
+            for number, memory in enumerate(self._segment(loop, loop.memory, self.plan.num_chunks, clock)):
                 clock.switch("decode")
                 yield memory.latent_chunks[-1]
                 spent = clock.take()
                 text_seconds += spent.wall.pop("text", 0.0)
-                if number >= plan.warmup:
+                if number >= self.plan.warmup:
                     chunks.append(spent)
                 begin()
                 clock.switch("denoise")
@@ -282,18 +216,36 @@ class _Bench:
                 yield run
                 clock.switch("decode")
 
-        with tempfile.TemporaryDirectory() as folder, loop.watched(lambda: clock.switch("commit")) as begin:
+        with self._film_file() as write, loop.watched(lambda: clock.switch("commit")) as begin:
             begin()
-            frames, path = decoded(begin), Path(folder) / "film.mp4"
-            write_video(path, frames, fps=self.subject.card.fps, scale=default_scale(*plan.size))
-            end = clock.take()
-        return Film(
-            name=loop.name,
-            text_seconds=text_seconds,
-            chunks=tuple(chunks),
-            frames=_chunk_frames(loop.memory),
-            end_seconds=end.seconds,
-        )
+            write(decoded(begin))
+        clock.take()
+        return text_seconds, chunks
+
+    def _overlapped(self, loop: OurLoop) -> tuple[list[float], float]:
+        """Seconds of every chunk after the warm-up as `generate` runs them, and those after the last one."""
+        seconds: list[float] = []
+        began = time.perf_counter()
+
+        def latents() -> Iterator[Tensor]:
+            nonlocal began
+            for number, memory in enumerate(self._segment(loop, loop.memory, self.plan.num_chunks)):
+                yield memory.latent_chunks[-1]
+                now = time.perf_counter()
+                if number >= self.plan.warmup:
+                    seconds.append(now - began)
+                began = now
+
+        with self._film_file() as write:
+            write(latents(), decoding=self.subject.pipeline(loop.setup).decoding)
+        return seconds, time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def _film_file(self) -> Iterator[Callable[..., int]]:
+        """`write_video` to a file that is deleted."""
+        with tempfile.TemporaryDirectory() as folder:
+            how = dict(fps=self.subject.card.fps, scale=default_scale(*self.plan.size))
+            yield functools.partial(write_video, Path(folder) / "film.mp4", **how)
 
     def _segment(
         self, loop: OurLoop, memory: Memory, num_chunks: int, clock: PartClock | None = None
@@ -317,7 +269,7 @@ class _Bench:
         early = filled(loop.sampler, empty, self.plan.seed, EARLY)
         late = filled(loop.sampler, early, self.plan.seed, LATE - EARLY)
         spent: dict[int, list[Spent]] = {EARLY: [], LATE: []}
-        for number in range(self.plan.warmup + self.plan.chunks):
+        for number in range(self.plan.num_chunks):
             at = [(EARLY, early), (LATE, late)]
             for length, memory in at if number % 2 else at[::-1]:
                 self.clock.switch("denoise")
@@ -360,8 +312,3 @@ class _Bench:
 def _chunk_frames(memory: Memory) -> int:
     """Pixel frames of a chunk."""
     return memory.config.chunk * FRAMES_PER_LATENT
-
-
-def median_of(spents: Iterable[Spent], part: str) -> float:
-    """Median seconds of one part."""
-    return statistics.median(spent.wall.get(part, 0.0) for spent in spents)

@@ -8,8 +8,9 @@ import torch
 from context_forcing.benchmark import measure as measuring
 from context_forcing.benchmark.clock import PartClock, Spent, peak_bytes
 from context_forcing.benchmark.loops import OurLoop, filled, is_full, make_port, num_remembered
-from context_forcing.benchmark.measure import Plan, measure, ratios
+from context_forcing.benchmark.measure import Plan, measure
 from context_forcing.benchmark.ports import ComfyUILoop
+from context_forcing.benchmark.results import ratios, relative_difference
 from context_forcing.benchmark.subject import Setup, parse_setups, random_subject
 
 CPU = torch.device("cpu")
@@ -101,7 +102,7 @@ def test_loops_agree_and_commit_is_told_once(subject):
     told = []
     x0 = ours.chunk(lambda: told.append(1))
     port = make_port(ComfyUILoop, ours, subject)
-    assert measuring.relative_difference(port.chunk(lambda: told.append(2)), x0) < 1e-5
+    assert relative_difference(port.chunk(lambda: told.append(2)), x0) < 1e-5
     assert told == [1, 2]
     ours.chunk()
     assert told == [1, 2], "nobody watches any more"

@@ -14,8 +14,8 @@ def test_a_student_is_measured(run, succeeded, student, tmp_path):
     found = json.loads(path.read_text())
     film, _ = found["films"]
     assert film["frames"] == 12 and len(film["chunks"]) == 2 and film["text_seconds"] > 0
-    seconds = [sum(spent["wall"].values()) for spent in film["chunks"]]
-    assert film["frames_per_second"] == pytest.approx(12 / (sum(seconds) / 2))
+    assert len(film["overlapped"]) == 2 and min(film["overlapped"]) > 0 and film["end_seconds"] > 0
+    assert film["frames_per_second"] == pytest.approx(12 / (sum(film["overlapped"]) / 2))
     assert all({*spent["wall"]} == {"denoise", "commit", "decode", "encode"} for spent in film["chunks"])
     (drift,) = found["drift"]
     assert len(drift["difference"]) == 4 and len(drift["motion"]) == len(drift["reference_motion"]) == 3
