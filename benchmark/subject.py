@@ -14,7 +14,6 @@ from torch import Tensor
 from ..memory.config import named_memory
 from ..memory.fields import quoted
 from ..memory.memory import Memory, empty_memory
-from ..model.attention import load_attention
 from ..model.causal import compiled
 from ..model.checkpoints.student import StudentSource
 from ..model.codecs.backbone import Codecs, backbone_of
@@ -98,7 +97,7 @@ class Subject:
     def sampler(self, setup: Setup, text_BLC: Tensor, on_pass: Callable[[], None] = lambda: None) -> CausalSampler:
         """A sampler with the options of a setup. Raises ValueError for what this machine does not have."""
         options = SamplerOptions(
-            attention=load_attention(setup.attention),
+            attention=setup.attention,
             kv_placement=setup.kv_placement,
             commit_attends=setup.commit_attends or None,
         )

@@ -14,7 +14,7 @@ from ..video.provenance import git_revision, libraries, machine_of
 from .clock import peak_rss
 from .measure import EARLY, LATE, Plan
 from .results import Drift, Film, Growth, Result, Speed, median_of, ratios
-from .subject import PROMPT, Subject
+from .subject import PROMPT, Setup, Subject
 
 PARTS = ("denoise", "commit", "decode", "encode")
 
@@ -31,7 +31,7 @@ def header(subject: Subject, plan: Plan) -> dict[str, str]:
     return {
         "revision": git_revision(),
         "machine": machine_of(subject.device),
-        "libraries": libraries(),
+        "libraries": ", ".join(dict.fromkeys(part for each in plan.setups for part in _libraries(each))),
         "student": f"{subject.name}: {network.num_layers} layers, width {network.num_heads * network.head_dim}",
         "size": f"{plan.size[0]}x{plan.size[1]}, {rows * columns} tokens a latent frame, chunk {config.chunk}",
         "window": f"{config.num_slots}: {config.sink} sink, {config.slow} slow, {config.fast} fast ({config.policy})",
@@ -42,6 +42,10 @@ def header(subject: Subject, plan: Plan) -> dict[str, str]:
         "compile": setup.compile,
         "timed": warmup,
     }
+
+
+def _libraries(setup: Setup) -> list[str]:
+    return libraries(setup.attention).split(", ")
 
 
 def tables_of(subject: Subject, plan: Plan, result: Result) -> Iterator[Table]:

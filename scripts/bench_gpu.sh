@@ -14,7 +14,7 @@ mkdir -p "$out"
 wan=(bench --size wan2.1-1.3b --device cuda --chunks "${CHUNKS:-20}" --warmup 3)
 
 # Kernels and compilation, the ports beside them; a kernel that is not installed is named and left out.
-"$run" "${wan[@]}" --options "attention=sdpa,sage dtype=bf16 compile=off,on" --growth --json "$out/speed.json"
+"$run" "${wan[@]}" --options "attention=sdpa,flash,sage,sage3 dtype=bf16 compile=off,on" --growth --json "$out/speed.json"
 # Where keys and values are, and how many.
 "$run" "${wan[@]}" --options "kv_placement=at once,by layer,from RAM" --no-ports --no-film --json "$out/layouts.json"
 "$run" "${wan[@]}" --options "memory=slow-fast,longlive,infinity-rope" --no-ports --no-film --json "$out/windows.json"
@@ -22,8 +22,8 @@ wan=(bench --size wan2.1-1.3b --device cuda --chunks "${CHUNKS:-20}" --warmup 3)
 "$run" bench --device cuda --options "dtype=fp32,bf16" --drift --json "$out/drift_demo.json"
 if [ -n "${STUDENT:-}" ]; then
     of=(bench --student "$STUDENT" --device cuda --no-ports ${MODELS_DIR:+--models-dir "$MODELS_DIR"})
-    "$run" "${of[@]}" --options "attention=sdpa,sage" --json "$out/student.json"
-    "$run" "${of[@]}" --options "attention=sdpa,sage" --drift --no-film --chunks 2 --json "$out/drift_student.json" ||
+    "$run" "${of[@]}" --options "attention=sdpa,flash,sage,sage3" --json "$out/student.json"
+    "$run" "${of[@]}" --options "attention=sdpa,flash,sage,sage3" --drift --no-film --chunks 2 --json "$out/drift_student.json" ||
         echo "bench-gpu: no second attention kernel is installed, so there is no drift to measure" >&2
 fi
 "$python" -m pytest -m gpu tests
