@@ -8,7 +8,7 @@ from rich.console import Console
 from typer import Option
 
 from .console import console, say
-from .options import Card, Loras, ModelsDir, Settings, Student, TextEncoder, Vae, Weights, student_source
+from .options import Card, Loras, ModelsDir, Settings, Student, TextEncoder, Vae, Weights
 
 SIZE = "Random weights instead of a student: demo, wan2.1-1.3b, wan2.1-14b."
 FRAME = "Width and height in pixels, 832x480. Default: the student's."
@@ -50,6 +50,7 @@ def bench(
     from ..benchmark.tables import tables_of, write_json
     from ..memory.files import check_writable
     from ..model.checkpoints.locate import locate_student
+    from ..model.checkpoints.student import StudentSource
     from ..model.device import pick_device
 
     setups = tuple(parse_setups(options or []))
@@ -59,7 +60,7 @@ def bench(
     if layers is not None and size is None:
         raise ValueError("--layers: a student has all of its layers; give --size too, or leave it out")
     if size is None:
-        source = student_source(locate_student(student, models_dir), weights, card, settings, lora)
+        source = StudentSource.parse(locate_student(student, models_dir), weights, card, settings or (), lora or ())
         subject = student_subject(source, where, text_encoder=text_encoder, vae=vae, models_dir=models_dir)
     else:
         subject = random_subject(size, layers, where, seed)
