@@ -1,5 +1,6 @@
 """One segment: continue a memory under a prompt."""
 
+import weakref
 from collections.abc import Callable
 
 import comfy.model_management as mm
@@ -14,7 +15,7 @@ from ..model.sampler import COMMIT_ATTENDS, CausalSampler, SamplerOptions, chunk
 from ..model.segment import generate_segment
 from ..model.units import latent_seconds
 from .demo import WORDS
-from .handle import MemoryHandle, MemoryType
+from .handle import Inputs, MemoryHandle, MemoryType
 from .model_access import StudentModel
 from .patches import attention_of, ignored_patches
 from .progress import SegmentProgress, preview_of
@@ -122,18 +123,25 @@ class ContextForcingSampler(io.ComfyNode):
         rounded = latent_seconds(num_chunks * chunk, card.fps)
         if abs(rounded - seconds) > 1e-6:
             log.info("seconds: %g s is rounded up to %g s, whole chunks", seconds, rounded)
+        segment = {
+            "prompt": positive[0][1].get(WORDS, ""), "seed": seed, "num_chunks": num_chunks, "change": change,
+            "blend": blend,
+        }  # fmt: skip
+        kept = {"commit_attends": commit_attends, "keep_in": keep_in, "autosave": autosave}
+        settings = segment | kept | {"attention": attention, "layout": layout}
+        inputs = Inputs(model=weakref.ref(model), text=text, settings=settings)
+        if found := memory.find(inputs):
+            log.info("memory: another node has this segment already; it is not made again")
+            handle, samples, shown = found
+            return io.NodeOutput(handle, {"samples": samples}, ui=shown)
 
         sampler_of = prepare_sampler(student, before, attention, layout, commit_attends)
-        preview = preview_of(backbone_of(card.base).preview_vae)
-        progress = SegmentProgress(before, num_chunks, card.fps, preview)
-        chunks = generate_segment(
-            sampler_of, before, text, prompt=positive[0][1].get(WORDS, ""), seed=seed, num_chunks=num_chunks,
-            sigmas=card.sigmas, change=change, blend=blend,
-        )  # fmt: skip
-        after, shown, clips, finished = before, None, memory.clips, 0
+        progress = SegmentProgress(before, num_chunks, card.fps, preview_of(backbone_of(card.base).preview_vae))
+        chunks = generate_segment(sampler_of, before, text, sigmas=card.sigmas, **segment)
+        after, picture, clips, finished = before, None, memory.clips, 0
         try:
             for finished, after in enumerate(chunks, 1):
-                shown = progress.show(after, finished)
+                picture = progress.show(after, finished)
         finally:
             # Also after an interrupt or an error.
             clips = progress.show_film(clips, is_finished=finished == num_chunks)
@@ -142,4 +150,6 @@ class ContextForcingSampler(io.ComfyNode):
         latents = torch.cat(after.latent_chunks[-num_chunks:], dim=2)
         samples = model.model.process_latent_out(latents).to(mm.intermediate_device())
         handle = MemoryHandle.of(keep_memory(after, keep_in, before), before, clips)
-        return io.NodeOutput(handle, {"samples": samples}, ui=segment_ui(after, num_chunks, card.fps, shown))
+        shown = segment_ui(after, num_chunks, card.fps, picture)
+        memory.remember(inputs, handle, samples, shown)
+        return io.NodeOutput(handle, {"samples": samples}, ui=shown)

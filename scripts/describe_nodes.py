@@ -14,16 +14,19 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 STUBS = ROOT / "tests" / "nodes" / "comfyui_stub.py"
 ENGLISH = ROOT / "locales" / "en" / "nodeDefs.json"
+HELP = ROOT / "web" / "docs"
+PICTURE = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
 CHECKLIST = ROOT / "docs" / "nodes.md"
 LISTS_OF_ALL = ("host.py", "test_schemas.py")
 """Files of tests/nodes that name every node and run none."""
 HEAD = """# Nodes: what each one has
 
-Written by `scripts/describe_nodes.py`; a test fails where something is missing. *tooltips* counts inputs and outputs
-that have one, *templates* the templates and blueprints with the node, *tests* the files of tests that run it.
+Written by `scripts/describe_nodes.py`; a test fails where something is missing. *zh help* is the Chinese help page.
+*tooltips* counts inputs and outputs that have one, *templates* the templates and blueprints with the node, *tests* the
+files of tests that run it.
 
-| node | help | picture | tooltips | en | zh | templates | tests |
-|---|---|---|---|---|---|---|---|
+| node | help | zh help | picture | tooltips | en | zh | templates | tests |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -73,6 +76,29 @@ def has_texts(language: str, schema: Any) -> bool:
     return bool(named and all(word.get("name") and word.get("tooltip") for word in words))
 
 
+def help_text(node: str, language: str = "") -> str:
+    """The help page of a node, as ComfyUI's page looks for it; empty if there is none."""
+    page = HELP / node / f"{language}.md" if language else HELP / f"{node}.md"
+    return page.read_text(encoding="utf-8") if page.is_file() else ""
+
+
+def translated_help(schema: Any, language: str) -> str:
+    """A link to the help page in a language; `no` unless it has the pictures of the English one, and all names.
+
+    Names are those that the node, its inputs and its outputs have in the language, each with its id behind it.
+    """
+    english, text = help_text(schema.node_id), help_text(schema.node_id, language)
+    path = ROOT / "locales" / language / "nodeDefs.json"
+    words = json.loads(path.read_text(encoding="utf-8")).get(schema.node_id, {})
+    entries = [(entry.id, words.get("inputs", {}).get(entry.id, {})) for entry in schema.inputs]
+    entries += [(entry.id, words.get("outputs", {}).get(str(i), {})) for i, entry in enumerate(schema.outputs)]
+    has_names = all(f"**{word.get('name')}**\uff08`{name}`" in text for name, word in entries)
+    has_title = text.startswith(f"# {words.get('display_name')}\n")
+    if not (has_names and has_title and PICTURE.findall(text) == PICTURE.findall(english)):
+        return "no"
+    return f"[{words['display_name']}](../web/docs/{schema.node_id}/{language}.md)"
+
+
 def files_with(text: str, paths: Iterable[Path]) -> int:
     return sum(text in path.read_text(encoding="utf-8") for path in paths)
 
@@ -80,17 +106,17 @@ def files_with(text: str, paths: Iterable[Path]) -> int:
 def row(schema: Any) -> list[str]:
     """A line of the checklist; `no` is what is missing."""
     node, entries = schema.node_id, [*schema.inputs, *schema.outputs]
-    page = ROOT / "web" / "docs" / f"{node}.md"
-    text = page.read_text(encoding="utf-8") if page.is_file() else ""
-    picture = re.search(r"!\[[^\]]*\]\(([^)]+)\)", text)
-    shown = picture and (page.parent / picture[1]).is_file()
+    text = help_text(node)
+    pictures = PICTURE.findall(text)
+    shown = pictures and all((HELP / picture).is_file() for picture in pictures)
     graphs = [path for folder in ("workflows", "subgraphs") for path in (ROOT / folder).glob("*.json")]
     folders = [ROOT / "tests" / "nodes", ROOT / "tests" / "host"]
     tests = [path for folder in folders for path in folder.glob("*.py") if path.name not in LISTS_OF_ALL]
     described = sum(bool(entry.tooltip) for entry in entries)
     return [
         f"`{node}`",
-        f"[{schema.display_name}](../web/docs/{page.name})" if text else "no",
+        f"[{schema.display_name}](../web/docs/{node}.md)" if text else "no",
+        translated_help(schema, "zh"),
         "yes" if shown else "no",
         str(described) if described == len(entries) else "no",
         *("yes" if has_texts(language, schema) else "no" for language in ("en", "zh")),

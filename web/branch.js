@@ -29,7 +29,7 @@ function copyOf(model, position, values) {
 
 /**
  * The segment after which the new storyboard begins. A storyboard has one output `branch`: if it is in use for another
- * segment, the new one also repeats the segments from there, or from the start (0).
+ * segment, the new one also has the lines from there, or from the start (0). Samplers find what is made of them already.
  */
 export function tapOf(after, inUse, count) {
   if (after === count || !inUse || inUse === after) return after

@@ -5,18 +5,36 @@ import { api } from '../../scripts/api.js'
 
 const FOLDER = decodeURIComponent(new URL(import.meta.url).pathname.split('/').at(-2))
 
+const shown = new Set() // a function per node: hides or shows its advanced inputs
+
 /**
  * The page sets `widget.options.advanced`, which the classic renderer does not read. `widget.advanced` gives its menu
  * "Show Advanced", `widget.hidden` takes the widget's place away, too. Hidden values are saved and sent.
  */
 function collapse(node) {
   const advanced = (node.widgets ?? []).filter(({ options }) => options?.advanced)
-  for (const widget of advanced) {
-    widget.advanced = true
-    const get = () => !window.LiteGraph.vueNodesMode && !node.showAdvanced
-    Object.defineProperty(widget, 'hidden', { get, set() {}, configurable: true, enumerable: true })
+  if (!advanced.length) return
+  // The page may watch this property already.
+  const own = Object.getOwnPropertyDescriptor(node, 'showAdvanced') ?? { value: node.showAdvanced }
+  let plain = own.value
+  const get = () => (own.get ? own.get.call(node) : plain)
+  const update = () => {
+    for (const widget of advanced) widget.hidden = !window.LiteGraph.vueNodesMode && !get()
   }
-  if (advanced.length) node.setSize?.(node.computeSize())
+  Object.defineProperty(node, 'showAdvanced', { get, configurable: true, enumerable: true, set(value) {
+    if (own.set) own.set.call(node, value)
+    else plain = value
+    update()
+  } })
+  for (const widget of advanced) widget.advanced = true
+  update()
+  shown.add(update)
+  const removed = node.onRemoved
+  node.onRemoved = function (...args) {
+    shown.delete(update)
+    return removed?.apply(this, args)
+  }
+  node.setSize?.(node.computeSize())
 }
 
 /** ComfyUI lists templates as its file system does. */
@@ -32,7 +50,11 @@ function sortTemplates() {
 
 app.registerExtension({
   name: 'ContextForcing.Shown',
-  setup: sortTemplates,
+  setup() {
+    sortTemplates()
+    // The page changes its mode after this event.
+    app.ui?.settings?.addEventListener('Comfy.VueNodes.Enabled.change', () => setTimeout(() => shown.forEach((update) => update())))
+  },
   nodeCreated(node) {
     const isOurs = node.comfyClass?.startsWith('ContextForcing')
     const areAllShown = app.extensionManager?.setting?.get('Comfy.Node.AlwaysShowAdvancedWidgets')

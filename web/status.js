@@ -1,10 +1,14 @@
 // What ComfyUI did and would do for every segment of a storyboard, from the events of a run.
 // The node expands into two nodes per segment: the sampler of segment k (from 0) is `<board>.0.0.<2k + 2>`.
 
+import { BOARD } from './branch.js'
+import { needed } from './upstream.js'
+
 const SAMPLER = /^(.*)\.0\.0\.(\d+)$/
 const KEY = 'context_forcing_segment'
 const EVENTS = ['execution_start', 'execution_cached', 'progress_state', 'executed', 'execution_success',
-  'execution_error', 'execution_interrupted', 'b_preview_with_metadata']
+  'execution_error', 'execution_interrupted', 'b_preview_with_metadata', 'status']
+const REMEMBERED_RUNS = 32
 
 /** The board and the segment of an expanded node, or null if it is no sampler of a storyboard. */
 export function placeOf(node) {
@@ -13,8 +17,8 @@ export function placeOf(node) {
 }
 
 /**
- * Follows runs. `boards()` gives the storyboards of the page: {key, matches(execution id), signatures(inputs),
- * learn(units), redraw()}. What is known survives the nodes: an undo makes them anew.
+ * Follows runs. `boards()` gives the storyboards of the page: {key, matches(execution id), signatures(prompt, id),
+ * learn(prompt, id, units), redraw()}. What is known survives the nodes: an undo makes them anew.
  */
 export class RunStatus {
   constructor(boards) {
@@ -22,6 +26,8 @@ export class RunStatus {
     this.results = new Map() // signature -> what the sampler told: thumbnail, remembered frames
     this.kept = new Map() // key of a board -> Map(signature -> 'made' or 'cached') of its last run
     this.run = null // key of a board -> {signatures, states} of the run in progress
+    this.past = null // promise of the server's history, oldest first
+    this.missed = false // a run ended that began before this page was opened
     this.events = Promise.resolve()
   }
 
@@ -29,10 +35,14 @@ export class RunStatus {
   listen(api) {
     this.api = api
     for (const name of EVENTS) {
-      api.addEventListener(name, ({ detail }) => {
-        this.events = this.events.then(() => this[name](detail)).catch((error) => console.error(error))
-      })
+      api.addEventListener(name, ({ detail }) => this.then(() => this[name](detail)))
     }
+  }
+
+  /** Act after the events that came before. */
+  then(act) {
+    this.events = this.events.then(act).catch((error) => console.error(error))
+    return this.events
   }
 
   /** {state: 'todo', 'running', 'made' or 'cached', progress: 0..1, picture} of a segment with this signature. */
@@ -53,8 +63,8 @@ export class RunStatus {
     this.run = new Map()
     for (const board of this.boards()) {
       const id = Object.keys(prompt).find((node) => board.matches(node))
-      const signatures = await board.signatures(prompt[id]?.inputs)
-      this.run.set(board.key, { board, signatures, states: [], progress: [], pictures: [], seen: false })
+      const signatures = await board.signatures(prompt, id)
+      this.run.set(board.key, { board, prompt, id, signatures, states: [], progress: [], pictures: [], seen: false })
     }
   }
 
@@ -95,7 +105,8 @@ export class RunStatus {
   async executed({ node, output }) {
     const [told, place] = [output?.[KEY]?.[0], placeOf(node)]
     for (const run of told && place ? this.runsOf(place.board) : []) {
-      if (await run.board.learn(told)) run.signatures = await run.board.signatures()
+      run.board.learn(run.prompt, run.id, told)
+      run.signatures = await run.board.signatures(run.prompt, run.id)
       this.results.set(run.signatures[place.index], told)
       run.states[place.index] = 'made'
       this.keep(run)
@@ -126,6 +137,7 @@ export class RunStatus {
 
   /** The run is over; `last` gives the last state of a segment. */
   end(last) {
+    this.missed ||= !this.run
     for (const run of this.run?.values() ?? []) {
       if (run.seen) {
         run.states = run.signatures.map((_, i) => last(run.states[i]))
@@ -136,6 +148,45 @@ export class RunStatus {
     const boards = [...(this.run?.values() ?? [])].map((run) => run.board)
     this.run = null
     for (const board of boards) board.redraw()
+  }
+
+  /** The server counts its queue anew. Then a run that ended is in its history. */
+  async status() {
+    if (!this.missed) return
+    this.missed = false
+    this.past = null
+    for (const board of this.boards()) await this.replay(board)
+  }
+
+  /** Learn from the server's history what was made of a board before this page was opened. */
+  restore(board) {
+    return this.then(() => this.kept.has(board.key) || this.replay(board))
+  }
+
+  async replay(board) {
+    this.past ??= this.api.fetchApi(`/history?max_items=${REMEMBERED_RUNS}`).then((reply) => (reply.ok ? reply.json() : {}))
+    for (const { prompt, outputs, status } of Object.values(await this.past)) {
+      await this.replayRun(board, prompt, outputs, status)
+    }
+    board.redraw()
+  }
+
+  /** One run of the history. Samplers from the cache have no output. */
+  async replayRun(board, [, , prompt, , ends], outputs, { status_str: end, messages = [] }) {
+    const id = Object.keys(prompt).find((node) => prompt[node].class_type === BOARD && board.matches(node))
+    const told = new Map(Object.entries(outputs).filter(([node, output]) => output[KEY] && placeOf(node)?.board === id)
+      .map(([node, output]) => [placeOf(node).index, output[KEY][0]]))
+    const isCached = messages.some(([name, { nodes }]) => name === 'execution_cached' && nodes.includes(id))
+    const isWhole = isCached || (end === 'success' && needed(prompt, ends).has(id))
+    if (!isWhole && !told.size) return
+    for (const each of told.values()) board.learn(prompt, id, each)
+    const signatures = await board.signatures(prompt, id)
+    const last = isWhole ? signatures.length : Math.max(...told.keys())
+    const states = signatures.map((signature, i) => {
+      if (told.has(i)) this.results.set(signature, told.get(i))
+      return told.has(i) ? 'made' : i < last ? 'cached' : undefined
+    })
+    this.keep({ board, signatures, states })
   }
 
   keep(run) {

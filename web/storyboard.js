@@ -7,17 +7,20 @@ import { BOARD, addBranch } from './branch.js'
 import { RunStatus } from './status.js'
 import { signatures, withDuration, withOptions } from './storyboard_text.js'
 import { HEIGHT, Strip } from './strip.js'
+import { pageNode, promptNode, studentOf, upstream, valueIn } from './upstream.js'
 import { wordsFor } from './words.js'
 
 const LOOK_EVERY = 250 // ms. No event of both renderers tells that a widget or a link has another value.
 const TEXT_HEIGHT = 130 // px that the text field keeps beside strip and preview
-const NO_PART_OF_A_RESULT = ['text', 'seed', 'control_after_generate', 'branch_after']
+const NO_PART_OF_A_RESULT = ['text', 'seed', 'branch_after']
 
 const boards = new Set()
 const status = new RunStatus(() => boards)
+const told = new Map() // what samplers told about the student of a storyboard: base -> {fps, chunk}
 const answers = new Map() // request -> promise of the server's answer
 
 const valueOf = (node, name) => node.widgets?.find((widget) => widget.name === name)?.value
+const baseOf = (node) => JSON.stringify(upstream(node, NO_PART_OF_A_RESULT))
 
 /** The server's outline of a text for a student, or {error, reasons}. */
 function ask(text, student) {
@@ -31,36 +34,10 @@ function ask(text, student) {
   return answers.get(body)
 }
 
-/** Types and values of the nodes before a node, as text: what its results depend on. */
-function upstream(node, without = [], seen = new Set()) {
-  if (!node || seen.has(node)) return null
-  seen.add(node)
-  const values = (node.widgets ?? []).filter(({ name, serialize }) => serialize !== false && !without.includes(name))
-  const inputs = (node.inputs ?? []).map((input, slot) => (input.link == null ? null : upstream(node.getInputNode(slot), [], seen)))
-  return [node.type, node.mode, values.map(({ name, value }) => [name, value]), inputs]
-}
-
-/** What the nodes before input `model` say about the student: the nearest comes first. */
-function studentOf(node) {
-  const student = {}
-  const seen = new Set()
-  for (let at = node; at && !seen.has(at); at = at.getInputNode(Math.max(0, at.findInputSlot('model')))) {
-    seen.add(at)
-    if (at === node) continue
-    const [card, fps, chunk] = ['card', 'fps', 'chunk'].map((name) => valueOf(at, name))
-    if (card && !['auto', 'as is'].includes(card)) student.card ??= card
-    if (fps > 0) student.fps ??= fps
-    if (chunk > 0) student.chunk ??= chunk
-    if (!at.inputs?.length) break
-  }
-  return student
-}
-
 /** One node and its strip. */
 class Board {
   constructor(node) {
     this.node = node
-    this.told = new Map() // what the samplers told about the student: base -> {fps, chunk}
     this.strip = new Strip(wordsFor(app.extensionManager?.setting?.get('Comfy.Locale') ?? 'en'), {
       duration: (index, chunks, only) => this.write((text, outline) => withDuration(text, outline, index, chunks, only)),
       options: (index, options) => this.write((text, outline) => withOptions(text, outline, index, options)),
@@ -88,25 +65,26 @@ class Board {
   }
 
   get base() {
-    return JSON.stringify(upstream(this.node, NO_PART_OF_A_RESULT))
+    return baseOf(pageNode(this.node))
   }
 
-  get student() {
-    return { ...studentOf(this.node), ...this.told.get(this.base) }
+  /** What is known about the student of a node of `upstream.js`. */
+  student(node = pageNode(this.node)) {
+    return { ...studentOf(node), ...told.get(baseOf(node)) }
   }
 
-  /** Signatures of the segments, of other inputs if a run has others; empty for a wrong text. */
-  async signatures({ text = this.text, seed = valueOf(this.node, 'seed') } = {}) {
+  /** Signatures of the segments of this node in a prompt, or if it is not there, in the page; empty for a wrong text. */
+  async signatures(prompt, id) {
+    const node = promptNode(prompt, id) ?? pageNode(this.node)
+    const text = valueIn(node, 'text')
     if (typeof text !== 'string') return []
-    const outline = await ask(text, this.student)
-    return outline.segments ? signatures(outline, seed, this.base) : []
+    const outline = await ask(text, this.student(node))
+    return outline.segments ? signatures(outline, valueIn(node, 'seed'), baseOf(node)) : []
   }
 
-  /** A sampler told fps and chunk of the student. Returns whether this is news. */
-  async learn({ fps, chunk }) {
-    const outline = await ask(this.text, this.student)
-    this.told.set(this.base, { fps, chunk })
-    return (await ask(this.text, this.student)).chunk_seconds !== outline.chunk_seconds
+  /** A sampler of a prompt told fps and chunk of the student. */
+  learn(prompt, id, { fps, chunk }) {
+    told.set(baseOf(promptNode(prompt, id) ?? pageNode(this.node)), { fps, chunk })
   }
 
   /** Draw again if anything changed that can be seen. */
@@ -115,6 +93,7 @@ class Board {
     const { element } = this.strip
     // After an undo, the Vue renderer goes on showing the element of the node that was there before.
     if (!element.isConnected) document.querySelector(`[data-node-id="${this.node.id}"] .cf-strip`)?.replaceWith(element)
+    if (!this.state) status.restore(this)
     const state = `${this.base}\n${this.text}\n${valueOf(this.node, 'seed')}\n${valueOf(this.node, 'branch_after')}`
     if (state !== this.state) {
       this.state = state
@@ -127,7 +106,7 @@ class Board {
     const slot = this.node.findInputSlot('text')
     const [text, state] = [this.text, this.state]
     if (slot >= 0 && this.node.inputs[slot].link != null) return this.strip.draw({ note: words.wired })
-    const answer = await ask(text, this.student).catch(() => ({ error: words.offline }))
+    const answer = await ask(text, this.student()).catch(() => ({ error: words.offline }))
     if (state !== this.state) return // A newer text is on its way.
     this.outline = answer.segments ? answer : null
     if (!this.outline) return this.strip.draw({ text, ...answer })

@@ -3,8 +3,10 @@ import { test } from 'node:test'
 
 import { tapOf } from '../../web/branch.js'
 import { RunStatus, placeOf } from '../../web/status.js'
+import { pageNode, promptNode, studentOf, upstream } from '../../web/upstream.js'
 import { blendsOf, clock, nextOf, signatures, writtenLines } from '../../web/storyboard_text.js'
 
+const BOARD = 'ContextForcingStoryboard'
 const outline = (...prompts) => ({
   chunk_seconds: 0.75,
   segments: prompts.map((prompt, i) => ({ line: i + 1, chunks: 2, prompt, change: 'keep', blend: 0, seed: null })),
@@ -38,18 +40,18 @@ test('samplers have even numbers', () => {
   assert.deepEqual([placeOf('5.0.0.3'), placeOf('5')], [null, null])
 })
 
-test('a branch uses the output where it can, and else repeats segments', () => {
+test('a branch uses the output where it can, and else repeats lines', () => {
   assert.deepEqual([tapOf(2, 0, 4), tapOf(2, 2, 4), tapOf(3, 2, 4), tapOf(1, 2, 4), tapOf(4, 2, 4)], [2, 2, 2, 0, 4])
 })
 
 /** A RunStatus over one board, node 3, with a text of these prompts; `send` waits until an event is handled. */
 function following(...prompts) {
   const board = { key: '3', prompts, redraw() {}, matches: (id) => id.replace(/\.0\.0\.\d+$/, '') === '3',
-    learn: async () => false, signatures: async (inputs) => signatures(outline(...(inputs?.text ?? board.prompts)), 7, '') }
+    learn() {}, signatures: async (prompt, id) => signatures(outline(...(prompt?.[id]?.inputs.text ?? board.prompts)), 7, '') }
   const target = new EventTarget()
-  const queue = { queue_running: [] }
+  const [queue, history] = [{ queue_running: [] }, {}]
   const api = { addEventListener: (...all) => target.addEventListener(...all),
-    fetchApi: async () => ({ ok: true, json: async () => queue }) }
+    fetchApi: async (path) => ({ ok: true, json: async () => (path.startsWith('/history') ? history : queue) }) }
   const status = new RunStatus(() => [board])
   status.listen(api)
   const send = (name, detail) => {
@@ -61,7 +63,8 @@ function following(...prompts) {
   const done = (index, thumbnail) => send('executed',
     { node: `3.0.0.${2 * index + 2}`, output: { context_forcing_segment: [{ thumbnail }] } })
   const states = (...now) => signatures(outline(...now), 7, '').map((signature, i) => status.of('3', i, signature))
-  return { board, queue, send, sampler, done, states: (...now) => states(...now).map(({ state }) => state), all: states }
+  const restore = () => status.restore(board)
+  return { board, queue, history, restore, send, sampler, done, states: (...now) => states(...now).map(({ state }) => state), all: states }
 }
 
 test('a run, an edit, and a run of what is left', async () => {
@@ -92,6 +95,81 @@ test('what runs is the text that was queued', async () => {
   await done(0, 'picture')
   await send('execution_success', {})
   assert.deepEqual([states('queued'), states('edited')], [['made'], ['todo']])
+})
+
+/** An entry of the server's history: a run of a storyboard that made these segments. */
+const entry = (prompts, made, status_str = 'success', cached = []) => ({
+  prompt: [0, 'p', { 3: { class_type: BOARD, inputs: { text: prompts } }, 4: { inputs: { memory: ['3', 0] } } }, {}, ['4']],
+  outputs: Object.fromEntries(made.map((index) =>
+    [`3.0.0.${2 * index + 2}`, { context_forcing_segment: [{ thumbnail: `old ${prompts[index]}` }] }])),
+  status: { status_str, messages: [['execution_start', { prompt_id: 'p' }], ['execution_cached', { nodes: cached }]] },
+})
+
+test('a storyboard that ran with all samplers from the cache is cached, one that no output needs is not', async () => {
+  const { history, restore, states } = following('a')
+  history.one = entry(['a'], [])
+  await restore()
+  assert.deepEqual(states('a'), ['cached'])
+  const other = following('a')
+  other.history.one = entry(['a'], [])
+  other.history.one.prompt[4] = []
+  await other.restore()
+  assert.deepEqual(other.states('a'), ['todo'])
+})
+
+test('a page that is opened later has states and pictures from the history', async () => {
+  const { history, restore, states, all } = following('a', 'x', 'c')
+  Object.assign(history, { one: entry(['a', 'b', 'c'], [0, 1, 2]), two: entry(['a', 'x', 'c'], [1, 2]),
+    
+    other: { prompt: [0, 'q', { 3: { class_type: 'Text', inputs: { text: ['z'] } } }, {}, ['3']], outputs: {}, status: { status_str: 'success' } } })
+  await restore()
+  assert.deepEqual(states('a', 'x', 'c'), ['cached', 'made', 'made'])
+  assert.deepEqual(all('a', 'x', 'c').map(({ picture }) => picture), ['old a', 'old x', 'old c'])
+  assert.deepEqual(states('a', 'b', 'c'), ['cached', 'todo', 'todo'])
+})
+
+test('of an interrupted run the history has what was finished, of a cached one all', async () => {
+  const interrupted = following('a', 'b', 'c', 'd')
+  interrupted.history.one = entry(['a', 'b', 'c', 'd'], [1], 'error')
+  await interrupted.restore()
+  assert.deepEqual(interrupted.states('a', 'b', 'c', 'd'), ['cached', 'made', 'todo', 'todo'])
+  interrupted.history.two = entry(['a', 'b', 'c', 'd'], [], 'success', ['3'])
+  await interrupted.send('execution_success', {}) // of a run that began before the page was opened
+  assert.deepEqual(interrupted.states('a', 'b', 'c', 'd'), ['cached', 'made', 'todo', 'todo'])
+  await interrupted.send('status', {})
+  assert.deepEqual(interrupted.states('a', 'b', 'c', 'd'), ['cached', 'cached', 'cached', 'cached'])
+})
+
+test('a run on this page is newer than the history', async () => {
+  const { history, restore, send, done, states } = following('a')
+  history.one = entry(['b'], [0])
+  await send('execution_start', { prompt_id: 'p' })
+  await done(0, 'picture')
+  await send('execution_success', {})
+  await restore()
+  assert.deepEqual([states('a'), states('b')], [['made'], ['todo']])
+})
+
+/** A student loader and a storyboard as nodes of the page; the storyboard has a widget that is not queued. */
+function onPage(card, steps) {
+  const widget = (name, value, options = {}) => ({ name, value, options })
+  const loader = { type: 'Load', mode: 0, inputs: [], widgets: [widget('card', card), widget('steps', steps)] }
+  const board = { type: 'Board', mode: 0, inputs: [{ name: 'clip', link: 2 }, { name: 'model', link: 1 }, { name: 'memory', link: null }],
+    widgets: [widget('text', 'x'), widget('control_after_generate', 'fixed'), widget('strip', '', { serialize: false })],
+    getInputNode: () => loader, getInputLink: (slot) => ({ origin_slot: 1 - slot }) }
+  return { loader, board: pageNode(board) }
+}
+
+test('a node of the page and of a queued prompt depend on the same', () => {
+  const prompt = { 5: { class_type: 'Board', inputs: { text: 'x', model: ['1', 0], clip: ['1', 1] } },
+    1: { class_type: 'Load', inputs: { steps: 4, card: 'longlive' } } }
+  const [queued, { board, loader }] = [promptNode(prompt, '5'), onPage('longlive', 4)]
+  assert.deepEqual(upstream(queued), upstream(board))
+  assert.deepEqual(studentOf(queued), { card: 'longlive' })
+  assert.deepEqual(studentOf(board), { card: 'longlive' })
+  assert.notDeepEqual(upstream(queued), upstream(onPage('longlive', 5).board))
+  loader.mode = 4
+  assert.notDeepEqual(upstream(queued), upstream(board))
 })
 
 test('a storyboard that is cached as a whole is cached, one that does not run keeps its states', async () => {

@@ -24,6 +24,7 @@ const browser = await chromium.launch({
     '--disable-component-update', '--disable-sync'],
 })
 const page = await browser.newPage({ viewport: { width: 1600, height: 1100 } })
+const TEMPLATE = JSON.parse(fs.readFileSync(path.join(root, 'workflows', 'Tutorial 2 - a storyboard.json'), 'utf-8'))
 // The first storyboard by its id: a click on a node moves it to the end of the page's list.
 await page.addInitScript(() => {
   window.board = (type) => window.app.graph._nodes.filter((node) => node.type === type).sort((a, b) => a.id - b.id)[0]
@@ -32,7 +33,8 @@ page.setDefaultTimeout(SLOW)
 const problems = []
 page.on('pageerror', (error) => problems.push(error.stack))
 
-async function open() {
+/** A new page, with a workflow; without one, with ComfyUI's own. */
+async function open(workflow) {
   const settings = { 'Comfy.TutorialCompleted': true, 'Comfy.Workflow.Persist': false,
     'Comfy.VueNodes.Enabled': renderer === 'vue' }
   for (const [name, value] of Object.entries(settings)) {
@@ -42,8 +44,9 @@ async function open() {
   await page.goto(url)
   const ready = (type) => window.app?.extensionManager?.workflow && window.LiteGraph?.registered_node_types?.[type]
   await page.waitForFunction(ready, BOARD, { polling: 500 })
-  const workflow = JSON.parse(fs.readFileSync(path.join(root, 'workflows', 'Tutorial 2 - a storyboard.json'), 'utf-8'))
-  await page.evaluate((workflow) => window.app.loadGraphData(workflow, true, true, 'strip'), workflow)
+  // The page loads its own workflow late.
+  await shows(() => window.app.graph?._nodes?.length)
+  if (workflow) await page.evaluate((workflow) => window.app.loadGraphData(workflow, true, true, 'strip'), workflow)
   await page.evaluate(() => {
     window.ran = []
     window.app.api.addEventListener('executed', ({ detail }) => {
@@ -67,6 +70,13 @@ const textIs = (wanted) => shows(([type, wanted]) =>
   window.board(type)?.widgets.find(({ name }) => name === 'text').value === wanted, [BOARD, wanted])
 const statesAre = (wanted, strip = 0) => shows(([wanted, strip]) => [...document.querySelectorAll('.cf-strip')[strip]
   .querySelectorAll('.cf-box')].map((box) => box.dataset.state).join() === wanted, [wanted.join(), strip])
+
+/** Move the view to a storyboard: the classic renderer's strips and text fields outside of it are not in the page. */
+const look = (number) => page.evaluate(([type, number]) => {
+  const all = window.app.graph._nodes.filter((node) => node.type === type).sort((a, b) => a.id - b.id)
+  window.app.canvas.ds.scale = 1
+  window.app.canvas.centerOnNode(all[number])
+}, [BOARD, number])
 
 async function picture(name) {
   if (!pictures) return
@@ -122,8 +132,7 @@ async function drag(index, pixels, key) {
 const steps = {
   async 'a template shows a box per segment and its text is unchanged'() {
     await boxesAre(7)
-    const [node] = JSON.parse(fs.readFileSync(path.join(root, 'workflows', 'Tutorial 2 - a storyboard.json'), 'utf-8'))
-      .nodes.filter(({ type }) => type === BOARD)
+    const [node] = TEMPLATE.nodes.filter(({ type }) => type === BOARD)
     assert.equal(await text(), node.widgets_values[0])
     assert.match(await boxes.nth(3).innerText(), /0:09 .* 3 s[\s\S]*dusk[\s\S]*recache[\s\S]*blend 2/)
     const saved = await page.evaluate((type) => window.board(type).serialize(), BOARD)
@@ -245,22 +254,35 @@ const steps = {
     await statesAre(['cached', 'cached', 'cached', 'cached'])
     if (pictures) await page.screenshot({ path: path.join(pictures, `branch_${renderer}.png`) })
   },
-  async 'the video, dropped on an empty page, gives the graph back'() {
-    await page.evaluate(async () => {
-      const reply = await fetch(window.app.api.apiURL(`/view?${new URLSearchParams(window.video)}`))
-      window.app.graph.clear()
+  async 'a page that is loaded again has states and thumbnails, and runs nothing again'() {
+    await open(await page.evaluate(() => window.app.graph.serialize()))
+    await look(0)
+    await statesAre(['cached', 'cached', 'cached', 'cached'])
+    const urls = await boxes.locator('.cf-picture').evaluateAll((all) => all.map((each) => each.style.backgroundImage))
+    assert.ok(urls.every((url) => url.startsWith('url("data:image/jpeg')) && new Set(urls).size === 4)
+    assert.match(await page.locator('.cf-foot').first().innerText(), /After segment 4 the memory reaches back [\d.]+ s/)
+    await picture('again')
+    assert.deepEqual(await run(), [])
+  },
+  async 'the video, dropped on a new page, gives the graph back'() {
+    const video = await page.evaluate(() => window.video)
+    await open()
+    assert.equal(await count(BOARD), 0)
+    await page.evaluate(async (video) => {
+      const reply = await fetch(window.app.api.apiURL(`/view?${new URLSearchParams(video)}`))
       const transfer = new DataTransfer()
-      transfer.items.add(new File([await reply.blob()], window.video.filename, { type: 'video/mp4' }))
+      transfer.items.add(new File([await reply.blob()], video.filename, { type: 'video/mp4' }))
       const drop = new DragEvent('drop', { dataTransfer: transfer, bubbles: true, cancelable: true, clientX: 800, clientY: 600 })
       document.querySelector('#graph-canvas').dispatchEvent(drop)
-    })
+    }, video)
     await shows((type) => window.app.graph._nodes.filter((node) => node.type === type).length === 2, BOARD)
+    await look(0)
     await boxesAre(4)
     assert.match(await text(), /at night/)
+    await picture('dropped')
   },
   async 'fourteen segments stay readable'() {
-    // The view is on the branch, and text fields outside of it are hidden.
-    await page.evaluate((type) => window.app.canvas.centerOnNode(window.board(type)), BOARD)
+    await look(0)
     const lines = Array.from({ length: 14 }, (_, i) => `0:${String(3 * i).padStart(2, '0')} A meadow by day. The camera stays, take ${i}.`)
     await write([...lines, '0:42'])
     await boxesAre(14)
@@ -276,7 +298,7 @@ const steps = {
 }
 
 try {
-  await open()
+  await open(TEMPLATE)
   for (const [sentence, step] of Object.entries(steps)) {
     try {
       await step()

@@ -12,8 +12,9 @@ from context_forcing.model.checkpoints.published import PUBLISHED
 
 ROOT = Path(__file__).parents[2]
 README_BYTES = 10_240
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "web" / "docs").glob("*.md")])
 ROOMS = ("benchmark", "cli", "memory", "model", "nodes", "train", "video")
+HELP = ROOT / "web" / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *HELP.rglob("*.md")])
 SOURCES = sorted(
     path
     for folder in (
@@ -43,6 +44,15 @@ def text_of(path):
     return path.read_text(encoding="utf-8")
 
 
+def name_of(page):
+    return str(page.relative_to(ROOT).with_suffix(""))
+
+
+def base_of(page):
+    """The folder that links of a page begin at. ComfyUI's page takes the same one for help pages in every language."""
+    return HELP if HELP in page.parents else page.parent
+
+
 def headings(path):
     return HEADING.findall(FENCE.sub("", text_of(path)))
 
@@ -56,11 +66,11 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_bytes()) <= README_BYTES
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_resolve(page):
     text = FENCE.sub("", text_of(page))
     for target, section in LINK.findall(text):
-        path = (page.parent / target).resolve() if target else page
+        path = (base_of(page) / target).resolve() if target else page
         assert path.exists(), f"{page.name}: {target} does not exist"
         assert path.is_relative_to(ROOT), f"{page.name}: {target} is outside the repository"
         if section:
@@ -101,7 +111,7 @@ def test_code_refers_to_sections_that_exist():
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_python_names_exist(page):
     for name in re.findall(r"`(context_forcing(?:\.\w+)+)", text_of(page)):
         if name == "context_forcing.train" or (ROOT / Path(*name.split(".")[1:])).is_dir():
@@ -125,9 +135,9 @@ def nodes():
 
 
 def test_every_node_has_a_help_page():
-    assert nodes() and set(nodes()) == {path.stem for path in (ROOT / "web" / "docs").glob("*.md")}
+    assert nodes() and set(nodes()) == {path.stem for path in HELP.glob("*.md")}
     for node, name in nodes().items():
-        assert headings(ROOT / "web" / "docs" / f"{node}.md")[0] == name
+        assert headings(HELP / f"{node}.md")[0] == name
         assert name in text_of(ROOT / "README.md") and f"`{node}`" in text_of(ROOT / "docs" / "comfyui.md")
 
 

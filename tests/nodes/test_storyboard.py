@@ -59,7 +59,7 @@ def test_it_equals_a_chain(host, graph, demo):
     ]
 
     host.post("/free", {"unload_models": True, "free_memory": True})
-    chain = Graph()
+    chain, again = Graph(), {"layout": "by layer"}  # so that no sampler finds the storyboard's segments
     demo = chain.add("ContextForcingLoadDemo")
     memory = chain.memory(demo)
     for prompt, seconds, seed, change, blend in (
@@ -67,7 +67,8 @@ def test_it_equals_a_chain(host, graph, demo):
         (PROMPTS[1], 3.0, 7, "recache", 2),
         (PROMPTS[2], 1.5, 9, "cut", 0),
     ):
-        memory = chain.sampler(demo, chain.text(demo, prompt), memory, seconds, seed, change=change, blend=blend)
+        again["change"], again["blend"] = change, blend
+        memory = chain.sampler(demo, chain.text(demo, prompt), memory, seconds, seed, **again)
     saved = chain.save_memory(memory)
     expected = tensors(host, succeeded(host.run(chain.prompt)), saved)
     assert expected["film"].shape[2] == 27 and result.keys() == expected.keys()
@@ -120,7 +121,7 @@ def test_storyboards_chain(host, graph, demo):
     first = add_storyboard(graph, demo, f"0 {PROMPTS[0]}\n1.5", seed=22)
     inputs = {"model": [demo, 0], "clip": [demo, 1], "memory": [first, 0], "seed": 22}
     second = graph.add("ContextForcingStoryboard", **inputs, text=f"0 {PROMPTS[1]}\n1.5")
-    whole = add_storyboard(graph, demo, f"0 {PROMPTS[0]}\n1.5 {PROMPTS[1]}\n3", seed=22)
+    whole = add_storyboard(graph, demo, f"0 {PROMPTS[0]}\n1.5 {PROMPTS[1]}\n3", seed=22, layout="by layer")
     parts, whole = graph.save_memory(second), graph.save_memory(whole)
     run = succeeded(host.run(graph.prompt))
     parts, whole = tensors(host, run, parts), tensors(host, run, whole)
@@ -196,10 +197,32 @@ def test_a_branch_has_the_memory_after_its_segment(host, graph, demo):
 
     other = Graph()
     demo = other.add("ContextForcingLoadDemo")
-    whole = add_storyboard(other, demo, "\n".join([*lines[:2], f"1.5 {PROMPTS[0]}", "2.25"]), seed=24)
+    text = "\n".join([*lines[:2], f"1.5 {PROMPTS[0]}", "2.25"])
+    whole = add_storyboard(other, demo, text, seed=24, layout="by layer")
     whole = other.save_memory(whole)
     branched, expected = tensors(host, run, saved), tensors(host, succeeded(host.run(other.prompt)), whole)
     assert all(torch.equal(branched[name], expected[name]) for name in expected)
+
+
+def test_two_storyboards_with_the_same_lines_make_them_once(host, graph, demo):
+    """Of a second branch, which repeats lines: its segments are those of the first storyboard, and equal to the bit."""
+    memory = graph.memory(demo)
+    wires = {"model": [demo, 0], "clip": [demo, 1], "memory": [memory, 0], "seed": 26}
+    lines = [f"0 {PROMPTS[0]}", f"0.75 {PROMPTS[1]}", f"1.5 {PROMPTS[2]}", "2.25"]
+    other = "\n".join([*lines[:2], f"1.5 {PROMPTS[0]}", "2.25"])
+    graph.save_memory(graph.add("ContextForcingStoryboard", **wires, text="\n".join(lines)))
+    branch = graph.add("ContextForcingStoryboard", **wires, text=other)
+    saved = graph.save_memory(branch)
+    run = succeeded(host.run(graph.prompt))
+    assert len(run.previews) == 4, "the two first segments are made once"
+    told = [data for data in run.all("executed") if "context_forcing_segment" in (data["output"] or {})]
+    assert len(told) == 6, "the page is told about all segments"
+
+    graph.prompt[branch]["inputs"]["layout"] = "by layer"
+    again = succeeded(host.run(graph.prompt))
+    assert len(again.previews) == 3, "a sampler with other inputs makes its own"
+    found, made = tensors(host, run, saved), tensors(host, again, saved)
+    assert all(torch.equal(found[name], made[name]) for name in made)
 
 
 def test_a_branch_after_no_segment_is_refused(host, graph, demo):
