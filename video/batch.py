@@ -72,8 +72,11 @@ class Batch:
     @classmethod
     def of(cls, jobs: Sequence[VideoJob]) -> "Batch":
         """Videos that are there are not made again."""
-        there = lambda job: dict(state=THERE, kept=job.num_chunks) if job.is_made else dict(kept=num_kept(job.output))
-        return cls(videos=[Progress(job=job, **there(job)) for job in jobs])
+        videos = [Progress(job=job, kept=num_kept(job.output)) for job in jobs]
+        for video in videos:
+            if video.job.is_made:
+                video.state, video.kept = THERE, video.job.num_chunks
+        return cls(videos=videos)
 
     def count(self, state: str) -> int:
         """Videos in a state."""

@@ -75,7 +75,7 @@ class JobsFile:
     students: tuple[StudentSpec, ...] = (StudentSpec(),)
     seeds: tuple[int | None, ...] = (None,)
     """None: the story's own."""
-    options: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +149,7 @@ def _student(where: str, raw: object) -> StudentSpec:
         raise ValueError(f"{where}.{str(error).removeprefix('.')}") from None
 
 
-def _options(raw: object) -> dict[str, object]:
+def _options(raw: object) -> dict[str, Any]:
     known = ", ".join(sorted(OPTIONS))
     if not isinstance(raw, Mapping):
         raise ValueError(f"options: {quoted(raw)} is not a mapping; known options are {known}")
@@ -164,14 +164,14 @@ def _options(raw: object) -> dict[str, object]:
     return dict(raw)
 
 
-def _kinds(hint: object) -> list[type]:
+def _kinds(hint: Any) -> list[Any]:
     """The types that YAML has for a type of a request."""
     parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return [str if part is Path else part for part in parts if part is not type(None)]
 
 
 def _jobs(file: JobsFile, folder: Path, device: str) -> Iterable[VideoJob]:
-    options = {
+    options: dict[str, Any] = {
         name: folder / value if Path in typing.get_args(OPTIONS[name]) else _beside(folder, str(value))
         if name in ("text_encoder", "vae") else value
         for name, value in file.options.items()
