@@ -7,7 +7,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from .console import progress_bar, say
-from .options import Card, Device, Dtype, Loras, ModelsDir, Settings, Student, TextEncoder, Vae, Weights
+from .options import Card, Decoder, Device, Dtype, Loras, ModelsDir, Settings, Student, TextEncoder, Vae, Weights
 
 STORY = """YAML: `segments`, each with `prompt` and `seconds`; optional `size`, `fps` and `seed`. Or a storyboard, .txt:
 a time and a prompt per line."""
@@ -30,6 +30,7 @@ def generate(
     reference: Annotated[list[Path] | None, Option(help=REFERENCE)] = None,
     student: Student = "demo",
     vae: Vae = None,
+    decoder: Decoder = None,
     text_encoder: TextEncoder = None,
     models_dir: ModelsDir = None,
     weights: Weights = "auto",
@@ -69,6 +70,7 @@ def generate(
         loras=tuple(lora or ()),
         text_encoder=text_encoder,
         vae=vae,
+        decoder=decoder,
         models_dir=models_dir,
         seed=seed,
         memory=memory,

@@ -9,6 +9,9 @@ Student = Annotated[str, Option(help="`demo` (built in), a student file, or its 
 Vae = Annotated[
     str | None, Option(help="VAE of a Wan student: a file, a diffusers folder, or its name in --models-dir.")
 ]
+Decoder = Annotated[
+    str | None, Option(help="Tiny decoder, in place of the VAE: taew2_1, lighttaew2_1, or its name in --models-dir.")
+]
 TextEncoder = Annotated[str | None, Option(help="UMT5-XXL of a Wan student: a file, or its name in --models-dir.")]
 ModelsDir = Annotated[Path | None, Option(help="ComfyUI's folder `models`. Default: $COMFYUI_PATH/models, if set.")]
 Weights = Annotated[str, Option(help="Weights of a training checkpoint: auto, generator or generator_ema.")]

@@ -10,7 +10,7 @@ from rich.text import Text
 from typer import Argument, Option
 
 from .console import say
-from .options import Device, Dtype, ModelsDir, Student, Vae
+from .options import Decoder, Device, Dtype, ModelsDir, Student, Vae
 
 FILE = "Memory of `generate --memory-out` or of the node Save Memory; or a video of `generate`, .mp4."
 
@@ -21,6 +21,7 @@ def report(
     attention: Annotated[bool, Option("--attention", help="Also draw what the next chunk attends to.")] = False,
     student: Student = "demo",
     vae: Vae = None,
+    decoder: Decoder = None,
     models_dir: ModelsDir = None,
     fps: Annotated[float | None, Option(help="Frames per second. Default: the student's.")] = None,
     device: Device = "auto",
@@ -55,7 +56,9 @@ def report(
         raise ValueError(f"--fps: {fps:g} is not a number above 0")
     saved = load_memory(file)
     opened, where = StudentSource(locate_student(student, models_dir)).open(), pick_device(device, dtype)
-    codecs = backbone_of(opened.card.base).load_codecs(*where, vae=vae, models_dir=models_dir)
+    codecs = backbone_of(opened.card.base).load_codecs(
+        *where, vae=vae, decoder=decoder, encodes=False, models_dir=models_dir
+    )
     pipeline = Pipeline.load(opened, *where, codecs)
     is_own = saved.student in ("", pipeline.fingerprint)
     if not is_own:

@@ -3,7 +3,7 @@
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import comfy.latent_formats
 import comfy.utils
@@ -11,6 +11,8 @@ import folder_paths
 import latent_preview
 import numpy as np
 import torch
+from comfy.taesd.taehv import TAEHV
+from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
@@ -22,19 +24,48 @@ from ..video.frames import to_pixels, to_uint8
 from ..video.mp4 import default_scale, join_videos, write_video
 from .page import Page
 from .shared import log
+from .video import decode_stream
 
 PREVIEW_CRF = 23
 
-Preview = Callable[[Tensor], Image.Image]
-"""Normalised latents of one frame, [1, C, 1, H, W] -> a picture of it."""
+Preview = Callable[[Sequence[Tensor], bool], list[Image.Image]]
+"""The next frames of a film, normalised latents [1, C, 1, H, W] each -> pictures of all, or at least of the last."""
 
 
 def preview_of(vae: VAE | None) -> Preview | None:
-    """With a VAE the true picture, without one ComfyUI's approximation; None if ComfyUI's previews are off."""
+    """With a VAE the true pictures, without one ComfyUI's approximation; None if ComfyUI's previews are off."""
     if vae is not None:
-        return lambda latents: Image.fromarray(to_uint8(vae.decode(denormalise(latents)))[0])
+        return _each(lambda latents: Image.fromarray(to_uint8(vae.decode(denormalise(latents)))[0]))
     previewer = latent_preview.get_previewer(torch.device("cpu"), comfy.latent_formats.Wan21())
-    return previewer and (lambda latents: previewer.decode_latent_to_preview_image("JPEG", latents)[1])
+    tiny = getattr(previewer, "taesd", None)
+    if tiny is not None and isinstance(tiny.first_stage_model, TAEHV):
+        return _streamed(tiny)
+    return previewer and _each(lambda latents: previewer.decode_latent_to_preview_image("JPEG", latents)[1])
+
+
+def _each(picture_of: Callable[[Tensor], Image.Image]) -> Preview:
+    """Every frame is decoded alone, so those before the last one may be left out."""
+    return lambda frames, only_last: [picture_of(frame) for frame in (frames[-1:] if only_last else frames)]
+
+
+def _streamed(tiny: io.Vae.Type) -> Preview:
+    """A tiny decoder (ComfyUI's preview method TAESD) carries its state from frame to frame, as in the saved video."""
+    waiting: list[Tensor] = []
+
+    def latents() -> Iterator[Tensor]:
+        while True:
+            yield waiting.pop()
+
+    pixels = decode_stream(tiny, latents())
+
+    def preview(frames: Sequence[Tensor], only_last: bool) -> list[Image.Image]:
+        pictures = []
+        for frame in frames:
+            waiting.append(frame)
+            pictures.append(Image.fromarray(to_uint8(next(pixels))[-1]))
+        return pictures
+
+    return preview
 
 
 def describe_progress(done: float, total: float, speed: float, fps: float, reach: float) -> str:
@@ -65,9 +96,7 @@ class SegmentProgress:
         """Show the latest chunk of a memory, the `finished`-th of the segment. Returns ProgressBar's preview of it."""
         picture, side = None, latent_preview.MAX_PREVIEW_RESOLUTION
         if self._preview is not None:
-            # Without a viewer only the last picture is used.
-            frames = memory.latent_chunks[-1].split(1, dim=2)[0 if self._viewers else -1 :]
-            pictures = [self._preview(frame) for frame in frames]
+            pictures = self._preview(memory.latent_chunks[-1].split(1, dim=2), not self._viewers)
             picture, self._pictures = pictures[-1], [*self._pictures, *map(np.asarray, pictures)]
             zoom = max(1, side // max(picture.size))
             picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)

@@ -8,11 +8,13 @@ import comfy.utils
 import torch
 from comfy.cli_args import args
 from comfy.ldm.wan.vae import count_cache_layers
+from comfy.taesd.taehv import TAEHV, MemBlock, TGrow
 from comfy_api.latest import InputImpl, io, ui
 from torch import Tensor
 
 from ..model.codecs.base import denormalise
 from ..model.codecs.demo_vae import DemoCodec
+from ..model.codecs.tiny import decode_tiny_stream
 from ..model.codecs.wan_vae import decode_wan_stream
 from ..model.units import LATENT_CHANNELS, pixel_frames, pixel_size
 from ..video.mp4 import default_scale, hold_output, write_video
@@ -24,7 +26,8 @@ from .shared import ADVANCED, CATEGORY, named_as
 def decode_stream(vae: io.Vae.Type, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
     """Consecutive normalised latents -> consecutive pixels [1, 3, T, H, W] in [-1, 1].
 
-    ComfyUI frees device memory before every chunk. Raises ValueError unless it is the demo codec or a Wan 2.1 VAE.
+    ComfyUI frees device memory before every chunk. Raises ValueError unless it is the demo codec, a Wan 2.1 VAE or its
+    tiny decoder.
     """
     net = vae.first_stage_model
 
@@ -36,10 +39,26 @@ def decode_stream(vae: io.Vae.Type, chunks: Iterable[Tensor]) -> Iterator[Tensor
 
     if isinstance(net, DemoCodec):
         return net.decode_stream(raw_latents())
+    if isinstance(net, TAEHV):
+        check_tiny(net)
+        return decode_tiny_stream(net.decoder, raw_latents(), MemBlock, TGrow)
     is_wan = hasattr(net, "decoder") and hasattr(net, "conv2") and vae.latent_dim == 3
     if not is_wan or vae.latent_channels != LATENT_CHANNELS:
-        raise ValueError(f"vae: {type(net).__name__} is not a Wan 2.1 VAE; load wan_2.1_vae or the demo's")
+        raise ValueError(f"vae: {type(net).__name__} is no Wan 2.1 VAE; load wan_2.1_vae, lighttaew2_1 or the demo's")
     return decode_wan_stream(net, raw_latents(), count_cache_layers(net.decoder))
+
+
+def check_tiny(net: TAEHV) -> None:
+    """Raises ValueError unless it is a tiny decoder that takes the latents of a Wan 2.1 VAE, as lighttaew2_1 does."""
+    if net.latent_channels != LATENT_CHANNELS:
+        raise ValueError(
+            f"vae: a tiny decoder of {net.latent_channels} latent channels; load lighttaew2_1, for Wan 2.1"
+        )
+    if net.latent_format is not None:
+        # ComfyUI cannot tell the two apart, and gives both the latents of HunyuanVideo.
+        raise ValueError(
+            "vae: ComfyUI takes a tiny decoder in float16 (taehv, taew2_1) for HunyuanVideo's; load lighttaew2_1"
+        )
 
 
 def graph_tags(prompt: Prompt | None, extra_pnginfo: Mapping[str, object] | None) -> dict[str, str]:
@@ -61,7 +80,7 @@ class ContextForcingSaveVideo(io.ComfyNode):
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             inputs=[
                 MemoryType.Input("memory", tooltip="The memory after the last sampler."),
-                io.Vae.Input("vae", tooltip="The demo codec, or a Wan 2.1 VAE."),
+                io.Vae.Input("vae", tooltip="The demo codec, a Wan 2.1 VAE, or its tiny decoder lighttaew2_1."),
                 io.String.Input("filename_prefix", default="video/context_forcing", tooltip=PREFIX_TOOLTIP),
                 io.Float.Input("fps", default=16.0, min=1.0, max=240.0, step=1.0, tooltip="Frames per second."),
                 io.Int.Input("scale", default=0, min=0, max=64, advanced=True,

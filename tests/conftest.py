@@ -119,6 +119,28 @@ def make_wan_vae() -> dict[str, torch.Tensor]:
     return _draw(WanVAE(8), 0)
 
 
+def make_tiny_decoder(widths=(12, 8, 6, 4), strides=(1, 2, 2), channels=16) -> dict[str, torch.Tensor]:
+    """A tiny decoder, names and shapes as in taew2_1.safetensors but for the widths; of its encoder one tensor."""
+    shapes = {"encoder.0.weight": (64, 3, 3, 3), "decoder.1": (widths[0], channels, 3), "decoder.22": (3, widths[3], 3)}
+    for level, (dim, out_dim, stride) in enumerate(zip(widths, widths[1:], strides)):
+        first = 3 + 6 * level
+        for block in range(first, first + 3):
+            shapes |= {f"decoder.{block}.conv.{i}": (dim, 2 * dim if i == 0 else dim, 3) for i in (0, 2, 4)}
+        shapes[f"decoder.{first + 4}.conv.weight"] = (dim * stride, dim, 1, 1)
+        shapes[f"decoder.{first + 5}.weight"] = (out_dim, dim, 3, 3)
+    state, generator = {}, torch.Generator().manual_seed(3)
+    for name, (out_dim, dim, *sides) in shapes.items():
+        weight = (
+            torch.randn(out_dim, dim, sides[0], sides[0], generator=generator) * (1.4 / (dim * sides[0] ** 2)) ** 0.5
+        )
+        if name.endswith(".weight"):
+            state[name] = weight
+        else:
+            state |= {f"{name}.weight": weight, f"{name}.bias": 0.1 * torch.randn(out_dim, generator=generator)}
+    state["decoder.22.bias"] += 0.5
+    return state
+
+
 def make_umt5() -> dict[str, torch.Tensor]:
     """A UMT5 encoder of two thin layers, names as in ComfyUI's umt5_xxl_fp16.safetensors."""
     state = _draw(UMT5Encoder(256, 4096, 16, 2, 32, 16, 2), 1)
@@ -140,6 +162,11 @@ def scaled_fp8(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="session")
 def wan_vae_state():
     return make_wan_vae()
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder_state():
+    return make_tiny_decoder()
 
 
 @pytest.fixture(scope="session")

@@ -62,6 +62,8 @@ class GenerateRequest:
     """The LoRAs of the student as the user wrote them, for the journal."""
     text_encoder: str | None = None
     vae: str | None = None
+    decoder: str | None = None
+    """A tiny decoder that decodes instead of the VAE."""
     models_dir: Path | None = None
     seed: int | None = None
     memory: str | None = None
@@ -117,6 +119,7 @@ class GenerateRequest:
             *(("--lora", lora, student.loras) for lora in made.loras),
             ("--start", made.start, self.start),
             ("--memory-in", made.memory_in, self.memory_in),
+            ("--decoder", made.decoder_file, self.decoder),
         ):
             if file and not is_given:
                 raise ValueError(one_line(f"{option}: give {file}, with which {self.like} was made"))
@@ -249,8 +252,9 @@ def open_job(request: GenerateRequest, load: Load = Pipeline.load) -> Iterator[G
         captions = [reference.prompt for reference in story.references if reference.prompt]
         prompts = captions + [segment.prompt for segment in story.segments]
         codecs = backbone_of(card.base).load_codecs(
-            *where, prompts, text_encoder=request.text_encoder, vae=request.vae, models_dir=request.models_dir
-        )
+            *where, prompts, text_encoder=request.text_encoder, vae=request.vae, decoder=request.decoder,
+            encodes=bool(request.start or story.references), models_dir=request.models_dir,
+        )  # fmt: skip
         pipeline = load(student, *where, codecs, request.offload)
         load_attention(request.attention or "sdpa", *where, pipeline.network.head_dim)
         if like is not None and like.student != pipeline.fingerprint:
@@ -352,6 +356,7 @@ def _provenance(
         text_encoder_file=name_of(request.text_encoder),
         codec=fingerprint(pipeline.vae),
         vae_file=name_of(request.vae),
+        decoder_file=name_of(request.decoder),
         memory=memory,
         commit_attends=commit_attends,
         scale=scale,

@@ -131,6 +131,8 @@ class Provenance:
     memory_in: GivenFile | None
     references: tuple[GivenFile, ...]
     """The pictures of the story's references, in their order."""
+    decoder_file: str = ""
+    """The tiny decoder, whose fingerprint is `codec`; empty if the VAE decoded."""
     story: Story
     """With the seeds in effect; its pictures are names without folders."""
 
@@ -182,6 +184,7 @@ class Provenance:
             *(("LoRA", str(each)) for each in self.loras),
             ("text encoder", " ".join(filter(None, (encoder, self.text_encoder)))),
             ("VAE", " ".join(filter(None, (vae, self.codec)))),
+            *((name, printable(file)) for name, file in (("decoder", self.decoder_file),) if file),
             ("memory", ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(memory).items())),
             ("commit pass attends to", self.commit_attends),
             *((name, str(file)) for name, file in (("start", self.start), ("memory in", self.memory_in)) if file),

@@ -15,6 +15,7 @@ FOLDERS = {
     "student": ("diffusion_models", "unet"),
     "text-encoder": ("text_encoders", "clip"),
     "vae": ("vae",),
+    "decoder": ("vae_approx", "vae"),
 }
 """Folders of ComfyUI's models folder that hold a part."""
 

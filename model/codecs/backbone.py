@@ -13,6 +13,7 @@ from ..checkpoints.student import ASSETS
 from .base import VAE, PrecomputedText, TextEncoder
 from .demo_text import DemoTextEncoder
 from .demo_vae import load_demo_codec
+from .tiny import load_tiny_decoder
 from .umt5 import load_umt5, why_no_umt5
 from .wan_vae import load_wan_vae, why_no_wan_vae
 
@@ -50,22 +51,32 @@ class Backbone:
         *,
         text_encoder: str | None = None,
         vae: str | None = None,
+        decoder: str | None = None,
+        encodes: bool = True,
         models_dir: Path | None = None,
     ) -> Codecs:
         """The codecs by path, by name in ComfyUI's models folder, or found there.
 
         Prompts are encoded at once and UMT5 is freed, so that it never shares the device with the student; without
-        prompts it is not loaded. The VAE runs in `dtype` on CUDA, in float32 elsewhere. Raises ValueError, one line.
+        prompts it is not loaded. The VAE runs in `dtype` on CUDA, in float32 elsewhere. With a tiny `decoder` it is
+        loaded only if something `encodes`. Raises ValueError, one line.
         """
         prompts, models_dir = list(dict.fromkeys(prompts)), default_models_dir(models_dir)
         encoder = PrecomputedText(name="none", rows={})
         umt5_path = self._path("text-encoder", text_encoder, models_dir, why_no_umt5) if prompts else None
-        vae_path = self._path("vae", vae, models_dir, why_no_wan_vae)
+        decoder_path = None if decoder is None else locate("decoder", decoder, models_dir)
+        needs_vae = encodes or decoder_path is None
+        vae_path = self._path("vae", vae, models_dir, why_no_wan_vae) if needs_vae else None
         if umt5_path:
             umt5 = load_umt5(umt5_path, device)
             rows = {prompt: rows_LD[None] for prompt, rows_LD in zip(prompts, umt5.encode(prompts))}
             encoder = PrecomputedText(name=umt5.name, rows=rows)
-        net = load_wan_vae(vae_path, dtype if device.type == "cuda" else torch.float32)
+        vae_dtype = dtype if device.type == "cuda" else torch.float32
+        net = load_wan_vae(vae_path, vae_dtype) if vae_path else None
+        if decoder_path is not None:
+            tiny = load_tiny_decoder(decoder_path, vae_dtype)
+            tiny.encoder, net = net, tiny
+        assert net is not None
         return Codecs(text_encoder=encoder, vae=net.to(device))
 
     def _path(self, kind: str, name: str | None, models_dir: Path | None, why_not) -> Path:
@@ -88,8 +99,10 @@ class DemoBackbone(Backbone):
     size = (128, 64)
     negative_prompt = ""
 
-    def load_codecs(self, device, dtype, prompts=(), *, text_encoder=None, vae=None, models_dir=None) -> Codecs:
-        for option, path in (("--text-encoder", text_encoder), ("--vae", vae)):
+    def load_codecs(
+        self, device, dtype, prompts=(), *, text_encoder=None, vae=None, decoder=None, encodes=True, models_dir=None
+    ) -> Codecs:
+        for option, path in (("--text-encoder", text_encoder), ("--vae", vae), ("--decoder", decoder)):
             if path is not None:
                 raise ValueError(f"{option}: {path} is not used, the student is of the demo world; leave it out")
         return self.built_in_codecs(device)

@@ -23,6 +23,7 @@ from ..checkpoints.locate import read_tensors, subfolder
 from ..checkpoints.student import build
 from ..units import LATENT_CHANNELS
 from .base import VAE, WAN_MEAN, WAN_STD, check_pixels
+from .tiny import why_no_tiny_decoder
 
 Past = dict[nn.Module, Tensor | None]
 """The last input frames of each layer."""
@@ -242,6 +243,8 @@ def why_no_wan_vae(state: Mapping[str, Tensor]) -> str:
     shapes = {key.removeprefix(PREFIX): value.shape for key, value in state.items()}
     for key in ("encoder.conv1.weight", "decoder.conv1.weight", "conv2.weight"):
         if key not in shapes:
+            if not why_no_tiny_decoder(state):
+                return "a tiny decoder, which is for --decoder"
             return f"not a Wan VAE, {key} is missing (its first tensor is {next(iter(state), 'nothing')})"
     channels = shapes["conv2.weight"][0]
     if channels != LATENT_CHANNELS:

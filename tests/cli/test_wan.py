@@ -9,9 +9,11 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from context_forcing.model.codecs.base import normalise
+from context_forcing.model.codecs.base import denormalise, normalise
+from context_forcing.model.codecs.tiny import load_tiny_decoder
 from context_forcing.model.codecs.wan_vae import load_wan_vae
 from context_forcing.video.frames import to_pixels
+from context_forcing.video.mp4 import default_scale, write_video
 
 pytest.importorskip("sentencepiece")
 pytest.importorskip("ftfy")
@@ -122,6 +124,30 @@ def test_report_needs_the_vae_alone(generate, run, models, succeeded):
     assert Path("during.png").read_bytes() == Path("after.png").read_bytes()
 
 
+def test_a_tiny_decoder_draws_in_place_of_the_vae(
+    generate, run, models, tiny_decoder_state, tmp_path, frames_of, succeeded, refused
+):
+    """No VAE is needed, and the latents are the same; with a start the VAE encodes."""
+    save_file(tiny_decoder_state, "taew2_1.safetensors")
+    student = ("--student", models / "diffusion_models" / "student.safetensors")
+    student += ("--text-encoder", models / "text_encoders" / "umt5.safetensors")
+    tiny, vae = ("--decoder", "taew2_1.safetensors"), ("--vae", models / "vae" / "wan.safetensors")
+    succeeded(generate(PROMPTS[:1], "film", *student, *tiny, "--report", "during.png"))
+    pixels = load_tiny_decoder("taew2_1.safetensors").decode(denormalise(load_file("film.memory")["film"]))
+    write_video(tmp_path / "expected.mp4", [pixels], fps=16, scale=default_scale(48, 32))
+    assert frames_of("film.mp4") == frames_of("expected.mp4")
+    assert run("report", "film.memory", "-o", "after.png", *student[:2], *tiny)[0] == 0
+    assert Path("during.png").read_bytes() == Path("after.png").read_bytes()
+    again = ("generate", "--like", "film.mp4", "-o", "again.mp4", *student)
+    refused(run(*again), "--decoder: give taew2_1.safetensors")
+
+    Image.new("RGB", (48, 32), "red").save("start.png")
+    refused(generate(PROMPTS[:1], "next", *student, *tiny, "--start", "start.png"), "--vae")
+    succeeded(generate(PROMPTS[:1], "next", *student, *tiny, *vae, "--start", "start.png"))
+    encoded = normalise(load_wan_vae(vae[1]).encode(to_pixels(np.full((1, 32, 48, 3), (255, 0, 0), np.uint8))))
+    torch.testing.assert_close(load_file("next.memory")["film"][:, :, :1], encoded, atol=0, rtol=0)
+
+
 def test_refusals_are_one_line_and_write_nothing(generate, models, models_dir, umt5_state, tmp_path, refused):
     student = models / "diffusion_models" / "student.safetensors"
     refused(
@@ -129,6 +155,9 @@ def test_refusals_are_one_line_and_write_nothing(generate, models, models_dir, u
     )
     refused(generate(PROMPTS, "film", "--student", student, "--vae", student), "--text-encoder")
     refused(generate(PROMPTS, "film", "--vae", "wan.safetensors"), "--vae", "the student is of the demo world")
+    refused(generate(PROMPTS, "film", "--decoder", "x.pth"), "--decoder", "the student is of the demo world")
+    refused(generate(PROMPTS, "film", *wan(models), "--decoder", "x.pth"), "--decoder: no such file", "vae_approx")
+    refused(generate(PROMPTS, "film", *wan(models), "--decoder", "wan.safetensors"), "not a tiny decoder")
     refused(generate(PROMPTS, "film", *wan(models), "--vae", "none.safetensors"), "--vae", "none.safetensors", "nor")
     refused(generate(PROMPTS, "film", *wan(models), "--vae", "wan2.2_vae.safetensors"), "48 latent channels")
     refused(generate(PROMPTS, "film", *wan(models), "--vae", "broken.pt"), "broken.pt: neither a")

@@ -37,6 +37,12 @@ make_net, models_dir, spiece = shared.make_net, shared.models_dir, shared.spiece
 umt5_state, wan_vae_state = shared.umt5_state, shared.wan_vae_state
 
 
+@pytest.fixture(scope="session")
+def tiny_decoder_state() -> dict[str, torch.Tensor]:
+    """ComfyUI knows no other widths."""
+    return shared.make_tiny_decoder((256, 128, 64, 64))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def inference_mode():
     """ComfyUI runs nodes in inference mode."""

@@ -1,7 +1,10 @@
 """Codecs and encoders: ours against ComfyUI's on the same weights; decoding as a stream against decoding at once."""
 
+import comfy.latent_formats
 import comfy.sd
 import comfy.utils
+import folder_paths
+import latent_preview
 import numpy as np
 import pytest
 import torch
@@ -11,14 +14,18 @@ from comfy.text_encoders.wan import WanT5Model, WanT5Tokenizer
 from conftest import shared
 from safetensors.torch import save_file
 
+import nodes
 from context_forcing.model.codecs.base import denormalise
 from context_forcing.model.codecs.demo_vae import load_demo_codec
+from context_forcing.model.codecs.tiny import load_tiny_decoder
 from context_forcing.model.codecs.umt5 import load_umt5
 from context_forcing.model.codecs.wan_vae import load_wan_vae
 from context_forcing.nodes.consistency import clip_extractor
 from context_forcing.nodes.demo import DemoVAE
+from context_forcing.nodes.progress import preview_of
 from context_forcing.nodes.video import decode_stream
 from context_forcing.video.consistency import measure_consistency
+from context_forcing.video.frames import to_uint8
 
 PROMPTS = ["a meadow by day, the camera pans right", "snow", "fog over a desert " * 12]
 UMT5 = {"num_layers": 2, "d_ff": 16, "num_heads": 2, "d_kv": 8, "vocab_size": 256}
@@ -28,19 +35,65 @@ def random(*shape, seed=1):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("codec", ["demo", "wan"])
-def test_decoding_as_a_stream_equals_decoding_at_once(codec, wan_vae_state):
-    vae = DemoVAE(load_demo_codec()) if codec == "demo" else comfy.sd.VAE(sd=dict(wan_vae_state))
+@pytest.fixture(scope="module")
+def tiny_vae(tiny_decoder_state, tmp_path_factory):
+    """(dtype) -> a tiny decoder from VAELoader, in a file of this dtype."""
+    folder = tmp_path_factory.mktemp("vae_approx")
+    folder_paths.add_model_folder_path("vae_approx", str(folder))
+
+    def load(dtype=torch.float32):
+        state = {key: value.to(dtype) for key, value in tiny_decoder_state.items()}
+        save_file(state, folder / "lighttaew2_1.safetensors")
+        return nodes.VAELoader().load_vae("lighttaew2_1.safetensors")[0]
+
+    return load
+
+
+@pytest.mark.parametrize("codec", ["demo", "wan", "tiny"])
+def test_decoding_as_a_stream_equals_decoding_at_once(codec, wan_vae_state, tiny_vae):
+    make = {
+        "demo": lambda: DemoVAE(load_demo_codec()), "wan": lambda: comfy.sd.VAE(sd=dict(wan_vae_state)),
+        "tiny": tiny_vae,
+    }  # fmt: skip
+    vae = make[codec]()
     latents = random(1, 16, 10, 4, 6)
     whole = vae.decode(denormalise(latents))
     assert whole.shape == (1, 37, 32, 48, 3) and whole.amax() - whole.amin() > 0.1
     for sizes in ([10], [1] * 10, [3, 3, 3, 1], [1, 2, 2, 2, 2, 1], [2, 1, 4, 3], [1, 3, 3, 3]):
         pixels = torch.cat(list(decode_stream(vae, latents.split(sizes, dim=2))), dim=2)
         as_images = pixels.add(1).div(2).clamp(0, 1).movedim(1, -1)
-        torch.testing.assert_close(as_images, whole, atol=1e-6, rtol=0)
+        torch.testing.assert_close(as_images, whole.clamp(0, 1), atol=1e-6, rtol=0)
+    if codec == "tiny":
+        return  # The file has no encoder.
     assert vae.encode(whole[0]).shape == latents.shape
     tiled = vae.decode_tiled(latents, tile_x=4, tile_y=4, overlap=1)
     assert tiled.shape == whole.shape and 0 <= tiled.amin() and tiled.amax() <= 1
+
+
+def test_a_tiny_decoder_in_half_precision_is_refused(tiny_vae):
+    """ComfyUI scales its latents as HunyuanVideo's."""
+    with pytest.raises(ValueError, match="takes a tiny decoder in float16 .* for HunyuanVideo's; load lighttaew2_1"):
+        decode_stream(tiny_vae(torch.float16), [random(1, 16, 3, 4, 6)])
+
+
+def test_the_tiny_decoder_equals_comfyuis(tiny_vae, tiny_decoder_state, tmp_path):
+    save_file(tiny_decoder_state, tmp_path / "lighttaew2_1.safetensors")
+    raw = random(1, 16, 6, 4, 6)
+    theirs = tiny_vae().decode(raw).movedim(-1, 1).clamp(0, 1) * 2 - 1
+    assert theirs.std() > 0.1
+    torch.testing.assert_close(load_tiny_decoder(tmp_path / "lighttaew2_1.safetensors").decode(raw), theirs)
+
+
+def test_previews_of_a_tiny_decoder_are_frames_of_the_video(tiny_vae, monkeypatch):
+    """With and without a picture of every frame; the state is carried from chunk to chunk."""
+    monkeypatch.setattr(latent_preview.args, "preview_method", latent_preview.LatentPreviewMethod.TAESD)
+    vae, latents = tiny_vae(), random(1, 16, 6, 4, 6)
+    video = to_uint8(torch.cat(list(decode_stream(vae, [latents])), dim=2))
+    for only_last in (False, True):
+        preview, pictures = preview_of(None), []
+        for chunk in latents.split(3, dim=2):
+            pictures.append(preview(chunk.split(1, dim=2), only_last)[-1])
+        assert np.array_equal(np.stack(pictures), video[[8, 20]])
 
 
 def test_the_wan_vae_equals_comfyuis(models_dir, wan_vae_state):

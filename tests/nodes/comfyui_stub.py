@@ -62,6 +62,7 @@ def define_types() -> None:
     import comfy.model_sampling
     import comfy.quant_ops
     import comfy.sd
+    import comfy.taesd.taehv
     import comfy_api.latest as api
 
     api.ComfyExtension = type("ComfyExtension", (), {})
@@ -73,5 +74,6 @@ def define_types() -> None:
         **dict.fromkeys(names, InputType),
     )  # fmt: skip
     comfy.sd.VAE = type("VAE", (), {})
+    comfy.taesd.taehv.TAEHV = type("TAEHV", (), {})
     comfy.model_sampling.ModelSamplingDiscreteFlow = type("ModelSamplingDiscreteFlow", (), {})
     comfy.quant_ops.QuantizedTensor = type("QuantizedTensor", (), {})
