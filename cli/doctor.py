@@ -9,7 +9,6 @@ from pathlib import Path
 import typer
 from rich.markup import escape
 
-from ..video.provenance import version_of
 from .console import console
 
 
@@ -66,6 +65,8 @@ def examine() -> list[Finding]:
 def _optional(name: str, packages: list[str], remedy: str) -> Finding:
     if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
         return Finding(name, f"no {', '.join(missing)}; {remedy}", ok=False, required=False)
+    from ..video.provenance import version_of
+
     return Finding(name, ", ".join(f"{package} {version_of(package)}" for package in packages))
 
 
