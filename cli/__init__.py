@@ -4,7 +4,8 @@ import atexit
 import logging
 import signal
 import sys
-from typing import NoReturn, cast
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, NoReturn, cast
 
 try:
     import typer
@@ -40,8 +41,24 @@ UsageError = cast(type[typer.BadParameter], typer.BadParameter.__bases__[0])
 """What typer raises for a command line that it cannot read. It has no name of its own for it."""
 
 
+def _show_version(is_wanted: bool) -> None:
+    if not is_wanted:
+        return
+    try:
+        typer.echo(f"context-forcing {version('context-forcing')}")
+    except PackageNotFoundError:
+        raise ValueError(
+            "--version: context-forcing is not installed; pip install it"
+        ) from None
+    raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
     handler = RichHandler(console=console, show_time=False, show_path=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
 
