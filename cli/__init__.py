@@ -47,9 +47,7 @@ def _show_version(is_wanted: bool) -> None:
     try:
         typer.echo(f"context-forcing {version('context-forcing')}")
     except PackageNotFoundError:
-        raise ValueError(
-            "--version: context-forcing is not installed; pip install it"
-        ) from None
+        raise ValueError("--version: context-forcing is not installed; pip install it") from None
     raise typer.Exit
 
 

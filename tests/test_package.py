@@ -1,5 +1,6 @@
 """What pip installs: built from a checkout, installed without one, its version, its licences and its speed."""
 
+import hashlib
 import json
 import os
 import re
@@ -13,6 +14,9 @@ from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 import pytest
+
+from context_forcing.model.checkpoints.student import DEMO_STUDENT
+from context_forcing.model.codecs.demo_vae import DEMO_CODEC
 
 from .nodes.host import NODE_IDS
 from .test_comfy_load import SHIPPED, load_pack
@@ -82,13 +86,23 @@ def test_every_dependency_has_its_licence(project):
             stated = metadata(package)
         except PackageNotFoundError:
             continue
-        text = " ".join(
-            [stated["License-Expression"] or "", stated["License"] or "", *stated.get_all("Classifier", [])]
-        )
+        fields = stated["License-Expression"], stated["License"], *stated.get_all("Classifier", [])
+        text = " ".join(filter(None, fields))
         family = {"PSF": "Python Software Foundation"}.get(licence, re.match(r"[A-Z]+|Apache", licence)[0])
         assert family in text, f"{package}: {licence}"
         checked += 1
     assert checked > len(licences) / 2
+
+
+def test_the_model_card_is_that_of_the_files():
+    card = (ROOT / "docs" / "demo_student.md").read_text(encoding="utf-8")
+    for path in (DEMO_STUDENT, DEMO_CODEC):
+        assert f"`{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}`" in card, (
+            "docs/demo_student.md is of other files"
+        )
+    for row in ("intended use", "not for", "training", "how it was trained", "data", "figures", "licence"):
+        assert re.search(rf"^\| {row} \| .{{8,}}", card, re.M), row
+    assert re.search(r"^## Limits$", card, re.M)
 
 
 @pytest.fixture(scope="module")
