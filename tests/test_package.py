@@ -22,7 +22,7 @@ from .nodes.host import NODE_IDS
 from .test_comfy_load import SHIPPED, load_pack
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("cli", "memory", "model", "nodes", "train", "video")
+NOT_SHIPPED = ("tests/", "scripts/")
 NODE_FILES = ("locales", "subgraphs", "web", "workflows")
 WHEEL_BYTES = 16e6
 NOT_PYTHON = ("torch", "numpy", "yaml", "PIL", "safetensors", "transformers", "matplotlib", "comfy")
@@ -151,8 +151,10 @@ def test_the_wheel_holds_one_package_with_the_files_of_the_nodes(built, project)
     info = f"context_forcing-{project['project']['version']}.dist-info"
     assert {name.split("/")[0] for name in names} == {"context_forcing", info}
     assert f"{info}/licenses/LICENSE" in names
-    shipped = (*[f"{room}/" for room in (*ROOMS, *NODE_FILES)], "__init__.py")
-    expected = {f"context_forcing/{name}" for name in checked_out() if name.startswith(shipped)}
+    files = [name for name in checked_out() if not name.startswith(NOT_SHIPPED)]
+    rooms = {name.split("/")[0] for name in files if name.endswith(".py")}
+    shipped = tuple(room if room.endswith(".py") else f"{room}/" for room in (*rooms, *NODE_FILES))
+    expected = {f"context_forcing/{name}" for name in files if name.startswith(shipped)}
     assert {name for name in names if not name.startswith(info)} == expected
     for name in ("model/assets/demo_student.safetensors", "web/strip.js", "locales/zh/nodeDefs.json"):
         assert f"context_forcing/{name}" in names
