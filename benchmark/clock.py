@@ -8,6 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+Switch = Callable[[str | None], str | None]
+"""PartClock.switch, or `no_clock` where nothing is timed."""
+
+
+def no_clock(part: str | None) -> str | None:
+    """Times nothing."""
+    return part
+
 
 @dataclass
 class PartClock:
@@ -53,10 +61,10 @@ class Spent:
         """Seconds of all parts."""
         return sum(self.wall.values())
 
-    @property
-    def cpu_seconds(self) -> float:
-        """CPU seconds of all parts."""
-        return sum(self.cpu.values())
+    def without(self, part: str) -> tuple[float, float]:
+        """Seconds and CPU seconds of all parts but one."""
+        wall, cpu = (sum(spent.values()) - spent.get(part, 0.0) for spent in (self.wall, self.cpu))
+        return wall, cpu
 
 
 def peak_bytes(device: torch.device, function: Callable[[], object]) -> int:

@@ -11,15 +11,12 @@ from torch import Tensor
 from ..memory.layer_store import LayerStore
 from ..memory.memory import Memory
 from ..model.sampler import CausalSampler, Noise, seeded_noise, working_bytes
+from .clock import Switch, no_clock
 from .ports import CacheLoop, LoopSettings
 from .subject import PROMPT, Setup, Subject
 
 FILL = -1
 """The step whose noise stands in for the clean latents that fill a memory before anything is timed."""
-
-
-def _nothing() -> None:
-    """What is called before a commit pass that nobody watches."""
 
 
 class Loop(Protocol):
@@ -28,8 +25,8 @@ class Loop(Protocol):
     @property
     def name(self) -> str: ...
 
-    def chunk(self, on_commit: Callable[[], object] = _nothing) -> Tensor:
-        """x0 [1, C, T, H, W] of a chunk. `on_commit` is called after the last denoising pass."""
+    def chunk(self, switch: Switch = no_clock) -> Tensor:
+        """x0 [1, C, T, H, W] of a chunk. A clock is told where its parts begin."""
         ...
 
     def held_bytes(self) -> int:
@@ -45,25 +42,25 @@ class OurLoop:
         text = subject.pipeline(setup).text_encoder.encode(PROMPT)
         self.sampler = subject.sampler(setup, text, self._on_pass)
         self.sigmas, self.noise = subject.card.sigmas, seeded_noise(seed, memory.latent_size)
-        self._passes, self._on_commit = 0, _nothing
+        self._passes, self._switch = 0, no_clock
 
-    def chunk(self, on_commit: Callable[[], object] = _nothing) -> Tensor:
-        return self.continued(self.memory, on_commit).latent_chunks[-1]
+    def chunk(self, switch: Switch = no_clock) -> Tensor:
+        return self.continued(self.memory, switch).latent_chunks[-1]
 
-    def continued(self, memory: Memory, on_commit: Callable[[], object] = _nothing) -> Memory:
+    def continued(self, memory: Memory, switch: Switch = no_clock) -> Memory:
         """A memory with one chunk more."""
-        with self.watched(on_commit) as begin:
+        with self.watched(switch) as begin:
             begin()
             return self.sampler.generate_chunk(memory, self.sigmas, self.noise)
 
     @contextlib.contextmanager
-    def watched(self, on_commit: Callable[[], object]) -> Iterator[Callable[[], None]]:
-        """Calls `on_commit` before the commit pass of every chunk whose begin is told by calling what is yielded."""
-        self._on_commit = on_commit
+    def watched(self, switch: Switch) -> Iterator[Callable[[], None]]:
+        """Tells a clock where the commit of a chunk begins; what is yielded is called where each chunk begins."""
+        self._switch = switch
         try:
             yield self._begin
         finally:
-            self._on_commit = _nothing
+            self._switch = no_clock
 
     def _begin(self) -> None:
         self._passes = 0
@@ -71,7 +68,7 @@ class OurLoop:
     def _on_pass(self) -> None:
         self._passes += 1
         if self._passes == len(self.sigmas) + 1:
-            self._on_commit()
+            self._switch("commit")
 
     def held_bytes(self) -> int:
         text = [context for context in (self.sampler.text, self.sampler.commit_text) if context]

@@ -169,7 +169,7 @@ class _Bench:
 
     def timed(self, loop: Loop) -> Spent:
         self.clock.switch("denoise")
-        loop.chunk(lambda: self.clock.switch("commit"))
+        loop.chunk(self.clock.switch)
         return self.clock.take()
 
     def _weights_bytes(self, setup: Setup) -> int:
@@ -216,7 +216,7 @@ class _Bench:
                 yield run
                 clock.switch("decode")
 
-        with self._film_file() as write, loop.watched(lambda: clock.switch("commit")) as begin:
+        with self._film_file() as write, loop.watched(clock.switch) as begin:
             begin()
             write(decoded(begin))
         clock.take()
@@ -273,7 +273,7 @@ class _Bench:
             at = [(EARLY, early), (LATE, late)]
             for length, memory in at if number % 2 else at[::-1]:
                 self.clock.switch("denoise")
-                loop.continued(memory, lambda: self.clock.switch("commit"))
+                loop.continued(memory, self.clock.switch)
                 seconds = self.clock.take()
                 if number >= self.plan.warmup:
                     spent[length].append(seconds)

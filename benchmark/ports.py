@@ -8,7 +8,7 @@ latent frame, S tokens of a chunk (T * P), K tokens in a cache, N heads, E head 
 """
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..model.causal import WanNet, sinusoid
 from ..model.flow import TIMESTEPS, add_noise
 from ..model.network import Network
 from ..model.sampler import Noise
+from .clock import Switch, no_clock
 
 THETA = 10000.0
 MAX_POSITIONS = 1024
@@ -59,18 +60,20 @@ class CacheLoop(abc.ABC):
         self.keys = [zeros() for _ in self.net.blocks]
         self.values = [zeros() for _ in self.net.blocks]
         self.text_kv: list[tuple[Tensor, Tensor]] = []
+        self._switch: Switch = no_clock
 
-    def chunk(self, on_commit: Callable[[], object] = lambda: None) -> Tensor:
-        """Generate the next chunk: x0 [1, C, T, H, W]. `on_commit` is called after the last denoising pass."""
+    def chunk(self, switch: Switch = no_clock) -> Tensor:
+        """Generate the next chunk: x0 [1, C, T, H, W]. A clock is told where text and commit begin."""
         noise, sigmas, frames = self.settings.noise, self.settings.sigmas, range(self.settings.chunk)
-        x0 = None
+        self._switch, x0 = switch, None
         for step, sigma in enumerate(sigmas):
             eps = torch.stack([noise(self.first_frame + t, step) for t in frames], dim=2).to(self.network.device)
             x = eps if x0 is None else add_noise(x0, eps, sigma)
             x0 = self.x0(x, self.flow(x, sigma), sigma)
         assert x0 is not None
-        on_commit()
+        switch("commit")
         self.commit(x0)
+        self._switch = no_clock
         return x0
 
     def commit(self, x0_BCTHW: Tensor) -> None:
@@ -91,7 +94,9 @@ class CacheLoop(abc.ABC):
         timestep_BT = torch.full((1, x_BCTHW.shape[2]), TIMESTEPS * sigma, device=self.network.device)
         temb_BTD = net.time_embedding(sinusoid(timestep_BT, net.time_embedding[0].in_features).to(dtype))
         tproj_BT6D = net.time_projection(temb_BTD).unflatten(-1, (6, -1))
+        part = self._switch("text")
         self._embed_text()
+        self._switch(part)
         rotary = self.rotary(x_BCTHW.shape[2])
         for layer, block in enumerate(net.blocks):
             x_BSD = self._block(layer, block, x_BSD, tproj_BT6D, rotary)

@@ -11,7 +11,7 @@ from .clock import Spent
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """One loop, timed in turn with the others. Parts: denoise, commit."""
+    """One loop, timed in turn with the others. Parts: denoise, commit; text, for loops that embed it in every pass."""
 
     name: str
     rounds: tuple[Spent, ...]
@@ -86,10 +86,14 @@ class Result:
 
 
 def ratios(ones: Sequence[Spent], others: Sequence[Spent]) -> tuple[float, float]:
-    """Median over the rounds of one loop's time as a share of another's in the same round: wall clock, CPU seconds."""
-    pairs = list(zip(ones, others, strict=True))
-    wall = statistics.median(one.seconds / other.seconds for one, other in pairs)
-    return wall, statistics.median(one.cpu_seconds / max(1e-9, other.cpu_seconds) for one, other in pairs)
+    """Median over the rounds of one loop's time as a share of another's in the same round: wall clock, CPU seconds.
+
+    The text does not count: it takes the same time however many layers a network is cut to.
+    """
+    pairs = zip(ones, others, strict=True)
+    shares = [[a / max(1e-9, b) for a, b in zip(one.without("text"), other.without("text"))] for one, other in pairs]
+    wall, cpu = map(statistics.median, zip(*shares))
+    return wall, cpu
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:

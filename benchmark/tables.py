@@ -68,14 +68,17 @@ def tables_of(subject: Subject, plan: Plan, result: Result) -> Iterator[Table]:
 
 
 def _speed_table(speed: Sequence[Speed]) -> Table:
-    title = f"denoising in turn; the ratio is {speed[0].name} to each, median of the rounds (wall clock, CPU seconds)"
-    columns = ("loop", "denoise s", "commit s", "frames/s", "ratio", "ratio CPU", "difference")
+    title = (
+        f"in turn; the ratio is {speed[0].name} to each without text, median of the rounds (wall clock, CPU seconds)"
+    )
+    columns = ("loop", "text s", "denoise s", "commit s", "frames/s", "ratio", "ratio CPU", "difference")
     table = Table(*columns, "weights GB", "peak GB predicted", "measured", "predicted/measured", title=title)
     for loop in speed:
         wall, cpu = ratios(speed[0].rounds, loop.rounds)
         predicted = loop.predicted_bytes
         table.add_row(
             loop.name,
+            _seconds(median_of(loop.rounds, "text")),
             _seconds(median_of(loop.rounds, "denoise")),
             _seconds(median_of(loop.rounds, "commit")),
             f"{loop.frames_per_second:.3g}",

@@ -61,6 +61,8 @@ def test_ratios_are_of_the_same_round():
     spent = lambda seconds: Spent(wall={"denoise": seconds}, cpu={"denoise": 2 * seconds})
     fast, slow = [spent(1.0), spent(10.0), spent(1.0)], [spent(2.0), spent(20.0), spent(2.0)]
     assert ratios(fast, slow) == (0.5, 0.5)
+    with_text = [Spent(wall={**each.wall, "text": 9.0}, cpu={**each.cpu, "text": 9.0}) for each in slow]
+    assert ratios(fast, with_text) == (0.5, 0.5), "the text is not compared"
 
 
 def test_peak_is_what_is_held_at_once():
@@ -100,12 +102,14 @@ def test_loops_agree_and_commit_is_told_once(subject):
     assert memory.slots.all == tuple(range(18)), "the ports remember the same frames"
     ours = OurLoop("ours", subject, setup, memory, 0)
     told = []
-    x0 = ours.chunk(lambda: told.append(1))
-    port = make_port(ComfyUILoop, ours, subject)
-    assert relative_difference(port.chunk(lambda: told.append(2)), x0) < 1e-5
-    assert told == [1, 2]
+    x0 = ours.chunk(told.append)
+    assert told == ["commit"]
     ours.chunk()
-    assert told == [1, 2], "nobody watches any more"
+    assert told == ["commit"], "nobody watches any more"
+    port = make_port(ComfyUILoop, ours, subject)
+    assert relative_difference(port.chunk(told.append), x0) < 1e-5
+    passes = len(subject.card.sigmas) + 1
+    assert told.count("text") == passes and told.count("commit") == 2
 
 
 def test_what_does_not_run_is_named_and_the_rest_is_measured(subject, monkeypatch):
@@ -123,7 +127,8 @@ def test_what_does_not_run_is_named_and_the_rest_is_measured(subject, monkeypatc
     assert half.weights_bytes * 2 == first.weights_bytes
     for loop in result.speed:
         assert len(loop.rounds) == 2 and loop.measured_bytes > 0 and loop.frames == 12
-        assert all({*spent.wall} == {"denoise", "commit"} and min(spent.wall.values()) > 0 for spent in loop.rounds)
+        parts = {"denoise", "commit"} | ({"text"} if loop in ports else set())
+        assert all({*spent.wall} == parts and min(spent.wall.values()) > 0 for spent in loop.rounds)
     (growth,) = result.growth
     assert len(growth.early) == len(growth.late) == 2
     assert result.films == () and result.drift == () and said
