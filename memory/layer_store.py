@@ -18,7 +18,7 @@ from .config import MemoryConfig
 from .policy import Decision, Slots
 from .recall import Choose
 from .stores import FrameKV, KVStore, kv_tensors
-from .view import Rotate
+from .view import KVBuffer, Rotate, rotated_bytes
 
 FROM_NOISE = "policy released keeps keys of passes over noise, which cannot be computed from the latents"
 NO_CHANGE = "change: {} is not supported by policy released; use keep"
@@ -80,10 +80,17 @@ class LayerView:
     layers: dict[int, LayerSlots]
     config: MemoryConfig
     first_frame: int
+    buffer: KVBuffer | None = None
+    """The layers are laid out here one after the other, in every pass: their slots change in every pass."""
 
     def positions(self, num_frames: int) -> range:
         """Temporal positions of all slots. A chunk has those of the last filled slots."""
         return range(self.config.num_slots)
+
+    def buffer_like(self, keys_BPNE: Tensor, device: torch.device) -> KVBuffer:
+        """Room for all slots of a layer."""
+        self.buffer = self.buffer or KVBuffer.empty(self.config.num_slots, keys_BPNE, device)
+        return self.buffer
 
     def take(self, layer: int, k_BTPNE: Tensor, v_BTPNE: Tensor) -> LayerSlots:
         """Update the slots of one layer with raw keys and values of a pass."""
@@ -110,7 +117,9 @@ class LayerStore(KVStore):
         slots = Slots(new_kv[0].frames[:sink], tuple(sorted(slow)), tuple(sorted(fast)), (None,) * len(fast))
         return LayerStore(slots=slots, layers=tuple(new_kv)), (Decision(frames[0], frames[0] in slow, None),)
 
-    def view(self, config: MemoryConfig, next_frame: int, rotate: Rotate, lazy: bool) -> LayerView:
+    def view(
+        self, config: MemoryConfig, next_frame: int, rotate: Rotate, device: torch.device, lazy: bool
+    ) -> LayerView:
         """Keys are rotated by the pass: their slots change in every pass."""
         return LayerView(dict(enumerate(self.layers)), config, next_frame)
 
@@ -150,8 +159,7 @@ class LayerStore(KVStore):
     ) -> tuple[int, int, int]:
         # The chunk and a promoted frame are new; the memory before the chunk stays until its end.
         frames = config.chunk + 1 + (config.num_slots if kv_placement != "from RAM" else 0)
-        # Keys of all slots before, during (float32) and after their rotation; values.
-        in_pass = elements * config.num_slots * (2 * 4 + 3 * itemsize)
+        in_pass = 2 * elements * config.num_slots * itemsize + rotated_bytes(config.num_slots, elements, itemsize)
         return 2 * num_layers * elements * itemsize * frames, in_pass, 0
 
     @property

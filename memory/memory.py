@@ -20,7 +20,7 @@ from .layer_store import LayerStore
 from .policy import Decision, Slots
 from .recall import MAX_READS, Archive, Recall
 from .references import Reference, reference_frames
-from .stores import FrameStore, KVStore
+from .stores import FrameKV, FrameStore, KVStore
 from .view import Rotate
 
 CHANGES = ("keep", "recache", "flush", "cut", "cut_new_sink")
@@ -217,7 +217,7 @@ class Memory:
             raise ValueError(f"latents: shape {shape} does not fit [1, C, T, H, W] with C, H, W = {self.latent_size}")
 
     def append(self, latents_BCTHW: Tensor, new_kv: Sequence[Any]) -> "Memory":
-        """Commit a chunk: clean latents, and per layer what the pass over them left for the store (KVStore.append)."""
+        """Commit a chunk: clean latents, and what the pass over them left for the store (KVStore.append)."""
         self._check_fits(latents_BCTHW)
         num_new, start = latents_BCTHW.shape[2], self.start_latents
         frames = range(self.num_frames, self.num_frames + num_new)
@@ -279,13 +279,13 @@ class Memory:
         kvs = {frame: kv for frame, kv in self.store.frame_kvs() if frame in slots.all}
         return dataclasses.replace(self, store=dataclasses.replace(self.store, slots=slots, frames=kvs))
 
-    def write(self, frames: Sequence[int], new_kv: Sequence[Any]) -> "Memory":
-        """The memory with new keys and values of remembered frames, per layer [B, T, P, N, E]."""
+    def write(self, frames: Sequence[int], new_kv: Sequence[FrameKV]) -> "Memory":
+        """The memory with new keys and values of remembered frames."""
         return dataclasses.replace(self, store=self.store.write(frames, new_kv))
 
-    def view(self, rotate: Rotate, lazy: bool = False) -> Any:
-        """What the next chunk attends to (KVStore.view); `rotate` rotates raw keys [B, M, P, N, E] to their ranks."""
-        view = self.store.view(self.config, self.num_frames, rotate, lazy)
+    def view(self, rotate: Rotate, device: torch.device, lazy: bool = False) -> Any:
+        """What the next chunk attends to on a device (KVStore.view); `rotate` rotates raw keys to their ranks."""
+        view = self.store.view(self.config, self.num_frames, rotate, device, lazy)
         if not self.scene_begins:
             return view
         # The first chunk of a scene has the last positions of the window (docs/method.md, Prompt changes).

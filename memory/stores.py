@@ -17,7 +17,7 @@ from torch import Tensor
 from .config import MemoryConfig
 from .policy import Decision, Slots, advance
 from .recall import Choose
-from .view import LazyLayers, MemoryView, Rotate
+from .view import KVBuffer, LazyLayers, MemoryView, Rotate, rotated_bytes
 
 KV_PLACEMENTS = ("at once", "by layer", "from RAM")
 """How keys and values are prepared for a chunk: all layers before it, the fastest; each layer in every pass, with half
@@ -44,6 +44,27 @@ class FrameKV:
         return FrameKV(self.keys.to(device, dtype), self.values.to(device, dtype), self.written)
 
 
+class NewFrames:
+    """Keys and values of the frames of a chunk, written layer by layer while a pass computes them."""
+
+    def __init__(self, num_layers: int):
+        self.num_layers = num_layers
+        self.frames: list[FrameKV] = []
+
+    def write(self, layer: int, k_BTPNE: Tensor, v_BTPNE: Tensor) -> None:
+        """Copy raw keys and values of a layer."""
+        new = list(zip(k_BTPNE.unbind(1), v_BTPNE.unbind(1)))
+        if not self.frames:
+            room = lambda tensor: tensor.new_empty((self.num_layers, *tensor.shape))
+            self.frames = [FrameKV(room(k), room(v)) for k, v in new]
+        for frame, (k, v) in zip(self.frames, new, strict=True):
+            frame.keys[layer], frame.values[layer] = k, v
+
+    def tensors(self) -> list[Tensor]:
+        """Keys and values, in parts of the size that is compared at once."""
+        return [part for tensor in kv_tensors(self.frames) for part in tensor.split(_layers_at_once(tensor))]
+
+
 def kv_tensors(kvs: Iterable[FrameKV]) -> Iterator[Tensor]:
     """Keys and values in turn."""
     return (tensor for kv in kvs for tensor in (kv.keys, kv.values))
@@ -62,16 +83,16 @@ class KVStore(abc.ABC):
     def append(
         self, config: MemoryConfig, frames: range, new_kv: Sequence[Any], choose: Choose
     ) -> tuple["KVStore", tuple[Decision, ...]]:
-        """Commit the chunk of latent `frames` with what its pass at sigma 0 left in `new_kv`, per layer.
+        """Commit the chunk of latent `frames` with what its pass at sigma 0 left in `new_kv`.
 
         Policy recall chooses slow frames by `choose`.
         """
 
     @abc.abstractmethod
-    def view(self, config: MemoryConfig, next_frame: int, rotate: Rotate, lazy: bool) -> Any:
-        """What the chunk that begins at latent frame `next_frame` attends to (model/memory_attention.py).
+    def view(self, config: MemoryConfig, next_frame: int, rotate: Rotate, device: torch.device, lazy: bool) -> Any:
+        """What the chunk that begins at latent frame `next_frame` attends to on a device (model/memory_attention.py).
 
-        A `lazy` view holds no copy of the store.
+        A `lazy` view holds no copy of the store but one layer's.
         """
 
     @abc.abstractmethod
@@ -123,8 +144,8 @@ class KVStore(abc.ABC):
         """The store with only these latent frames, for `flush` and `cut`."""
         raise NotImplementedError
 
-    def write(self, frames: Sequence[int], new_kv: Sequence[tuple[Tensor, Tensor]]) -> "KVStore":
-        """New keys and values for remembered frames, per layer [B, T, P, N, E], for `recache`."""
+    def write(self, frames: Sequence[int], new_kv: Sequence[FrameKV]) -> "KVStore":
+        """New keys and values for remembered frames, for `recache`."""
         raise NotImplementedError
 
     def compact(self) -> "KVStore":
@@ -144,10 +165,10 @@ class FrameStore(KVStore):
     are missing are compared when they are needed. Never changed in place."""
 
     def append(
-        self, config: MemoryConfig, frames: range, new_kv: Sequence[tuple[Tensor, Tensor]], choose: Choose
+        self, config: MemoryConfig, frames: range, new_kv: Sequence[FrameKV], choose: Choose
     ) -> tuple["FrameStore", tuple[Decision, ...]]:
-        """`new_kv` has keys and values [B, T, P, N, E] per layer. Keys are compared on their device."""
-        kvs, device = self.frames | _by_frame(frames, new_kv), new_kv[0][0].device
+        """`new_kv` are the keys and values of each frame. Keys are compared on their device."""
+        kvs, device = self.frames | dict(zip(frames, new_kv, strict=True)), new_kv[0].keys.device
         known = dict(self.similarities)
 
         def similarity(frame: int, others: Sequence[int]) -> list[float]:
@@ -167,15 +188,23 @@ class FrameStore(KVStore):
         )
         return store, decisions
 
-    def view(self, config: MemoryConfig, next_frame: int, rotate: Rotate, lazy: bool) -> MemoryView:
+    def view(
+        self, config: MemoryConfig, next_frame: int, rotate: Rotate, device: torch.device, lazy: bool
+    ) -> MemoryView:
         kvs = [self.frames[frame] for frame in self.slots.all]
-        num_layers = len(kvs[0].keys) if kvs else 0
-        layers = (
-            LazyLayers(num_layers, lambda n: rotate(torch.stack([kv.keys[n] for kv in kvs], dim=1)).flatten(1, 2)),
-            LazyLayers(num_layers, lambda n: torch.cat([kv.values[n] for kv in kvs], dim=1)),
-        )
-        keys, values = layers if lazy else map(tuple, layers)
-        return MemoryView(keys, values, len(kvs), len(self.slots.sink), len(self.slots.slow))
+        if not kvs:
+            return MemoryView()
+
+        def fill(buffer: KVBuffer, layer: int) -> None:
+            buffer.fill([kv.keys[layer] for kv in kvs], [kv.values[layer] for kv in kvs], rotate)
+
+        num_layers, like = len(kvs[0].keys), kvs[0].keys[0]
+        buffers = [KVBuffer.empty(len(kvs) + config.chunk, like, device) for _ in range(1 if lazy else num_layers)]
+        if not lazy:
+            for layer, buffer in enumerate(buffers):
+                fill(buffer, layer)
+        layers = LazyLayers(num_layers, buffers[0], fill) if lazy else buffers
+        return MemoryView(layers, len(kvs), len(self.slots.sink), len(self.slots.slow))
 
     def frame_kvs(self) -> Iterator[tuple[int, FrameKV]]:
         yield from self.frames.items()
@@ -207,15 +236,17 @@ class FrameStore(KVStore):
     def working_bytes(
         self, config: MemoryConfig, kv_placement: str, num_layers: int, elements: int, itemsize: int
     ) -> tuple[int, int, int]:
-        copies = {"at once": 2, "by layer": 1, "from RAM": 0}[kv_placement]
-        frame = 2 * num_layers * elements * itemsize
-        # Remembered keys are rotated in float32, next to values; then the chunk's are appended to both.
-        rotated = elements * config.capacity * (2 * 4 + itemsize)
-        appended = elements * 2 * (config.capacity + config.window) * itemsize
-        # The chunk's keys and values are there by layer and by frame; keys are compared in float32.
+        layer_frame = 2 * elements * itemsize
+        frame, buffer = num_layers * layer_frame, config.num_slots * layer_frame
+        rotated = rotated_bytes(config.capacity, elements, itemsize)
+        # Keys of frames are compared in float32.
         compared = 5 * 4 * min(SIMILARITY_ELEMENTS, num_layers * elements)
-        stored = frame * (copies * config.capacity + config.chunk)
-        return stored, max(rotated, appended), frame * config.chunk + compared
+        # The commit pass writes keys and values of the chunk before rotation.
+        new = config.chunk * frame
+        if kv_placement == "at once":  # buffers are filled before the passes
+            return config.capacity * frame + num_layers * buffer + max(new, rotated), 0, compared
+        stored = config.capacity * frame if kv_placement == "by layer" else 0
+        return stored + buffer + new, rotated, compared
 
     def restrict_to(self, frames: Collection[int]) -> "FrameStore":
         keep = lambda part: tuple(frame for frame in part if frame in frames)
@@ -228,8 +259,8 @@ class FrameStore(KVStore):
             similarities=self._similarities_of(frames),
         )
 
-    def write(self, frames: Sequence[int], new_kv: Sequence[tuple[Tensor, Tensor]]) -> "FrameStore":
-        kvs = self.frames | _by_frame(frames, new_kv)
+    def write(self, frames: Sequence[int], new_kv: Sequence[FrameKV]) -> "FrameStore":
+        kvs = self.frames | dict(zip(frames, new_kv, strict=True))
         return dataclasses.replace(
             self,
             frames={frame: kvs[frame] for frame in self.slots.all if frame in kvs},
@@ -244,19 +275,19 @@ class FrameStore(KVStore):
         return {pair: value for pair, value in self.similarities.items() if {*pair} <= {*frames}}
 
 
-def _by_frame(frames: Sequence[int], new_kv: Sequence[tuple[Tensor, Tensor]]) -> dict[int, FrameKV]:
-    stack = lambda part, t: torch.stack([kv[part][:, t] for kv in new_kv])
-    return {frame: FrameKV(stack(0, t), stack(1, t)) for t, frame in enumerate(frames)}
-
-
 def key_similarity(a: Tensor, b: Tensor) -> Tensor:
     """Cosine of raw keys [layers, B, P, N, E] per token over the full width, averaged over tokens and layers.
 
     It is computed on the device of `a`. A mean over tokens before the cosine would not change when the camera pans.
     """
-    layers_at_once = max(1, SIMILARITY_ELEMENTS // a[0].numel())
+    layers_at_once = _layers_at_once(a)
     cosines = [
         F.cosine_similarity(x.flatten(-2).float(), y.to(x.device).flatten(-2).float(), dim=-1).flatten(1)
         for x, y in zip(a.split(layers_at_once), b.split(layers_at_once))
     ]
     return torch.cat(cosines).mean()
+
+
+def _layers_at_once(tensor: Tensor) -> int:
+    """How many layers of keys [layers, B, P, N, E] have SIMILARITY_ELEMENTS at most; one or more."""
+    return max(1, SIMILARITY_ELEMENTS // tensor[0].numel())

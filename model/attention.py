@@ -187,4 +187,4 @@ def _largest_error(out_BSNE: Tensor, expected_BSNE: Tensor) -> float:
 
 def plain(tensor: Tensor) -> Tensor:
     """The tensor as a plain Tensor. Classes of quantised weights would otherwise pass on to activations."""
-    return tensor.as_subclass(Tensor)
+    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)

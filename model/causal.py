@@ -6,6 +6,7 @@ Shapes: B batch, C latent channels, T latent frames, H W latent rows and columns
 S tokens of one text group, G text groups, N heads, E head dim, D model width, L text tokens.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,8 +24,8 @@ WanNet = Any
 The type of a submodule of nn.Module is `Tensor | Module`, so this is the only type that has the names.
 """
 
-AttendSelf = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q_BTPNE, k_BTPNE, v_BTPNE) -> out_BTPNE"""
+AttendSelf = Callable[..., Tensor]
+"""(layer, q_BTPNE, k_BTPNE, v_BTPNE, inside) -> out_BTPNE; `inside` is the ModuleRunner of the parts of a block."""
 
 ModuleRunner = Callable[..., Any]
 """(module, function, *args) -> function(module, *args). The pass runs the network and its blocks through one."""
@@ -135,7 +136,7 @@ def _block(
     inside: ModuleRunner = run_directly,
 ) -> Tensor:
     q, k, v, modulation = inside(block, _until_attention, x_BTPD, tproj_BT6D)
-    y = attend_self(layer, q, k, v)
+    y = attend_self(layer, q, k, v, inside)
     x, q_BSNE = inside(block, _until_text, x_BTPD, y, modulation)
     q_BSNE = rearrange(q_BSNE, "B (G S) N E -> (B G) S N E", G=text.num_groups)
     y = attention(q_BSNE, text.keys[layer], text.values[layer], text.bias)
@@ -174,8 +175,8 @@ def compiled(**options) -> ModuleRunner:
     Attention is not compiled because the memory grows. The other parts have the same shapes in every chunk and compile
     once for all blocks.
     """
-    parts = {part: torch.compile(part, **options) for part in (_until_attention, _until_text, _after_text)}
-    inside = lambda block, part, *args: parts[part](block, *args)
+    part_of = functools.cache(lambda part: torch.compile(part, **options))
+    inside = lambda block, part, *args: part_of(part)(block, *args)
 
     def run(module: WanNet, function: Callable, *args):
         return function(module, *args, inside) if function is _block else function(module, *args)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..memory.memory import Memory, all_finite
 from ..memory.references import frame_name
 from .attention import sdpa
-from .causal import TextContext, WanNet
+from .causal import ModuleRunner, TextContext, WanNet
 from .flow import TIMESTEPS
 from .network import Network
 
@@ -73,10 +73,11 @@ class FiniteCheck:
         if not all_finite([x]):
             raise self.error("its latents before the pass", "check the start image, journal or memory they came from")
 
-        def attend(layer: int, *qkv: Tensor) -> Tensor:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, inside: ModuleRunner) -> Tensor:
+            qkv = q, k, v
             for name, tensor in zip(("queries", "keys", "values"), qkv):
                 self._check(tensor, f"the {name} of layer blocks.{layer}", f"blocks.{layer}.")
-            out = attend_self(layer, *qkv)
+            out = attend_self(layer, *qkv, inside)
             self._check(out, f"the self-attention of layer blocks.{layer}")
             return out
 

@@ -5,40 +5,50 @@ Shapes: B batch, T latent frames of the chunk, P tokens per latent frame, N head
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..memory.layer_store import LayerSlots, LayerView
+from ..memory.stores import FrameKV, NewFrames
 from ..memory.view import MemoryView, num_hidden
 from .attention import Attention, plain
-from .rope import rotate
+from .causal import ModuleRunner, run_directly
+from .rope import rotate, rotate_both
 
 
 class MemoryAttention:
     """Over the frames of a MemoryView and over the chunk itself, in both directions.
 
-    It is called with raw (not rotated) queries, keys and values of a layer.
+    It is called with raw (not rotated) queries, keys and values of a layer. The keys and values of a pass go to `new`.
     """
 
-    def __init__(self, view: MemoryView, table: Tensor, attention: Attention, attends: str = "all", keep: bool = False):
-        self.view, self.table, self.attention, self.keep = view.restrict_to(attends), table, attention, keep
-        self.new_kv: list[tuple[Tensor, Tensor]] = []
-        """Raw keys and values per layer, [B, T, P, N, E], if `keep`."""
+    def __init__(
+        self,
+        view: MemoryView,
+        table: Tensor,
+        attention: Attention,
+        attends: str = "all",
+        new: NewFrames | None = None,
+    ):
+        self.view, self.table, self.attention, self.new = view.restrict_to(attends), table, attention, new
 
-    def __call__(self, layer: int, q_BTPNE: Tensor, k_BTPNE: Tensor, v_BTPNE: Tensor) -> Tensor:
-        if self.keep and len(self.new_kv) == layer:  # a recomputed pass comes here twice
-            self.new_kv.append((plain(k_BTPNE), plain(v_BTPNE)))
-        q = rotate(q_BTPNE, self.table).flatten(1, 2)
-        k = rotate(k_BTPNE, self.table).flatten(1, 2)
-        v = v_BTPNE.flatten(1, 2)
-        if self.view.keys:
-            k = torch.cat([self.view.keys[layer], k], dim=1)
-            v = torch.cat([self.view.values[layer].to(v.device), v], dim=1)
-        return self.attention(q, k, v).view_as(q_BTPNE)
+    def __call__(
+        self, layer: int, q_BTPNE: Tensor, k_BTPNE: Tensor, v_BTPNE: Tensor, inside: ModuleRunner = run_directly
+    ) -> Tensor:
+        has_grad = any(tensor.requires_grad for tensor in (q_BTPNE, k_BTPNE, v_BTPNE))
+        if self.new:
+            self.new.write(layer, plain(k_BTPNE), plain(v_BTPNE))
+        q, k = inside(None, rotate_both, q_BTPNE, k_BTPNE, self.table)
+        keys, values = self.view.with_chunk(layer, plain(k), plain(v_BTPNE), has_grad)
+        return self.attention(q.flatten(1, 2), keys, values).view_as(q_BTPNE)
+
+    @property
+    def new_kv(self) -> list[FrameKV]:
+        """Raw keys and values of each frame of the chunk."""
+        return self.new.frames if self.new else []
 
     def new_tensors(self) -> list[Tensor]:
         """Keys and values that the passes over the chunk computed."""
-        return [tensor for kv in self.new_kv for tensor in kv]
+        return self.new.tensors() if self.new else []
 
 
 class LayerAttention:
@@ -50,16 +60,19 @@ class LayerAttention:
     def __init__(self, view: LayerView, table: Tensor, attention: Attention, attends: str = "all"):
         self.view, self.table, self.attention, self.attends = view, table, attention, attends
 
-    def __call__(self, layer: int, q_BTPNE: Tensor, k_BTPNE: Tensor, v_BTPNE: Tensor) -> Tensor:
+    def __call__(
+        self, layer: int, q_BTPNE: Tensor, k_BTPNE: Tensor, v_BTPNE: Tensor, inside: ModuleRunner = run_directly
+    ) -> Tensor:
         slots = self.view.take(layer, plain(k_BTPNE), plain(v_BTPNE))
         num_slots, num_frames = len(slots.entries), q_BTPNE.shape[1]
         hidden = num_hidden(self.attends, num_slots - num_frames, self.view.config.sink, slots.num_slow)
-        entries = slots.entries[hidden:]
-        k = torch.stack([entry.keys.to(q_BTPNE.device) for entry in entries], dim=1)
-        v = torch.stack([entry.values.to(q_BTPNE.device) for entry in entries], dim=1)
-        k = rotate(k, self.table[hidden:num_slots])
-        q = rotate(q_BTPNE, self.table[num_slots - num_frames : num_slots])
-        return self.attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)).view_as(q_BTPNE)
+        seen, table = slots.entries[hidden:], self.table[hidden:num_slots]
+        buffer = self.view.buffer_like(seen[0].keys, q_BTPNE.device)
+        of_rank = lambda keys, ranks: rotate(keys, table[ranks.start : ranks.stop])
+        buffer.fill([kv.keys for kv in seen], [kv.values for kv in seen], of_rank)
+        k, v = (part[:, : len(seen)].flatten(1, 2) for part in (buffer.keys, buffer.values))
+        q = rotate(q_BTPNE, table[-num_frames:])
+        return self.attention(q.flatten(1, 2), k, v).view_as(q_BTPNE)
 
     @property
     def new_kv(self) -> list[LayerSlots]:
@@ -75,11 +88,13 @@ class LayerAttention:
 ChunkAttention = MemoryAttention | LayerAttention
 
 
-def attention_over(view: Any, table: Tensor, attention: Attention, attends: str, keep: bool) -> ChunkAttention:
+def attention_over(
+    view: Any, table: Tensor, attention: Attention, attends: str, new: NewFrames | None
+) -> ChunkAttention:
     """The attention over one kind of view. `table` rotates to `view.positions`; `attends` is one of view.ATTENDS.
 
-    With `keep` the keys and values of a pass stay in `new_kv`, for KVStore.append.
+    The keys and values of a pass go to `new`. KVStore.append takes them, or the slots of a LayerView, as `new_kv`.
     """
     if isinstance(view, LayerView):
         return LayerAttention(view, table, attention, attends)
-    return MemoryAttention(view, table, attention, attends, keep)
+    return MemoryAttention(view, table, attention, attends, new)

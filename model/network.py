@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..memory.stores import NewFrames
 from ..memory.view import Rotate
 from .attention import Attention, plain, sdpa
 from .causal import AttendSelf, ModuleRunner, TextContext, WanNet, causal_forward, embed_text, run_directly
@@ -77,14 +78,17 @@ class Network:
     def attend(
         self, view: Any, num_frames: int, latent_size: tuple[int, int, int], attends: str = "all", keep: bool = False
     ) -> ChunkAttention:
-        """Self-attention of a chunk of `num_frames` over a memory's view (memory_attention.attention_over)."""
-        table = self.rotary_table(view.positions(num_frames), latent_size)
-        return attention_over(view, table, self.attention, attends, keep)
+        """Self-attention of a chunk of `num_frames` over a memory's view (memory_attention.attention_over).
 
-    def rotate_to_ranks(self, latent_size: tuple[int, int, int]) -> Rotate:
-        """A function that moves raw keys [B, M, P, N, E] to the device and rotates them to positions 0 .. M - 1."""
-        table = functools.cache(lambda num_frames: self.rotary_table(range(num_frames), latent_size))
-        return lambda keys_BMPNE: rotate(keys_BMPNE.to(self.device), table(keys_BMPNE.shape[1]))
+        With `keep` the keys and values of a pass stay in its `new_kv`.
+        """
+        table = self.rotary_table(view.positions(num_frames), latent_size)
+        return attention_over(view, table, self.attention, attends, NewFrames(self.num_layers) if keep else None)
+
+    def rotate_to_ranks(self, latent_size: tuple[int, int, int], num_frames: int) -> Rotate:
+        """A function that rotates raw keys of some of `num_frames` remembered frames to their positions."""
+        table = self.rotary_table(range(num_frames), latent_size)
+        return lambda keys_BnPNE, positions: rotate(keys_BnPNE, table[positions.start : positions.stop])
 
     def rotary_table(self, positions: range, latent_size: tuple[int, int, int]) -> Tensor:
         """Rotations of latent frames at temporal positions (rope.rotary_table)."""

@@ -10,7 +10,7 @@ THETA = 10000.0
 
 
 def rotary_table(positions: Tensor, rows: int, columns: int, head_dim: int) -> Tensor:
-    """Unit complex numbers [..., T, P, 1, E/2] for latent frames at `positions` [..., T], rows x columns tokens each.
+    """Cosines and sines [..., T, P, 1, E/2, 2] for latent frames at `positions` [..., T], rows x columns tokens each.
 
     The E/2 complex pairs of a head are split into time, row, column: 22 + 21 + 21 at head dim 128. Angles are float64
     where the device supports it.
@@ -30,10 +30,21 @@ def rotary_table(positions: Tensor, rows: int, columns: int, head_dim: int) -> T
     time = angles(positions, temporal_pairs)
     shape = (*positions.shape, rows * columns)
     both = torch.cat([time[..., None, :].expand(*shape, -1), space.expand(*shape, -1)], dim=-1)[..., None, :]
-    return torch.complex(both.cos().float(), both.sin().float())
+    return torch.stack([both.cos().float(), both.sin().float()], dim=-1)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Rotate queries or keys [..., T, P, N, E] in float32. Pairs are interleaved: values 2j and 2j + 1."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        # The compiler fuses real arithmetic. Complex arithmetic, which it does not fuse, is faster without it.
+        (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(table))
+    return turned.flatten(-2).to(x.dtype)
+
+
+def rotate_both(_: None, q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys. A part of a block that can be compiled (causal.ModuleRunner)."""
+    return rotate(q, table), rotate(k, table)

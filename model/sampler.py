@@ -208,7 +208,7 @@ class CausalSampler:
         new_kv = reader._read(past, memory.latents_of(run), run)
         wanted = [frame - run.start for frame in run if frame in unread]
         frames = [run[t] for t in wanted]
-        return memory.write(frames, [(k[:, wanted], v[:, wanted]) for k, v in new_kv]).to(self._home)
+        return memory.write(frames, [new_kv[t] for t in wanted]).to(self._home)
 
     def restore(self, memory: Memory) -> Memory:
         """Compute all keys and values of a compact memory: each frame under its own prompt where it is known."""
@@ -266,8 +266,8 @@ class CausalSampler:
 
     def view(self, memory: Memory, lazy: bool = False) -> Any:
         """What the passes over the next chunk attend to (Memory.view)."""
-        rotate = self.network.rotate_to_ranks(memory.latent_size)
-        return memory.view(rotate, lazy or self.options.kv_placement != "at once")
+        rotate = self.network.rotate_to_ranks(memory.latent_size, len(memory.slots.all))
+        return memory.view(rotate, self.network.device, lazy or self.options.kv_placement != "at once")
 
     def _check_fits(self, memory: Memory) -> None:
         if memory.student and self.student and memory.student != self.student:

@@ -9,6 +9,7 @@ SCRIPT = """
 import gc, os, sys
 import torch
 from context_forcing.memory import MemoryConfig, empty_memory
+from context_forcing.memory.stores import FrameKV
 
 def resident():
     gc.collect()
@@ -20,8 +21,8 @@ def go_on(memory, chunks, seed):
     generator = torch.Generator().manual_seed(seed)
     for _ in range(chunks):
         # Pages that are written count: every frame is as new to the policy as its noise.
-        kv = lambda: torch.randn(1, 3, 8, 2, FRAME // 4 // 16 // 4, generator=generator)
-        memory = memory.append(torch.zeros(1, 16, 3, 4, 4), [(kv(), kv()) for _ in range(4)])
+        kv = lambda: torch.randn(4, 1, 8, 2, FRAME // 4 // 16 // 4, generator=generator)
+        memory = memory.append(torch.zeros(1, 16, 3, 4, 4), [FrameKV(kv(), kv()) for _ in range(3)])
     return memory
 
 trunk = go_on(empty_memory(MemoryConfig(), (16, 4, 4)), 8, 0)

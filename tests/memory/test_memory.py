@@ -9,7 +9,7 @@ import torch
 import context_forcing.memory.stores as stores_module
 from context_forcing.memory import MemoryConfig, empty_memory
 from context_forcing.memory.config import CLEAN_POLICIES, RECALL
-from context_forcing.memory.stores import key_similarity
+from context_forcing.memory.stores import FrameKV, key_similarity
 
 LAYERS, TOKENS, HEADS, HEAD_DIM = 3, 6, 2, 8
 LATENT_SIZE = (16, 4, 6)
@@ -29,10 +29,10 @@ def views_of_a_walk(num_frames, seed):
 
 
 def chunk_of(keys, frames):
-    """What a commit pass hands over: per layer keys and values [B, T, P, N, E], and latents."""
+    """What a commit pass hands over: latents, and keys and values of each frame [layers, B, P, N, E]."""
     part = keys[list(frames)]
     latents = part.mean((1, 2, 3, 4)).view(1, 1, -1, 1, 1).expand(1, 16, -1, 4, 6).clone()
-    return latents, [(part[None, :, layer].clone(), -part[None, :, layer]) for layer in range(LAYERS)]
+    return latents, [FrameKV(frame[:, None].clone(), -frame[:, None]) for frame in part]
 
 
 def remember(memory, keys, num_frames):

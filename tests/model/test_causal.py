@@ -35,7 +35,7 @@ class BlockCausal:
         self.mask = chunk_of[None, :] <= chunk_of[:, None]
         self.new_kv = []
 
-    def __call__(self, layer, q, k, v):
+    def __call__(self, layer, q, k, v, inside):
         self.new_kv.append((k, v))
         q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (rotate(q, self.table), rotate(k, self.table), v))
         scores = (q @ k.mT) / HEAD_DIM**0.5
@@ -130,16 +130,10 @@ def test_keys_are_remembered_before_rotation(net, make_sampler, empty_memory):
     long = make()
     for seed in range(4):
         long = sampler.commit(long, random(1, 16, 2, 4, 6, seed=seed))
-    long = long.append(last, [(k[None], v[None]) for k, v in zip(*_per_layer(short))])
+    long = long.append(last, [short.store.frames[frame] for frame in short.slots.all])
     x = random(1, 16, 2, 4, 6, seed=1)
     assert long.num_frames == 10
     assert torch.equal(flow_over(sampler, short, x, 500.0), flow_over(sampler, long, x, 500.0))
-
-
-def _per_layer(memory):
-    """Keys and values of all remembered frames, per layer [T, P, N, E]."""
-    held = [memory.store.frames[frame] for frame in memory.slots.all]
-    return torch.cat([h.keys for h in held], 1), torch.cat([h.values for h in held], 1)
 
 
 @pytest.mark.parametrize("hidden", [0, 1, 2, 4])
@@ -148,7 +142,7 @@ def test_restrict_to_hides_frames_and_moves_none(net, make_sampler, empty_memory
     for seed in range(2):
         memory = sampler.commit(memory, random(1, 16, 2, 4, 6, seed=seed))
     view = sampler.view(memory)
-    assert view.num_frames == 4 and view.keys[0].shape[1] == 4 * TOKENS
+    assert view.num_frames == 4 and view.layers[0].keys.shape[1:3] == (4 + 2, TOKENS)
 
     def masked(q, k, v, bias=None):
         """The full view, its first frames struck out by hand."""
@@ -224,8 +218,8 @@ def test_text_groups_are_separate_passes(net):
     t = torch.tensor([[900.0] * 3 + [300.0] * 3]).expand(2, -1)
     alone = attention_to(net, MemoryView(), 3)
 
-    def isolated(layer, q, k, v):
-        return torch.cat([alone(layer, *part) for part in zip(*(x.split(3, dim=1) for x in (q, k, v)))], dim=1)
+    def isolated(layer, q, k, v, inside):
+        return torch.cat([alone(layer, *part, inside) for part in zip(*(x.split(3, dim=1) for x in (q, k, v)))], dim=1)
 
     flow = causal_forward(net, clip, t, embed_text(net, texts, num_groups=2), isolated)
     for b in range(2):
@@ -237,7 +231,7 @@ def test_text_groups_are_separate_passes(net):
 
 
 def test_blocks_compile_once_whatever_the_memory_holds(make_net, make_sampler, empty_memory):
-    """Three parts of a block, for all of twelve blocks, for memories of every length, and for another sampler."""
+    """Three parts of a block and rotation, for all of twelve blocks, all memories, another sampler."""
     torch._dynamo.reset()
     counter, net = torch._dynamo.testing.CompileCounter(), make_net(num_layers=12)
     noise = lambda frame, step: random(1, 16, 4, 6, seed=frame)
@@ -252,7 +246,7 @@ def test_blocks_compile_once_whatever_the_memory_holds(make_net, make_sampler, e
         for _ in range(2):
             made = rollout(make_sampler(net, run=compiled(backend=counter)))
             assert relative(made, plain) < 1e-5
-            assert counter.frame_count == 3
+            assert counter.frame_count == 4
 
 
 def test_layers_get_three_dimensions(make_net, make_sampler, empty_memory):

@@ -76,7 +76,7 @@ def own_keys(sampler, reference):
     """Keys of a picture that a pass over it alone computes."""
     attend = sampler.network.attend(MemoryView(), 1, LATENT_SIZE, keep=True)
     sampler.network.flow(reference.latents, 0.0, sampler.text, attend)
-    return torch.stack([k[:, 0] for k, _ in attend.new_kv])
+    return attend.new_kv[0].keys
 
 
 def test_they_take_slots_of_the_sink_and_are_not_in_the_film(begun):

@@ -8,6 +8,7 @@ from PIL import ImageDraw
 from context_forcing.memory import MemoryConfig, empty_memory
 from context_forcing.memory.history import forgotten_frames, frame_status, reach_frames
 from context_forcing.memory.references import Reference
+from context_forcing.memory.stores import FrameKV
 from context_forcing.video.report import COLOURS, draw_report, per_part, summary
 from context_forcing.video.sheet import LEFT, MARGIN, RIGHT, WIDTH, at_time, shortened
 
@@ -19,7 +20,7 @@ def filled(num_chunks, **settings):
     memory = empty_memory(MemoryConfig(**settings), (16, 4, 6)).begin("a meadow", 7)
     generator = torch.Generator().manual_seed(0)
     for _ in range(num_chunks):
-        kept = [tuple(torch.randn(2, 1, 3, 6, 4, 8, generator=generator)) for _ in range(2)]
+        kept = [FrameKV(*torch.randn(2, 2, 1, 6, 4, 8, generator=generator)) for _ in range(3)]
         memory = memory.append(torch.zeros(1, 16, 3, 4, 6), kept)
     return memory
 
@@ -75,7 +76,7 @@ def segments_of(changes, chunks, memory=None):
     for number, change in enumerate(changes):
         memory = memory.begin(f"scene {number}", 7, change=change)
         for _ in range(chunks):
-            kept = [tuple(torch.randn(2, 1, 3, 6, 4, 8, generator=generator)) for _ in range(2)]
+            kept = [FrameKV(*torch.randn(2, 2, 1, 6, 4, 8, generator=generator)) for _ in range(3)]
             memory = memory.append(torch.zeros(1, 16, 3, 4, 6), kept)
     return memory
 
@@ -262,7 +263,8 @@ def test_summary_of_nothing():
 def test_summary_of_a_scene_that_stands_still():
     memory = empty_memory(MemoryConfig(), (16, 4, 6)).begin("a meadow", 7)
     for _ in range(9):
-        memory = memory.append(torch.zeros(1, 16, 3, 4, 6), [(torch.ones(1, 3, 6, 4, 8),) * 2])
+        kept = [FrameKV(*(torch.ones(1, 1, 6, 4, 8),) * 2) for _ in range(3)]
+        memory = memory.append(torch.zeros(1, 16, 3, 4, 6), kept)
     assert summary(memory, fps=16).endswith("none of the frames that left fast was kept")
     assert frame_status(memory) == ["sink"] * 3 + ["not kept"] * 21 + ["fast"] * 3
 

@@ -13,7 +13,8 @@ from einops import rearrange
 from torch import Tensor
 
 from ...model.attention import Attention, sdpa
-from ...model.rope import rotary_table, rotate
+from ...model.causal import ModuleRunner, run_directly
+from ...model.rope import rotary_table, rotate, rotate_both
 
 CLEAN, NOISY = 0, 1
 MASK_BYTES = 2**28
@@ -53,12 +54,14 @@ class TeacherForcing:
             own_seen = (stream[:, None] == stream[None]).expand(batch, num_chunks, -1, -1)
             self.mask = torch.cat([seen, own_seen], dim=-1).flatten(0, 1)[:, None]
 
-    def __call__(self, layer: int, q_BTPNE: Tensor, k_BTPNE: Tensor, v_BTPNE: Tensor) -> Tensor:
+    def __call__(
+        self, layer: int, q_BTPNE: Tensor, k_BTPNE: Tensor, v_BTPNE: Tensor, inside: ModuleRunner = run_directly
+    ) -> Tensor:
         q, k, v = (
             rearrange(x, "B (K s n) P N E -> B K s n P N E", s=2, n=self.chunk) for x in (q_BTPNE, k_BTPNE, v_BTPNE)
         )
         clean_k, clean_v = (rearrange(x[:, :, CLEAN], "B K n P N E -> (B K n) P N E") for x in (k, v))
-        q, own_k = rotate(q, self.own_table), rotate(k, self.own_table)
+        q, own_k = inside(None, rotate_both, q, k, self.own_table)
         attend = self._one_by_one if self.mask is None else self._together
         return attend(q, own_k, v, clean_k, clean_v).reshape(q_BTPNE.shape)
 

@@ -5,12 +5,11 @@ Remembered frames attend to each other. The target attends to them and to itself
 Shapes: B batch (one video), C latent channels, M remembered frames, T target frames, G text groups, L text tokens.
 """
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
-from ...memory.view import MemoryView
+from ...memory.view import KVBuffer, MemoryView
+from ...model.causal import ModuleRunner
 from ...model.network import Network
 
 
@@ -28,13 +27,17 @@ def flow_given_context(
         context_text = network.embed_text(context_text_GLC, len(context_text_GLC))
         if context_text_GLC is text_GLC and not torch.is_grad_enabled():
             text = context_text  # with gradients, one embedding would sum them in another order
-        attend = network.attend(view, num_frames, latent_size, keep=True)
-        network.flow(context_BCMHW, 0.0, context_text, attend)
-        rotate, new_kv = network.rotate_to_ranks(latent_size), cast(list[tuple[Tensor, Tensor]], attend.new_kv)
-        view = MemoryView(
-            keys=tuple(rotate(k).flatten(1, 2) for k, _ in new_kv),
-            values=tuple(v.flatten(1, 2) for _, v in new_kv),
-            num_frames=num_frames,
-        )
+        alone, kept = network.attend(view, num_frames, latent_size), []
+
+        def attend_and_keep(layer: int, q: Tensor, k: Tensor, v: Tensor, inside: ModuleRunner) -> Tensor:
+            if len(kept) == layer:  # a recomputed pass comes here twice
+                kept.append((k, v))
+            return alone(layer, q, k, v, inside)
+
+        network.flow(context_BCMHW, 0.0, context_text, attend_and_keep)
+        rotate = network.rotate_to_ranks(latent_size, num_frames)
+        # One pass attends to them, so they have no room for its keys.
+        layers = [KVBuffer(rotate(k, range(num_frames)), v) for k, v in kept]
+        view = MemoryView(layers, num_frames)
     attend = network.attend(view, x_BCTHW.shape[2], latent_size)
     return network.flow(x_BCTHW, sigma, text or network.embed_text(text_GLC, len(text_GLC)), attend)
