@@ -78,7 +78,7 @@ def test_it_is_the_attention_of_the_chunk_that_comes_next(sampler_of, begun, mon
     given = []
 
     def note(q, k, v, bias=None):
-        given.append((q, k, bias))
+        given.append((q, k.clone(), bias))  # the next pass writes to the same place
         return sampler.network.attention(q, k, v, bias)
 
     sampler = sampler_of(begun.text)

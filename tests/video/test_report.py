@@ -181,7 +181,7 @@ def test_attention_is_shown_per_part_and_per_frame(written):
 def with_references(*changes):
     pinned = [Reference(latents=torch.zeros(1, 16, 1, 4, 6), prompt=prompt) for prompt in ("a fox " * 40, "")]
     memory = empty_memory(MemoryConfig(slow=4), (16, 4, 6)).with_references(pinned)
-    kept = [(torch.zeros(1, 2, 6, 4, 8),) * 2] * 2
+    kept = [FrameKV(*(torch.zeros(2, 1, 6, 4, 8),) * 2) for _ in pinned]
     return segments_of(changes, 5, memory.write((-2, -1), kept))
 
 
