@@ -44,7 +44,11 @@ def attention_of(model: io.Model.Type, name: str, network: Network) -> Attention
     """
     options = dict(model.model_options["transformer_options"])
     if name == "comfyui":
-        return _in_our_layout(optimized_attention, options)
+        attention = _in_our_layout(optimized_attention, options)
+        if OVERRIDE not in options and optimized_attention in map(REGISTERED_ATTENTION_FUNCTIONS.get, EXACT_HERE):
+            return attention
+        # It is not tested. Some kernels write to their keys, and those of the memory must stay as they are.
+        return lambda q, k, v, bias=None: attention(q, k.clone(), v.clone(), bias)
     if OVERRIDE in options:
         log.warning("model: the attention that a node set on it is used only if the sampler's attention is comfyui")
     heads = network.device, network.dtype, network.head_dim

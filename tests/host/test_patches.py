@@ -42,7 +42,9 @@ def test_attention_of_other_nodes(bench, caplog):
 
     def attention(function, *args, **options):
         calls.append(options["transformer_options"])
-        return function(*args, **options)
+        out = function(*args, **options)
+        args[1].add_(1)  # as SageAttention 1.0.6, which subtracts the mean of the keys
+        return out
 
     latents, _ = bench.run(model, attention="comfyui")
     assert difference(latents, bench.plain) < ROUNDING, "the attention that ComfyUI was started with"
