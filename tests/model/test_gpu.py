@@ -1,13 +1,11 @@
 """CUDA: the same numbers as the CPU in float32, sane ones in bf16."""
 
-import dataclasses
-
 import pytest
 import torch
 
 from context_forcing.model.checkpoints.student import StudentSource
 from context_forcing.model.codecs.demo_text import encode_demo_text
-from context_forcing.model.sampler import KV_PLACEMENTS, seeded_noise
+from context_forcing.model.sampler import KV_PLACEMENTS, SamplerOptions, seeded_noise
 from context_forcing.video.pipeline import Pipeline
 from context_forcing.video.story import parse_story
 
@@ -51,7 +49,7 @@ def test_layouts_make_the_same_film_and_keep_the_memory_where_they_say():
     memory = pipeline.empty_memory()
     text, films = encode_demo_text("A meadow. The camera pans right."), []
     for layout in KV_PLACEMENTS:
-        sampler = dataclasses.replace(pipeline.sampler(text), kv_placement=layout)
+        sampler = pipeline.sampler(text, SamplerOptions(kv_placement=layout))
         for after in sampler.rollout(memory, 9, sigmas=pipeline.card.sigmas, noise=seeded_noise(3, memory.latent_size)):
             pass
         where = "cpu" if layout == "from RAM" else "cuda"
@@ -59,3 +57,36 @@ def test_layouts_make_the_same_film_and_keep_the_memory_where_they_say():
         films.append(torch.cat(after.latent_chunks, dim=2))
     for film_of_layout in films[1:]:
         assert (film_of_layout - films[0]).norm() / films[0].norm() < 1e-4
+
+
+@torch.inference_mode()
+def test_one_cuda_graph_of_a_pass_serves_all_later_chunks():
+    """When the memory is full, sizes stay: buffers are filled again, and the captured pass is replayed.
+
+    The capture fails if a pass makes the host wait.
+    """
+    pipeline = Pipeline.load(StudentSource().open(), torch.device("cuda"), torch.bfloat16)
+    sampler, memory = pipeline.sampler(encode_demo_text("A meadow.")), pipeline.empty_memory(policy="fifo")
+    chunk, noise = memory.config.chunk, seeded_noise(3, memory.latent_size)
+    for memory in sampler.rollout(memory, 7, sigmas=pipeline.card.sigmas, noise=noise):
+        pass
+    x = torch.empty(memory.chunk_shape, device="cuda")
+    static, graph = sampler.view(memory), torch.cuda.CUDAGraph()
+    a_pass = lambda view: sampler.network.flow(
+        x, 0.5, sampler.text, sampler.network.attend(view, chunk, memory.latent_size)
+    )
+    a_pass(static)
+    torch.cuda.synchronize()
+    attend = sampler.network.attend(static, chunk, memory.latent_size)
+    with torch.cuda.graph(graph):
+        flow = sampler.network.flow(x, 0.5, sampler.text, attend)
+    for _ in range(3):
+        assert static.num_frames == len(memory.slots.all) == memory.config.capacity
+        view = sampler.view(memory)
+        for buffer, new in zip(static.layers, view.layers, strict=True):
+            buffer.keys.copy_(new.keys)
+            buffer.values.copy_(new.values)
+        x.normal_()
+        graph.replay()
+        torch.testing.assert_close(flow, a_pass(view), rtol=1e-2, atol=1e-2)
+        memory = sampler.generate_chunk(memory, pipeline.card.sigmas, noise)
