@@ -39,7 +39,6 @@ class Tutorial:
     """Seconds at which segments begin."""
     captions: tuple[str, ...] = ("",)
     """One for each of its last videos."""
-    runs: int = 1
 
 
 TUTORIALS = (
@@ -48,7 +47,8 @@ TUTORIALS = (
     Tutorial("Tutorial 3", (0, 3), ("A", "B", "C")),
     Tutorial("Tutorial 4", (0, 3)),
     Tutorial("Tutorial 5", (0, 3)),
-    Tutorial("Tutorial 6", (0, 3), runs=2),
+    Tutorial("Tutorial 6", (0,)),
+    Tutorial("Tutorial 7", (0, 3)),
 )
 STAND_IN = {
     "Long video (Self-Forcing)": ("Tutorial 2", "Self-Forcing 1.3B"),
@@ -60,7 +60,7 @@ STAND_IN = {
     "Long video with a reference": ("Tutorial 4", "your picture is remembered"),
 }
 """Templates of students whose weights were never run here: the tutorial whose film stands in, and a heading."""
-HELP_FILMS = {"Tutorial 1": "film", "Tutorial 2": "storyboard", "Tutorial 4": "start", "Tutorial 6": "saved"}
+HELP_FILMS = {"Tutorial 1": "film", "Tutorial 2": "storyboard", "Tutorial 4": "start", "Tutorial 7": "saved"}
 HELP_SCALE, HELP_MOST = 2, 24
 """Enlargement of the films on help pages, and their frames."""
 
@@ -177,7 +177,7 @@ def main() -> None:
         try:
             for tutorial in TUTORIALS:
                 prompt = server.to_api(server.template(tutorial.begin), host.get("/object_info"))
-                run = [host.run(prompt) for _ in range(tutorial.runs)][-1]
+                run = host.run(prompt)
                 saves = [node for node, entry in prompt.items() if entry["class_type"] == "ContextForcingSaveVideo"]
                 saves = sorted(saves, key=int)[-len(tutorial.captions) :]
                 for shown in (node for node, e in prompt.items() if e["class_type"] == "ContextForcingMemoryReport"):

@@ -138,29 +138,42 @@ function demoContinueVideo() {
   }
 }
 
-function resumeTomorrow() {
-  const note = `## Begin today, continue tomorrow
-**Save Memory** writes the video so far and the remembered frames to a file. **Load Memory** continues from it: after a restart of ComfyUI, or on another machine, with the same student. From an *exact* file the video continues bit for bit.
-1. **Run**: *Today* is generated and saved. *Tomorrow* does not run and Load Memory is red, because its file did not exist yet.
-2. **Run again**, at once or after a restart of ComfyUI: *Tomorrow* continues from the file. After a restart, mute *Today* (right-click its group > *Set Group Nodes to Never*); otherwise it is generated again.
-- Other files: select *file* in Load Memory; key R refreshes the list.
-- *compact* files are small. Keys and values are computed again, so the video is close but not the same.
-- *autosave* in a sampler writes such a file after its segment, and after an interrupt.
-- *Memory Report* on the loaded memory shows what it holds.`
+const SAVED = 'context_forcing/tomorrow'
+
+function saveToday() {
+  const note = `## Begin today, continue tomorrow: today
+**Save Memory** writes the video so far and the remembered frames to a file in the output folder. Press **Run** once.
+Then open the template **Tutorial 7**, at once, after a restart of ComfyUI, or on another machine: it continues from the file.
+- *exact* files have keys and values: the video continues bit for bit. *compact* files are small: keys and values are computed again, so the video is close but not the same.
+- *autosave* in a sampler (an advanced input) writes such a file after its segment, and after an interrupt.
+- The video is in the file, too. *Save Long Video* can write it at any time.`
   return {
     nodes: [loadDemo, memory,
       prompt(3, 'Prompt', 'A meadow under a clear sky by day. The camera pans right.', 410, 60),
       sampler(4, 'The first half', 3, 2, 410, 260, { seed: 11 }),
-      [5, 'ContextForcingSaveMemory', { memory: ['4', 0], filename_prefix: 'context_forcing/tomorrow', form: 'exact' },
-        410, 840, 340, 110, undefined, 'green'],
-      [6, 'ContextForcingLoadMemory', { file: 'context_forcing/tomorrow_00001_.safetensors [output]' }, 820, 60, 340,
-        90, undefined, 'green'],
-      [10, 'PreviewAny', { source: ['6', 1] }, 820, 260, 340, 190, 'What it holds'],
-      prompt(7, 'Prompt', 'A meadow under a clear sky by day. The camera pans left.', 1210, 60),
-      sampler(8, 'The second half', 7, 6, 1210, 260, { seed: 11 }),
-      saveVideo(9, ['8', 0], 1600, 60, 'video/resumed', 560, 460)],
+      [5, 'ContextForcingSaveMemory', { memory: ['4', 0], filename_prefix: SAVED, form: 'exact' },
+        800, 60, 560, 110, undefined, 'green'],
+      saveVideo(6, ['4', 0], 800, 260, 'video/today')],
     note: [note, 20, 540, 340, 430],
-    groups: [['Today', 390, -20, 380, 990, 'yellow'], ['Tomorrow', 800, -20, 1380, 990, 'blue']],
+  }
+}
+
+function continueTomorrow() {
+  const note = `## Begin today, continue tomorrow: tomorrow
+**Load Memory** reads the file that **Tutorial 6** wrote. Nothing of the first half is generated again, also after a restart of ComfyUI. Run Tutorial 6 once if the file does not exist yet.
+- *file* has the latest memory on top; key R refreshes the list.
+- *What it holds* tells its seconds and its remembered frames. The student must be the one that made it.
+- The video begins with the first half: Save Long Video writes the whole film.
+- With the first half's prompt and seed it would be the same video as without the pause.`
+  return {
+    nodes: [loadDemo,
+      [2, 'ContextForcingLoadMemory', { file: `${SAVED}_00001_.safetensors [output]` }, 20, 260, 340, 90,
+        undefined, 'green'],
+      [3, 'PreviewAny', { source: ['2', 1] }, 20, 420, 340, 190, 'What it holds'],
+      prompt(4, 'Prompt', 'A meadow under a clear sky by day. The camera pans left.', 410, 60),
+      sampler(5, 'The second half', 4, 2, 410, 260, { seed: 11 }),
+      saveVideo(6, ['5', 0], 800, 60, 'video/tomorrow')],
+    note: [note, 20, 680, 340, 400],
   }
 }
 
@@ -170,5 +183,6 @@ export const TUTORIALS = {
   'Tutorial 3 - three futures': demoBranch,
   'Tutorial 4 - from a picture': demoStartImage,
   'Tutorial 5 - continue a clip': demoContinueVideo,
-  'Tutorial 6 - save, continue': resumeTomorrow,
+  'Tutorial 6 - save a memory': saveToday,
+  'Tutorial 7 - continue it': continueTomorrow,
 }

@@ -98,4 +98,4 @@ def test_the_scripts_that_make_the_workflows_have_their_notes():
         nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]
         notes = [node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote"]
         missing = [line for note in notes for line in note.splitlines() if line.removeprefix("## ") not in scripts]
-        assert notes and not missing, f"{path.name}: run scripts/make_workflow.mjs"
+        assert notes and not missing, f"{path.name}: run scripts/make_workflows.py"

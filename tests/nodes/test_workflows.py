@@ -1,6 +1,7 @@
 """Every example workflow, as ComfyUI's page sends it, in a real ComfyUI."""
 
 import io
+import json
 import urllib.parse
 from itertools import pairwise
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from context_forcing.model.checkpoints.student import DEMO_STUDENT, StudentSource
 
-from .graph import FOLDER, film, nodes, only, picture_shown, succeeded
+from .graph import FOLDER, film, load_memory_input, memory_file, nodes, only, picture_shown, succeeded
 from .host import CHECKOUT, PACK, template, to_api
 
 pytestmark = [pytest.mark.host, pytest.mark.slow]
@@ -111,16 +112,23 @@ def test_a_continued_video_goes_on_where_the_clip_ends(host, load):
 
 
 def test_a_saved_video_goes_on_to_the_bit(host, load):
-    prompt = load("Tutorial 6")
-    first, second = nodes(prompt, "ContextForcingSampler")
-    save, loader = only(prompt, "ContextForcingSaveVideo"), only(prompt, "ContextForcingLoadMemory")
-    today = succeeded(host.run(prompt))
-    assert first in today.executed and not {loader, second, save} & today.executed
-    tomorrow = succeeded(host.run(prompt))
-    assert first in tomorrow.cached and {loader, second, save} <= tomorrow.executed
-    assert len(video(host, tomorrow, save)) == 8 * SHORT_FRAMES - 3
+    """Tomorrow's graph has no node of today's but the student's loader."""
+    today, tomorrow = load("Tutorial 6"), load("Tutorial 7")
+    loader, second = only(tomorrow, "ContextForcingLoadMemory"), only(tomorrow, "ContextForcingSampler")
+    assert len(nodes(today, "ContextForcingSampler")) == 1 and not nodes(tomorrow, "ContextForcingMemory")
+    run = succeeded(host.run(today))
+    file = memory_file(host, run, only(today, "ContextForcingSaveMemory"))
+    assert len(video(host, run, only(today, "ContextForcingSaveVideo"))) == 4 * SHORT_FRAMES - 3
+    assert tomorrow[loader]["inputs"]["file"] == load_memory_input(host, file), "the first file that today saves"
 
-    kept = keep(prompt, second)
-    resumed = film(host, succeeded(host.run(prompt)), kept)
-    prompt[second]["inputs"]["memory"] = [first, 0]
-    assert torch.equal(resumed, film(host, succeeded(host.run(prompt)), kept))
+    kept = keep(tomorrow, second)
+    run = succeeded(host.run(tomorrow))
+    assert len(video(host, run, only(tomorrow, "ContextForcingSaveVideo"))) == 8 * SHORT_FRAMES - 3
+    resumed = film(host, run, kept)
+    whole = {f"today {node}": entry for node, entry in json.loads(json.dumps(today)).items()}
+    for entry in whole.values():
+        wires = {name: [f"today {v[0]}", v[1]] for name, v in entry["inputs"].items() if isinstance(v, list)}
+        entry["inputs"] |= wires
+    tomorrow[second]["inputs"]["memory"] = [f"today {only(today, 'ContextForcingSampler')}", 0]
+    tomorrow[second]["inputs"]["model"] = [f"today {only(today, 'ContextForcingLoadDemo')}", 0]
+    assert torch.equal(resumed, film(host, succeeded(host.run(tomorrow | whole)), kept))

@@ -1,6 +1,6 @@
 """Tiny model files in the layouts and under the names that the templates for published students expect.
 
-python tests/nodes/tiny_models.py COMFYUI_BASE_DIRECTORY      writes models/ and input/example.png for make_workflow.mjs
+python tests/nodes/tiny_models.py COMFYUI_BASE_DIRECTORY      writes models/ and input/example.png for make_workflows.py
 """
 
 import importlib.util

@@ -1,23 +1,34 @@
-// Makes templates and blueprints in ComfyUI's page, as its "Save" writes them, into workflows/ and subgraphs/. Model files
-// must be there: tests/nodes/tiny_models.py.
-//   cd FOLDER_WITH_PLAYWRIGHT_CORE && node .../scripts/make_workflow.mjs http://127.0.0.1:8188 [NAME ...]
-// NAME is a template or a blueprint; default: all. CHROMIUM names the browser (default /usr/bin/chromium).
+// Makes templates and blueprints in ComfyUI's page, as its "Save" writes them: scripts/make_workflows.py starts it.
+//   node make.mjs http://127.0.0.1:8188 FOLDER [NAME ...]     (PLAYWRIGHT_CORE: a folder that has it in node_modules)
+import { createHash } from 'node:crypto'
 import fs from 'node:fs'
 import { createRequire } from 'node:module'
-import { BLUEPRINTS } from './workflows/blueprints.mjs'
-import { FILES, STUDENTS } from './workflows/students.mjs'
-import { TUTORIALS } from './workflows/tutorials.mjs'
+import path from 'node:path'
+import { BLUEPRINTS } from './blueprints.mjs'
+import { FILES, STUDENTS } from './students.mjs'
+import { TUTORIALS } from './tutorials.mjs'
 
-const { chromium } = createRequire(`${process.cwd()}/`)('playwright-core')
-const [url, ...wanted] = process.argv.slice(2)
-if (!url) throw new Error('usage: make_workflow.mjs URL [NAME ...]')
+const { chromium } = createRequire(`${process.env.PLAYWRIGHT_CORE ?? process.cwd()}/`)('playwright-core')
+const [url, folder, ...wanted] = process.argv.slice(2)
+if (!folder) throw new Error('usage: make.mjs URL FOLDER [NAME ...]')
 const WORKFLOWS = { ...STUDENTS, ...TUTORIALS }
 const known = [...Object.keys(WORKFLOWS), ...Object.keys(BLUEPRINTS)]
 const names = wanted.length ? wanted : known
 for (const name of names)
   if (!known.includes(name)) throw new Error(`no workflow ${name}; there are ${known.join('; ')}`)
-const write = (folder, name, value) =>
-  fs.writeFileSync(new URL(`../${folder}/${name}.json`, import.meta.url), `${JSON.stringify(value, null, 2)}\n`)
+const UUID = /[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}/g
+
+/** Ids that the page draws by chance follow from the name, so that the same definition gives the same file. */
+function write(kind, name, value) {
+  const drawn = [...new Set(JSON.stringify(value).match(UUID))]
+  const uuid = (number) => {
+    const digest = createHash('sha256').update(`${name} ${number}`).digest('hex')
+    return [[0, 8], [8, 12], [12, 16], [16, 20], [20, 32]].map(([from, to]) => digest.slice(from, to)).join('-')
+  }
+  const text = drawn.reduce((all, id, i) => all.replaceAll(id, uuid(i)), JSON.stringify(value, null, 2))
+  fs.mkdirSync(path.join(folder, kind), { recursive: true })
+  fs.writeFileSync(path.join(folder, kind, `${name}.json`), `${text}\n`)
+}
 const apiOf = (nodes) => Object.fromEntries(nodes.map(([id, class_type, inputs]) => [id, { class_type, inputs }]))
 const layoutOf = (nodes) => nodes.map(([id, , , x, y, width, height, title, colour]) =>
   ({ id, x, y, width, height, title, colour }))
@@ -29,26 +40,32 @@ const browser = await chromium.launch({
   args: ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking', '--disable-sync'],
 })
 const page = await browser.newPage({ viewport: { width: 1600, height: 900 } })
-page.setDefaultTimeout(120_000)
-await page.goto(url)
-// The page loads its default workflow late; wait for it, or it replaces this one.
-await page.waitForFunction(() => window.app?.graph?._nodes?.length && app.extensionManager.workflow.activeWorkflow)
+page.setDefaultTimeout(300_000)
 
-const load = (name, nodes) => page.evaluate(async ({ name, api, layout, files }) => {
-  await app.loadApiJson(api, name)
-  const colours = LGraphCanvas.node_colors
-  for (const { id, x, y, width, height, title, colour } of layout) {
-    const node = app.graph.getNodeById(id)
-    node.pos = [x, y]
-    node.setSize([width, height])
-    if (title) node.title = title
-    if (colour) Object.assign(node, { color: colours[colour].color, bgcolor: colours[colour].bgcolor })
-    for (const widget of node.widgets ?? []) if (widget.name === 'control_after_generate') widget.value = 'fixed'
-    const needed = (node.widgets ?? []).map((widget) => files[widget.value]).filter(Boolean)
-    if (needed.length) node.properties.models = needed
-  }
-}, { name, api: apiOf(nodes), layout: layoutOf(nodes), files: FILES })
+async function open() {
+  await page.goto(url)
+  // The page loads its default workflow late; wait for it, or it replaces the next one.
+  await page.waitForFunction(() => window.app?.graph?._nodes?.length && app.extensionManager.workflow.activeWorkflow)
+}
 
+async function load(name, nodes) {
+  await page.evaluate(async ({ name, api, layout, files }) => {
+    await app.loadApiJson(api, name)
+    const colours = LGraphCanvas.node_colors
+    for (const { id, x, y, width, height, title, colour } of layout) {
+      const node = app.graph.getNodeById(id)
+      node.pos = [x, y]
+      node.setSize([width, height])
+      if (title) node.title = title
+      if (colour) Object.assign(node, { color: colours[colour].color, bgcolor: colours[colour].bgcolor })
+      for (const widget of node.widgets ?? []) if (widget.name === 'control_after_generate') widget.value = 'fixed'
+      const needed = (node.widgets ?? []).map((widget) => files[widget.value]).filter(Boolean)
+      if (needed.length) node.properties.models = needed
+    }
+  }, { name, api: apiOf(nodes), layout: layoutOf(nodes), files: FILES })
+}
+
+await open()
 for (const name of names.filter((name) => WORKFLOWS[name])) {
   const { nodes, note, groups = [] } = WORKFLOWS[name]()
   await load(name, nodes)
@@ -78,6 +95,7 @@ for (const name of names.filter((name) => WORKFLOWS[name])) {
 
 for (const name of names.filter((name) => BLUEPRINTS[name])) {
   const { nodes, inputs, outputs, size } = BLUEPRINTS[name]()
+  await open() // The page keeps values of a subgraph for the next one whose nodes have the same numbers.
   await load(name, nodes)
   write('subgraphs', name, await page.evaluate(({ name, inputs, outputs, size }) => {
     const { subgraph, node } = app.graph.convertToSubgraph(new Set(app.graph._nodes))
