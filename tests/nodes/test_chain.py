@@ -52,6 +52,14 @@ def test_the_help_page_is_served(host, node_id):
     assert page.startswith("# ") and len(page) > 200
 
 
+def test_an_attention_that_is_not_installed_is_refused_with_its_remedy(host, demo_chain):
+    for node in nodes(demo_chain, "ContextForcingSampler"):
+        demo_chain[node]["inputs"]["attention"] = "sage3"
+    (error,) = host.run(demo_chain).all("execution_error")
+    assert error["exception_message"].startswith("attention: sage3 needs the package sageattn3 (")
+    assert error["exception_message"].strip().endswith("install it by docs/performance.md, or use sdpa")
+
+
 def test_demo_chain_makes_the_video(host, demo_chain, size):
     run = succeeded(host.run(demo_chain))
     (shown,) = run.outputs[only(demo_chain, "ContextForcingSaveVideo")]["images"]
