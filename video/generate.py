@@ -24,6 +24,7 @@ from ..model.codecs.backbone import Codecs, backbone_of
 from ..model.config import StudentCard
 from ..model.device import is_out_of_memory, name_of_dtype, pick_device, use_cpu_threads
 from ..model.fingerprint import fingerprint
+from ..model.fit import say_what_fits
 from ..model.sampler import SamplerOptions
 from ..model.units import FRAMES_PER_LATENT
 from .frames import save_picture, thumbnails
@@ -274,6 +275,7 @@ def open_job(request: GenerateRequest, load: Load = Pipeline.load) -> Iterator[G
         made = _provenance(request, pipeline, story, memory.config, commit_attends, scale)
         if like is not None and (differences := like.differences(made)):
             log.warning("%s", not_the_same(differences))
+        say_what_fits(pipeline.network, pinned, options.kv_placement)
         inputs = {
             "student": pipeline.merged_fingerprint,
             "text encoder": made.text_encoder,
