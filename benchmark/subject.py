@@ -120,6 +120,7 @@ def student_subject(
     *,
     text_encoder: str | None = None,
     vae: str | None = None,
+    decoder: str | None = None,
     models_dir: Path | None = None,
 ) -> Subject:
     """A student file with its codecs. Raises ValueError, one line."""
@@ -127,8 +128,10 @@ def student_subject(
 
     @functools.cache
     def codecs(dtype: torch.dtype) -> Codecs:
-        files = dict(text_encoder=text_encoder, vae=vae, models_dir=models_dir)
-        return backbone_of(student.card.base).load_codecs(device, dtype, [PROMPT], **files)
+        return backbone_of(student.card.base).load_codecs(
+            device, dtype, [PROMPT], text_encoder=text_encoder, vae=vae, decoder=decoder, encodes=False,
+            models_dir=models_dir,
+        )  # fmt: skip
 
     @functools.cache
     def load(dtype: torch.dtype, offload: bool) -> Pipeline:

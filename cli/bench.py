@@ -8,7 +8,7 @@ from rich.console import Console
 from typer import Option
 
 from .console import console, say
-from .options import Card, Loras, ModelsDir, Settings, Student, TextEncoder, Vae, Weights
+from .options import Card, Decoder, Loras, ModelsDir, Settings, Student, TextEncoder, Vae, Weights
 
 SIZE = "Random weights instead of a student: demo, wan2.1-1.3b, wan2.1-14b."
 FRAME = "Width and height in pixels, 832x480. Default: the student's."
@@ -36,6 +36,7 @@ def bench(
     seed: Annotated[int, Option(min=0, max=2**63 - 1, help="Seed of noise and random weights.")] = 0,
     json: Annotated[Path | None, Option(help="File for every figure.")] = None,
     vae: Vae = None,
+    decoder: Decoder = None,
     text_encoder: TextEncoder = None,
     models_dir: ModelsDir = None,
     weights: Weights = "auto",
@@ -61,7 +62,9 @@ def bench(
         raise ValueError("--layers: a student has all of its layers; give --size too, or leave it out")
     if size is None:
         source = StudentSource.parse(locate_student(student, models_dir), weights, card, settings or (), lora or ())
-        subject = student_subject(source, where, text_encoder=text_encoder, vae=vae, models_dir=models_dir)
+        subject = student_subject(
+            source, where, text_encoder=text_encoder, vae=vae, decoder=decoder, models_dir=models_dir
+        )
     else:
         subject = random_subject(size, layers, where, seed)
     plan = Plan(

@@ -173,7 +173,7 @@ def _kinds(hint: Any) -> list[Any]:
 def _jobs(file: JobsFile, folder: Path, device: str) -> Iterable[VideoJob]:
     options: dict[str, Any] = {
         name: folder / value if Path in typing.get_args(OPTIONS[name]) else _beside(folder, str(value))
-        if name in ("text_encoder", "vae") else value
+        if name in ("text_encoder", "vae", "decoder") else value
         for name, value in file.options.items()
     }  # fmt: skip
     settings = {SETTINGS[name][0]: options.pop(name) for name in SETTINGS if name in options}
@@ -257,6 +257,7 @@ def _differences(
         "commit_attends": (made.commit_attends, request.commit_attends or story.commit_attends or card.commit_attends),
         "text_encoder": (made.text_encoder_file, name_of(request.text_encoder)),
         "vae": (made.vae_file, name_of(request.vae)),
+        "decoder": (made.decoder_file, name_of(request.decoder)),
         "scale": (made.scale, request.scale or made.scale),
         "dtype": (made.dtype, made.dtype if request.dtype == "auto" else request.dtype),
         "start": (given(made.start), name_of(request.start)),

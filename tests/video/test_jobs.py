@@ -42,6 +42,9 @@ def test_options_of_generate_reach_every_video(jobs_of, tmp_path):
     (job,) = jobs_of(options={"slow": 3, "threshold": 1, "commit_attends": "itself", "scale": 2, "start": "first.png"})
     assert job.request.settings == {"slow": 3, "slow_similarity_threshold": 1}
     assert (job.request.commit_attends, job.request.scale) == ("itself", 2)
+    (tmp_path / "taew2_1.pth").touch()
+    (tiny,) = jobs_of(options={"decoder": "taew2_1.pth"})
+    assert tiny.request.decoder == str(tmp_path / "taew2_1.pth")
     assert job.request.start == tmp_path / "first.png" and job.output == tmp_path / "out" / "a-4.mp4"
 
 
