@@ -4,6 +4,7 @@ import atexit
 import logging
 import signal
 import sys
+import threading
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, NoReturn, cast
 
@@ -62,7 +63,12 @@ def _root(
 
 
 def main() -> None:
-    """Run the command. An error that a user can cause is one line; the exit code is 2."""
+    """Run the command. An error that a user can cause is one line; the exit code is 2.
+
+    SIGTERM ends it as Ctrl-C does.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = app(["--help"] if len(sys.argv) == 1 else None, standalone_mode=False)
     except UsageError as error:

@@ -33,6 +33,7 @@ def encode(
     negative_prompt: Annotated[str | None, Option(help=NEGATIVE_PROMPT)] = None,
 ) -> None:
     """Encode videos with captions, or prompts, into a training set of latents and text embeddings."""
+    from ..memory.files import hold_folder
     from ..train.data.encode import EncodeSettings, SetEncoder, parse_size
 
     settings = EncodeSettings(
@@ -47,11 +48,12 @@ def encode(
         retry=retry,
         negative_prompt=negative_prompt,
     )
-    encoder = SetEncoder(source, output, settings)
-    with progress_bar() as bar:
-        task = bar.add_task("encode", total=len(encoder.sources), note="")
-        note = lambda: f"{encoder.num_clips} clips  {len(encoder.skipped)} skipped"
-        encoder.run(lambda num_sources: bar.update(task, completed=num_sources, note=note()))
+    with hold_folder("output", output):
+        encoder = SetEncoder(source, output, settings)
+        with progress_bar() as bar:
+            task = bar.add_task("encode", total=len(encoder.sources), note="")
+            note = lambda: f"{encoder.num_clips} clips  {len(encoder.skipped)} skipped"
+            encoder.run(lambda num_sources: bar.update(task, completed=num_sources, note=note()))
     for name, reason in list(encoder.skipped.items())[:MAX_SKIPPED]:
         say(f"skipped {name}: {reason}")
     say(

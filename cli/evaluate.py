@@ -40,10 +40,13 @@ def evaluate(
     dtype: Dtype = "auto",
 ) -> None:
     """Measure students on the demo world (recall over gaps, drift), or videos (consistency over time)."""
+    from ..memory.files import hold_folder
+
     if video or clip or dino:
         from ..train.evaluation.consistency import evaluate_videos
 
-        tables = evaluate_videos(video or [], clip, dino, every, device, dtype, output)
+        with hold_folder("output", output):
+            tables = evaluate_videos(video or [], clip, dino, every, device, dtype, output)
     else:
         from ..train.evaluation.evaluate import Plan, evaluate, parse_students, whole_numbers
 
@@ -56,6 +59,7 @@ def evaluate(
             minutes=minutes,
             long_rollouts=long_rollouts,
         )
-        tables = evaluate(plan, device, dtype, output)
+        with hold_folder("output", output):
+            tables = evaluate(plan, device, dtype, output)
     for table in tables:
         Console(width=max(240, console.width)).print(table, highlight=False)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import socket
@@ -25,8 +26,15 @@ MAX_TENSORS = 20_000
 LOCKED_BYTE = 2**30  # far after the text, because Windows forbids to read a locked byte
 
 
-class HeldError(Exception):
+class HeldError(OSError):
     """Another process has the lock; its id, host and start."""
+
+    def __init__(self, holder: str):
+        super().__init__(errno.EBUSY, f"another process writes it: {holder}")
+        self.holder = holder
+
+    def __str__(self) -> str:
+        return self.holder
 
 
 @contextlib.contextmanager
@@ -58,18 +66,47 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to. At the end the file is flushed to the disk and renamed to `path`.
 
     The file has the permissions of a new file, also if its writer gives it others (safetensors: 0600). After an error
-    `path` is unchanged and the new file is deleted. Raises OSError.
+    `path` is unchanged and the new file is deleted. Raises OSError, also while another process writes `path`.
     """
     part = path.with_name(path.name + ".part")
-    try:
-        part.unlink(missing_ok=True)
-        part.touch()
-        mode = stat.S_IMODE(part.stat().st_mode)
-        yield part
-        os.chmod(part, mode)
-        settle(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with lock(lock_name(path)):
+        try:
+            part.unlink(missing_ok=True)
+            part.touch()
+            mode = stat.S_IMODE(part.stat().st_mode)
+            yield part
+            os.chmod(part, mode)
+            settle(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def hold_folder(option: str, folder: Path) -> Iterator[None]:
+    """Create a folder that a command writes to, and reserve it for this process. It is deleted again if it stays empty.
+
+    Raises ValueError, one line that begins with `option`, if another process writes there or the folder cannot be made.
+    """
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.callback(_remove_empty, created)
+            stack.enter_context(lock(folder / ".lock"))
+        except OSError as error:
+            raise ValueError(f"{option}: {folder} cannot be written ({error.strerror}); give another folder") from None
+        yield
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def lock_name(path: Path) -> Path:
+    """The lock of a file."""
+    return path.with_name(f".{path.name}.lock")
 
 
 def check_writable(option: str, path: Path) -> None:
@@ -80,8 +117,9 @@ def check_writable(option: str, path: Path) -> None:
         raise ValueError(f"{option}: {path} is a folder; give a file name")
     part = path.with_name(path.name + ".part")
     try:
-        part.touch()
-        part.unlink()
+        with lock(lock_name(path)):
+            part.touch()
+            part.unlink()
     except OSError as error:
         raise ValueError(f"{option}: {path} cannot be written ({error.strerror}); give another folder") from None
 
@@ -131,8 +169,13 @@ def _try_lock(fd: int, path: Path) -> bool:
             return False
         if error.errno not in UNSUPPORTED:
             raise
-        log.warning("%s: this file system has no locks; no other process may write there", path.parent)
+        _warn_of_no_locks(path.parent)
     return True
+
+
+@functools.cache
+def _warn_of_no_locks(folder: Path) -> None:
+    log.warning("%s: this file system has no locks; no other process may write there", folder)
 
 
 def _is_at(fd: int, path: Path) -> bool:

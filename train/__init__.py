@@ -21,14 +21,13 @@ def run_stage(stage: str, config_name: str, overrides: Sequence[str], resume: bo
 
 def _export(folder: Path, out: Path) -> Path:
     """Export a run's newest checkpoint to another folder. Raises ValueError for a folder without a checkpoint."""
-    from ..model.checkpoints.containers import read_json
-    from .checkpoints import Checkpoints, newest_checkpoint
+    from .checkpoints import Checkpoints, newest_checkpoint, read_run
     from .presets import build_stage, config_from_json
 
     path = newest_checkpoint(folder)
     if path is None:
         raise ValueError(f"run: {folder} has no checkpoint; give the folder of a run")
-    run = read_json(path / "run.json")
+    run = read_run(path)
     stage = build_stage(run["stage"], config_from_json(run["stage"], run["config"]))
     Checkpoints(folder, stage, run["stage"]).load(extra_state=False)
     return stage.export(out, run["step"], run["seconds"], run["revision"])

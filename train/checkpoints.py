@@ -1,6 +1,7 @@
 """Checkpoints of a run: one folder each (torch.distributed.checkpoint), written completely or not at all."""
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -20,7 +21,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from ..memory.fields import brief
-from ..model.checkpoints.containers import read_json
+from ..memory.files import sync_folder
+from ..model.checkpoints.containers import LOAD_ERRORS, read_json
+from ..video.provenance import GivenFile
 from .config import field_defaults, plain
 from .stage import Stage
 
@@ -39,6 +42,7 @@ MAY_CHANGE_IN_PARTS = ("lr", "clip", "spike", "clips_per_pass")
 """The same of optimisers and of the anchor."""
 NUM_KEPT = 2
 """Number of checkpoints on disk."""
+STATE, DIGESTS = "run.json", "sha256"
 
 
 METADATA = ".metadata"
@@ -110,7 +114,21 @@ class Checkpoints:
         return {name: trained.state() for name, trained in self.stage.trained.items()}
 
     def save(self, step: int, seconds: float, revision: str) -> None:
-        """Write the state before iteration `step`, and delete old checkpoints."""
+        """Write the state before iteration `step`, and delete old ones. Raises OSError, which keeps the old ones."""
+        try:
+            self._save(step, seconds, revision)
+        except (RuntimeError, CheckpointException) as error:
+            # torch has errors of its own for a file that cannot be written, mostly after that of the system.
+            cause = of_disk = _cause(error)
+            while of_disk.__context__ and not isinstance(of_disk, OSError):
+                of_disk = of_disk.__context__
+            if isinstance(of_disk, OSError):
+                raise of_disk from None
+            if "PytorchStreamWriter" in str(cause):
+                raise OSError(brief(cause)) from None
+            raise cause from None
+
+    def _save(self, step: int, seconds: float, revision: str) -> None:
         final = self.run / "checkpoints" / f"step-{step:08d}"
         part = final.with_name(final.name + ".part")
         if self.parallel.is_main:
@@ -126,9 +144,15 @@ class Checkpoints:
                 "world_size": self.parallel.world_size,
                 "progress": {name: trained.progress() for name, trained in self.stage.trained.items()},
             }  # fmt: skip
-            (part / "run.json").write_text(json.dumps(state, indent=1))
+            files = {path.name: _sha256(path) for path in sorted(part.iterdir())}
+            state[DIGESTS] = files | {STATE: _digest_of(state)}
+            with open(part / STATE, "w", encoding="utf-8") as file:
+                file.write(json.dumps(state, indent=1))
+                file.flush()
+                os.fsync(file.fileno())
             shutil.rmtree(final, ignore_errors=True)
             os.replace(part, final)
+            sync_folder(final.parent)
             for old in list_checkpoints(self.run)[:-NUM_KEPT]:
                 shutil.rmtree(old)
         self.parallel.barrier()
@@ -136,28 +160,34 @@ class Checkpoints:
     def load(self, extra_state: bool = True) -> dict[str, Any]:
         """Restore the stage from the newest checkpoint; returns its `run.json`. An export needs no extra state.
 
-        Raises ValueError without a checkpoint, or if the settings differ from those of the checkpoint.
+        Raises ValueError without a checkpoint, for a damaged one, or if its settings differ from those of this run.
         """
         path = newest_checkpoint(self.run)
         if path is None:
             raise ValueError(f"resume: {self.run} has no checkpoint; start without --resume")
-        run = read_json(path / "run.json")
+        run = read_run(path)
         self._check_config(run["config"], path)
+        self._check_files(run.get(DIGESTS, {}), path)
         if extra_state:
             self._load_extra_state(run["world_size"], path)
         tensors = self._tensors()
         try:
             load_tensors(tensors, storage_reader=_Reader(path), planner=_Planner())
         except CheckpointException as error:
-            reason, _ = next(iter(error.failures.values()))
-            if not isinstance(reason, Exception):  # an interrupt
-                raise
-            raise ValueError(
-                f"{path}: not a whole checkpoint ({brief(reason)}); delete it, and the one before it is used"
-            ) from None
+            if not isinstance(cause := _cause(error), Exception):  # an interrupt
+                raise cause from None
+            raise _damaged(path, brief(cause)) from None
         for name, trained in self.stage.trained.items():
             trained.load_state(tensors[name], run["progress"][name])
         return run
+
+    def _check_files(self, digests: dict[str, str], path: Path) -> None:
+        """Raises ValueError unless the files are those that were written. The ranks divide them."""
+        for name in sorted(digests.keys() - {STATE})[self.parallel.rank :: self.parallel.world_size]:
+            if not (path / name).is_file():
+                raise _damaged(path, f"{name} is missing")
+            if _sha256(path / name) != digests[name]:
+                raise _damaged(path, f"{name} does not have its digest")
 
     def _check_config(self, before: dict[str, Any], path: Path) -> None:
         # Settings that are newer than the checkpoint had their default values.
@@ -169,7 +199,10 @@ class Checkpoints:
                 )
 
     def _load_extra_state(self, world_size: int, path: Path) -> None:
-        states = [torch.load(path / f"rank{rank}.pt", weights_only=True) for rank in range(world_size)]
+        try:
+            states = [torch.load(path / f"rank{rank}.pt", weights_only=True) for rank in range(world_size)]
+        except LOAD_ERRORS as error:
+            raise _damaged(path, brief(error)) from None
         if world_size == self.parallel.world_size:
             self.stage.load_extra_state(states[self.parallel.rank])
         elif any(states):
@@ -177,6 +210,37 @@ class Checkpoints:
                 f"resume: {path} was written by {world_size} processes with error buffers or weights of their own;"
                 f" start {world_size} processes, not {self.parallel.world_size}"
             )
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The `run.json` of a checkpoint. Raises ValueError for a damaged one; version 0.1 wrote no digest."""
+    run = read_json(path / STATE)
+    digests = run.get(DIGESTS, {})
+    if not isinstance(digests, dict) or digests.get(STATE, _digest_of(run)) != _digest_of(run):
+        raise _damaged(path, f"{STATE} does not have its digest")
+    if missing := [name for name in ("stage", "step", "seconds", "revision", "config", "progress") if name not in run]:
+        raise _damaged(path, f"{STATE} has no {missing[0]}")
+    return run
+
+
+def _digest_of(state: dict[str, Any]) -> str:
+    """SHA-256 of a checkpoint's state, without its digests."""
+    rest = json.loads(json.dumps({name: value for name, value in state.items() if name != DIGESTS}))
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    return GivenFile.of(path).sha256
+
+
+def _damaged(path: Path, reason: str) -> ValueError:
+    return ValueError(f"resume: {path} is damaged ({reason}); delete it, then --resume goes on from the one before")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first error of a rank, an interrupt too; torch.distributed.checkpoint wraps them all."""
+    failures = error.failures if isinstance(error, CheckpointException) else {}
+    return next((cause for cause, _ in failures.values()), error)
 
 
 def _fixed(value: Any) -> Any:

@@ -1,10 +1,12 @@
 """The training loop of every stage: resume, step, log, sample, checkpoint, export."""
 
+import contextlib
 import logging
 import signal
 import time
 from pathlib import Path
 
+from ..memory.files import hold_folder
 from ..video.provenance import git_revision
 from .checkpoints import Checkpoints, newest_checkpoint
 from .log import RunLog
@@ -31,8 +33,21 @@ class StopSignal:
 def train(stage: Stage, name: str, resume: bool) -> Path:
     """Run a stage to its end, to SIGTERM, or until it is `finished`; returns the exported file.
 
-    Raises FloatingPointError after more than `max_skipped` successive skipped updates of a network.
+    Raises FloatingPointError after more than `max_skipped` successive skipped updates of a network, and ValueError if
+    files cannot be written or another process trains in the same folder.
     """
+    folder = Path(stage.config.out)
+    held = hold_folder("out", folder) if stage.parallel.is_main else contextlib.nullcontext()
+    with held:
+        try:
+            return _train(stage, name, resume)
+        except OSError as error:
+            newest = newest_checkpoint(folder)
+            kept = f"{newest.name} is kept: make room, then --resume" if newest else "make room, then start again"
+            raise ValueError(f"out: {folder} cannot be written ({error.strerror or error}); {kept}") from None
+
+
+def _train(stage: Stage, name: str, resume: bool) -> Path:
     config, parallel, folder = stage.config, stage.parallel, Path(stage.config.out)
     checkpoints = Checkpoints(folder, stage, name)
     start, seconds, revision = 0, 0.0, git_revision()

@@ -29,7 +29,7 @@ DIGEST_KEY = "sha256"
 DTYPE = torch.float32
 """The dtype of every chunk (CausalSampler)."""
 HEADER = "journal.json"
-JOURNAL_FILE = re.compile(r"(journal\.json|chunk-\d+\.safetensors)(\.part)?|(journal|chunk-\d+)\.part")
+JOURNAL_FILE = re.compile(r"\.?(journal\.json|chunk-\d+\.safetensors)(\.part|\.lock)?|(journal|chunk-\d+)\.part")
 CHUNK_FILE = re.compile(r"chunk-(\d{6}|[1-9]\d{6,})\.safetensors")
 
 
@@ -91,7 +91,10 @@ class Journal:
 
     def close(self) -> None:
         """Delete the journal, because the video is whole."""
-        shutil.rmtree(self.folder)
+        try:
+            shutil.rmtree(self.folder)
+        except OSError as error:
+            log.warning("%s: cannot be deleted (%s); the video is whole, delete it", self.folder, error.strerror)
 
     def _begin(self, inputs: Mapping) -> None:
         folder, header = self.folder, self.folder / HEADER
@@ -99,11 +102,11 @@ class Journal:
             raise ValueError(
                 f"{folder}: holds an unfinished video; continue it with --resume, or delete the folder to begin again"
             )
-        if folder.exists():
-            if not folder.is_dir() or any(not JOURNAL_FILE.fullmatch(path.name) for path in folder.iterdir()):
-                raise ValueError(f"{folder}: is not a journal, but has the name of this video's; move or delete it")
-            shutil.rmtree(folder)
         try:
+            if folder.exists():
+                if not folder.is_dir() or any(not JOURNAL_FILE.fullmatch(path.name) for path in folder.iterdir()):
+                    raise ValueError(f"{folder}: is not a journal, but has the name of this video's; move or delete it")
+                shutil.rmtree(folder)
             folder.mkdir()
             with atomic_path(header) as part:
                 part.write_bytes(json.dumps({"format": FORMAT, **inputs}, indent=1).encode())

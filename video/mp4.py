@@ -16,7 +16,8 @@ from typing import IO
 import numpy as np
 from torch import Tensor
 
-from ..memory.files import HeldError, lock, settle
+from ..memory.files import HeldError, lock, lock_name, settle
+from ..memory.memory import all_finite
 from .background import AtStop, in_background
 from .frames import to_uint8
 from .reading import VideoError, check_whole, first_line
@@ -56,7 +57,7 @@ def hold_output(path: str | Path) -> Iterator[Path]:
         raise ValueError(f"output: {path} is a folder; give a file name")
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(lock(path.with_name(f".{path.name}.lock")))
+            stack.enter_context(lock(lock_name(path)))
             # Left by a killed process whose ffmpeg may still write: this process writes a new file.
             part_name(path).unlink(missing_ok=True)
         except HeldError as error:
@@ -94,7 +95,7 @@ def write_video(
     part = part_name(path)
 
     def encode(pixels: Iterable[Tensor], at_stop: AtStop = lambda end: None) -> int:
-        return _encode(path, _frames(pixels, scale, on_frames), fps, crf, scale > 1, metadata or {}, at_stop)
+        return _encode(path, _frames(path, pixels, scale, on_frames), fps, crf, scale > 1, metadata or {}, at_stop)
 
     def decode(chunks: Iterable[Tensor], at_stop: AtStop) -> int:
         assert decoding is not None
@@ -151,9 +152,18 @@ def join_videos(paths: Sequence[str | Path], output: str | Path) -> None:
         raise _not_whole(Path(output), f"ffmpeg: {first_line(done.stderr)}")
 
 
-def _frames(pixels: Iterable[Tensor], scale: int, on_frames: Callable[[np.ndarray], None]) -> Iterator[np.ndarray]:
+def _frames(
+    path: Path, pixels: Iterable[Tensor], scale: int, on_frames: Callable[[np.ndarray], None]
+) -> Iterator[np.ndarray]:
+    """Enlarged frames. Raises ValueError for pixels that are not finite: they would be black."""
+    count = 0
     for run in pixels:
+        if not all_finite([run]):
+            where = f"pixel frames {count}-{count + run.shape[2] - 1}"
+            remedy = "check the VAE's file, in ComfyUI start it with --fp32-vae"
+            raise ValueError(f"output: {path}: NaN or infinity in {where} from the VAE; {remedy}")
         frames = to_uint8(run)
+        count += len(frames)
         on_frames(frames)
         for frame in frames:
             # Columns first: the rows are then copied whole.

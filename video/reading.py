@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import signal
 import subprocess
 import tempfile
 from collections.abc import Generator, Iterator
@@ -32,6 +33,8 @@ INPUT_LIMITS = (
 OTHER_CONTAINER = "not a video or picture that is read; lists of files are not, nor names with %d in them"
 MAX_TAGS = 2**24
 """Bytes of a video's tags. The graph of a ComfyUI video is among them."""
+ENDED_FROM_OUTSIDE = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGKILL", 9))
+"""Signals that say nothing about a video: the system ends processes when memory is at its end."""
 TAG_LINE = re.compile(r"((?:\\.|[^\\=\n])+)=((?:\\.|[^\\\n])*)\n", re.DOTALL)
 """A tag as ffmpeg writes it: a backslash stands before a line's end that belongs to the text."""
 
@@ -149,7 +152,7 @@ def _ffmpeg(
     """What ffmpeg writes to its output, in runs of `run_bytes`, or in lines if that is 0.
 
     `demuxer` is the only one that may read the file; by default ffmpeg chooses one by the contents.
-    Raises VideoError if ffmpeg fails, before a last run that is shorter.
+    Raises VideoError if ffmpeg fails, before a last run that is shorter, and ValueError if another process ended it.
     """
     import imageio_ffmpeg
 
@@ -167,6 +170,8 @@ def _ffmpeg(
             while True:
                 data = process.stdout.read(run_bytes) if run_bytes else process.stdout.readline()
                 if (not data or len(data) < run_bytes) and process.wait():
+                    if -process.returncode in ENDED_FROM_OUTSIDE:
+                        raise ValueError(f"{path}: ffmpeg was ended by signal {-process.returncode}; run it again")
                     stderr.seek(0)
                     message = first_line(stderr.read().decode(errors="replace"))
                     reason = OTHER_CONTAINER if "not on whitelist" in message else brief(message, 160)

@@ -2,13 +2,15 @@
 
 A set is a folder. `manifest.jsonl`: the header, then one line per clip, per finished source and per skipped source.
 `shard-00000.safetensors`: `KEY.latents` [C, T, H, W], normalised, and `KEY.text` [L, D] of its clips; sets of prompts
-have no latents. `empty_text.safetensors`: the text of the empty prompt, for text dropout and guidance.
+have no latents. Its metadata have the SHA-256 of every tensor (not in sets of version 0.1).
+`empty_text.safetensors`: the text of the empty prompt, for text dropout and guidance.
 `negative_text.safetensors`: that of a negative prompt, for guidance; the prompt is in its metadata.
 
 Shapes: C latent channels, T latent frames, H W latent rows and columns, L text tokens, D text width.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections import Counter
@@ -21,12 +23,13 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, uint8
 
-from ...memory.fields import checked_fields, quoted
+from ...memory.fields import brief, checked_fields, json_object, quoted
 from ...memory.files import atomic_path
 
 MANIFEST = "manifest.jsonl"
+DIGESTS_KEY = "sha256"
 EMPTY_TEXT = "empty_text.safetensors"
 NEGATIVE_TEXT, PROMPT_KEY = "negative_text.safetensors", "prompt"
 VERSION = 1
@@ -100,7 +103,7 @@ def open_shard(path: Path):
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); encode into a new folder") from None
+        raise ValueError(f"{path}: not a whole safetensors file ({brief(error)}); encode into a new folder") from None
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -129,7 +132,7 @@ def read_manifest(folder: str | Path) -> Manifest:
                 manifest.finished[record["source"]] = record["clips"]
                 manifest.skipped.pop(record["source"], None)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: line {number} is damaged ({error}); encode into a new folder") from None
+            raise ValueError(f"{path}: line {number} is damaged ({brief(error)}); encode into a new folder") from None
         offset += len(line)
     if manifest is None:
         raise ValueError(f"{path}: has no header; delete it or encode into a new folder")
@@ -221,7 +224,8 @@ class ShardWriter:
             entries.append(Entry(source, start, caption, name, f"{number:08d}"))
             tensors |= {f"{number:08d}.{part}": tensor for part, tensor in parts.items()}
         if entries:
-            self._save(name, tensors)
+            digests = {key: _digest(tensor) for key, tensor in tensors.items()}
+            self._save(name, tensors, {DIGESTS_KEY: json.dumps(digests)})
         path, records = self.folder / MANIFEST, [dataclasses.asdict(entry) for entry in entries] + self._records
         with _one_line_errors(path), open(path, "a", encoding="utf-8") as file:
             file.write("".join(map(_line, records)))
@@ -246,8 +250,15 @@ def _line(record: dict) -> str:
 def _one_line_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise ValueError(f"output: {path} cannot be written ({error.strerror})") from None
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else brief(error)
+        kept = "complete shards are kept: make room, then run it again"
+        raise ValueError(f"output: {path} cannot be written ({reason}); {kept}") from None
+
+
+def _digest(tensor: Tensor) -> str:
+    """SHA-256 of every byte."""
+    return hashlib.sha256(tensor.cpu().contiguous().flatten().view(uint8).numpy().data).hexdigest()
 
 
 class EncodedSet:
@@ -269,6 +280,7 @@ class EncodedSet:
         for index, entry in enumerate(self.entries):
             self.by_shard.setdefault(entry.shard, []).append(index)
         self.open = lru_cache(maxsize=2 * WINDOW)(lambda shard: open_shard(self.folder / shard))
+        self.digests = lru_cache(maxsize=2 * WINDOW)(self._digests)
         self.order = lru_cache(maxsize=2)(self._order)
         self._check_shards()
 
@@ -304,13 +316,25 @@ class EncodedSet:
     def sample(self, number: int) -> tuple[Tensor, Tensor]:
         """Latents [1, C, T, H, W] of the first `num_frames` frames, and the text [1, L, D]; float32."""
         entry = self.entry(number)
-        latents = self.open(entry.shard).get_slice(f"{entry.key}.latents")[:, : self.num_frames]
-        return latents.float()[None], self.text(number)
+        return self._read(entry, "latents")[:, : self.num_frames].float()[None], self.text(number)
 
     def text(self, number: int, num_chunks: int = 1) -> Tensor:
         """The text of all chunks, [1, L, D] float32; at least one row."""
-        entry = self.entry(number)
-        return _at_least_one_row(self.open(entry.shard).get_tensor(f"{entry.key}.text"))
+        return _at_least_one_row(self._read(self.entry(number), "text"))
+
+    def _read(self, entry: Entry, part: str) -> Tensor:
+        """Latents or text of a clip. Raises ValueError if they are not what was written."""
+        name = f"{entry.key}.{part}"
+        tensor, digests = self.open(entry.shard).get_tensor(name), self.digests(entry.shard)
+        if name in digests and _digest(tensor) != digests[name]:
+            path = self.folder / entry.shard
+            raise ValueError(f"{path}: {name} is damaged, it does not have its digest; encode into a new folder")
+        return tensor
+
+    def _digests(self, shard: str) -> dict[str, str]:
+        """SHA-256 of the tensors of a shard; sets of version 0.1 have none."""
+        metadata = self.open(shard).metadata() or {}
+        return json_object(metadata.get(DIGESTS_KEY, "{}"), self.folder / shard)
 
     @property
     def empty(self) -> Tensor:
