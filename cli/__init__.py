@@ -1,6 +1,7 @@
 """The `context-forcing` command."""
 
 import atexit
+import contextlib
 import logging
 import signal
 import sys
@@ -67,8 +68,14 @@ def main() -> None:
 
     SIGTERM ends it as Ctrl-C does.
     """
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            stack.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        _run()
+
+
+def _run() -> NoReturn:
     try:
         code = app(["--help"] if len(sys.argv) == 1 else None, standalone_mode=False)
     except UsageError as error:

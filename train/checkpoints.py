@@ -234,7 +234,7 @@ def _sha256(path: Path) -> str:
 
 
 def _damaged(path: Path, reason: str) -> ValueError:
-    return ValueError(f"resume: {path} is damaged ({reason}); delete it, then --resume goes on from the one before")
+    return ValueError(f"resume: {path}: not a whole checkpoint ({reason}); delete it, the one before it is then used")
 
 
 def _cause(error: BaseException) -> BaseException:

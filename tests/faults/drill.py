@@ -76,6 +76,11 @@ class Ended:
         assert len(lines[0]) <= MAX_MESSAGE, lines[0]
         return lines[0]
 
+    @property
+    def operations(self) -> int:
+        """The number of torch's operations, if they were counted."""
+        return int(self.stderr.rpartition("operations ")[2])
+
     def succeeded(self) -> "Ended":
         assert self.status == 0, self.stderr
         return self
@@ -204,11 +209,13 @@ class Place:
             copy(inputs[source], folder / here)
         return cls(zygote, command, folder)
 
-    def start(self, *, most_bytes: int | None = None, read_only: bool = False, **environment: str) -> Started:
+    def start(self, **how: object) -> Started:
+        """`most_bytes`, `read_only`, `fail_at`, `count_operations`: tests/faults/zygote.py."""
+        request = {"most_bytes": None, "read_only": False, "fail_at": None, "count_operations": False, **how}
         stderr = self.folder.with_name(f"{self.folder.name}.stderr")
         pid = self.zygote.ask(
             folder=str(self.folder), arguments=list(self.command.arguments(self.folder)), stderr=str(stderr),
-            tiny=self.command.tiny, most_bytes=most_bytes, read_only=read_only, environment=environment,
+            tiny=self.command.tiny, **request,
         )  # fmt: skip
         return Started(self.zygote, pid, stderr)
 

@@ -4,6 +4,7 @@ It reads a request per line, JSON, and answers with a line. `start`: the id of a
 as waitpid gives it.
 """
 
+import contextlib
 import ctypes
 import importlib
 import json
@@ -15,6 +16,7 @@ import sys
 import traceback
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from context_forcing import cli
 from context_forcing.model.config import PRESETS, WanConfig
@@ -34,6 +36,20 @@ def give_up_rights() -> None:
         raise OSError(ctypes.get_errno(), "capset")
 
 
+class Operations(TorchDispatchMode):
+    """Counts the operations of torch; memory is at its end at one of them, if that is given."""
+
+    def __init__(self, fail_at: int | None):
+        super().__init__()
+        self.count, self.fail_at = 0, fail_at
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        if self.count - 1 == self.fail_at:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nOf which nothing is free")
+        return function(*args, **(kwargs or {}))
+
+
 def run(request: dict) -> int:
     os.chdir(request["folder"])
     os.setsid()
@@ -41,7 +57,6 @@ def run(request: dict) -> int:
         os.dup2(file.fileno(), 2)
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-    os.environ |= request["environment"]
     if request["tiny"]:
         PRESETS["demo"] = TINY
     if request["most_bytes"] is not None:
@@ -50,13 +65,19 @@ def run(request: dict) -> int:
     if request["read_only"]:
         give_up_rights()
     sys.argv = ["context-forcing", *request["arguments"]]
+    counts = request["count_operations"] or request["fail_at"] is not None
+    operations = Operations(request["fail_at"])
     try:
-        cli.main()
+        with operations if counts else contextlib.nullcontext():
+            cli.main()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException:
         traceback.print_exc()
         return 70
+    finally:
+        if request["count_operations"]:
+            print(f"operations {operations.count}", file=sys.stderr)
     return 0
 
 

@@ -225,7 +225,11 @@ def test_no_object_of_a_checkpoint_is_unpickled(tiny, tmp_path, monkeypatch, pla
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     if place == ".metadata":
-        (newest_checkpoint(tmp_path / "run") / place).write_bytes(pickle.dumps(Harmful()))
+        path = newest_checkpoint(tmp_path / "run")
+        (path / place).write_bytes(pickle.dumps(Harmful()))
+        run = json.loads((path / "run.json").read_text())
+        del run["sha256"]
+        (path / "run.json").write_text(json.dumps(run))
     with pytest.raises(ValueError, match="step-00000003: not a whole checkpoint .*; delete it") as caught:
         checkpoints.load()
     assert ("mkdir" if place == ".metadata" else "lr is no number") in str(caught.value)

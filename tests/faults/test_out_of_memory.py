@@ -1,0 +1,26 @@
+"""Memory ends at a random operation of torch, in any command: one line, and the next run makes the same."""
+
+import random
+
+import pytest
+
+from .drill import COMMANDS, SEED, SOAK
+
+pytestmark = pytest.mark.slow
+NAMES = ("generate", "encode", "pretrain") if not SOAK else tuple(COMMANDS)
+NUM_ROUNDS = {"generate": 4}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_out_of_memory(name, place, references):
+    there, rng = place(name, "counted"), random.Random(f"{SEED} memory {name}")
+    num_operations = there.run(count_operations=True).succeeded().operations
+    for number in range(SOAK or NUM_ROUNDS.get(name, 1)):
+        there = place(name, f"round{number}")
+        ended = there.run(fail_at=rng.randrange(num_operations))
+        if ended.status:  # else the operation was one that had another order
+            assert ended.status == 2 and "out of memory" in ended.error, ended.stderr
+        there.check_files(references(name))
+        there.run().succeeded()
+        assert there.made() == references(name).made, number
+        assert there.leftovers() == []
