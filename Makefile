@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3 || command -v pyth
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast lint train-demo bench-gpu clean
+.PHONY: demo test test-fast lint soak train-demo bench-gpu clean
 
 $(VENV)/ready: pyproject.toml requirements.txt constraints-test.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,11 @@ lint: $(VENV)/ready
 
 test-fast: $(VENV)/ready
 	$(BIN)/python -m pytest -m "not slow and not host"
+
+# The long form of the fault drills, then half an hour of video: hours. SOAK is the number of rounds of a drill.
+soak: $(VENV)/ready
+	SOAK=$${SOAK:-25} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/faults tests/nodes/test_interrupts.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py out/soak
 
 # The whole pipeline on the demo world, from nothing to a distilled student; docs/demo_student.md says how the shipped one was made.
 train-demo: $(VENV)/ready

@@ -1,6 +1,8 @@
 """A student, a memory or a start that is not finite: one line, exit code 2, no video, and what was finished stays."""
 
 import dataclasses
+import math
+import random
 
 import pytest
 import torch
@@ -8,7 +10,10 @@ import yaml
 from safetensors.torch import load_file
 
 from context_forcing.memory.snapshot import load_memory, save_memory
+from context_forcing.model.codecs.demo_vae import DemoCodec
 from context_forcing.model.sampler import seeded_noise
+
+from .drill import SEED, SOAK
 
 NAN = float("nan")
 
@@ -81,3 +86,35 @@ def test_a_memory(generate, save, tmp_path):
     (tmp_path / "film.mp4").unlink()
     code, err = generate(0.75, "--memory-in", tmp_path / "bad.st")
     assert code == 2 and "bad.st: NaN or infinity in values.1" in err and not (tmp_path / "film.mp4").exists()
+
+
+def test_any_weight(generate, save, save_tiny_student, tmp_path):
+    """The chunk, the step and the layer are named, whichever weight is broken."""
+    names = []
+    save_tiny_student(tmp_path / "names.st", edit=lambda net: names.extend(dict(net.named_parameters())), num_layers=3)
+    for name in names if SOAK else random.Random(SEED).sample(names, 3):
+        save(name)
+        code, err = generate(0.75)
+        line = err.strip().splitlines()[-1]
+        assert code == 2 and line.startswith("error: chunk 1 (latent frames 0-2), step 1 ") and len(line) <= 300, line
+        assert "layer" in line and f"the weight {name}" in line, line
+        assert not (tmp_path / "film.mp4").exists() and not (tmp_path / "memory.st").exists()
+
+
+@pytest.mark.parametrize("value", [NAN, math.inf])
+def test_a_vae(generate, save, tmp_path, monkeypatch, value):
+    """Finite latents whose pixels are not: they would be black frames."""
+    save()
+    decode = DemoCodec.decode_stream
+
+    def broken(self, chunks):
+        for number, pixels in enumerate(decode(self, chunks)):
+            yield pixels * (value if number == 1 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DemoCodec, "decode_stream", broken)
+        code, err = generate(3)
+    line = err.strip().splitlines()[-1]
+    assert code == 2 and "NaN or infinity in pixel frames 9-20 from the VAE" in line and len(line) <= 300, err
+    assert not (tmp_path / "film.mp4").exists() and (tmp_path / "film.mp4.journal").is_dir()
+    assert generate(3, "--resume")[0] == 0
