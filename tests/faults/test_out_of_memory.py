@@ -18,8 +18,8 @@ def test_out_of_memory(name, place, references):
     for number in range(SOAK or NUM_ROUNDS.get(name, 1)):
         there = place(name, f"round{number}")
         ended = there.run(fail_at=rng.randrange(num_operations))
-        if ended.status:  # else the operation was one that had another order
-            assert ended.status == 2 and "out of memory" in ended.error, ended.stderr
+        # safetensors has a message of its own where it cannot map a tensor.
+        assert ended.status == 2 and ("out of memory" in ended.error or "UntypedStorage" in ended.error), ended.stderr
         there.check_files(references(name))
         there.run().succeeded()
         assert there.made() == references(name).made, number

@@ -13,7 +13,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from context_forcing import cli
+from context_forcing.train.data.shards import read_manifest
 from context_forcing.video.journal import Journal
+
+from ..train.videos import film, world_frames
 
 STORY = {
     "size": [48, 32], "seed": 4,
@@ -173,3 +176,19 @@ def test_one_run_at_a_time(generate, whole, stopped, student, tmp_path):
         first.kill()
     assert (tmp_path / "film.mp4").read_bytes() == whole
     assert {path.name for path in tmp_path.iterdir()} == {"story.yaml", "film.mp4"}
+
+
+def test_a_killed_reader_is_no_bad_video(run, tmp_path, monkeypatch):
+    """`encode` ends with one line; the same command then has every clip, and none is skipped."""
+    videos = tmp_path / "videos"
+    film(videos / "a.mp4", world_frames(0, 30))
+    reader = tmp_path / "ffmpeg"
+    reader.write_text("#!/bin/sh\nkill -9 $$\n")
+    reader.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setenv("IMAGEIO_FFMPEG_EXE", str(reader))
+        code, err = run("encode", videos, "-o", tmp_path / "set", "--frames", 4)
+    assert code == 2 and "a.mp4: ffmpeg was ended by signal 9; run it again" in " ".join(err.split()), err
+    assert run("encode", videos, "-o", tmp_path / "set", "--frames", 4)[0] == 0
+    manifest = read_manifest(tmp_path / "set")
+    assert manifest.finished == {"a.mp4": 2} and not manifest.skipped
