@@ -84,7 +84,7 @@ class Memory:
         """The remembered latent frames."""
         return self.store.slots
 
-    @property
+    @functools.cached_property
     def num_frames(self) -> int:
         """Latent frames of the video so far; also the absolute index of the next one."""
         return sum(chunk.shape[2] for chunk in self.latent_chunks)
