@@ -45,7 +45,7 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.count += 1
-        if self.fail_at is not None and self.count > self.fail_at:
+        if self.count - 1 == self.fail_at:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nOf which nothing is free")
         return function(*args, **(kwargs or {}))
 

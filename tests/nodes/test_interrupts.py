@@ -12,7 +12,7 @@ from ..faults.drill import SEED, SOAK
 from .graph import PROMPTS, film, load_memory_input, memory_file, succeeded
 from .host import Host
 
-pytestmark = [pytest.mark.host, pytest.mark.slow]
+pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.skipif(not SOAK, reason="make soak")]
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
@@ -38,7 +38,7 @@ def test_interrupts_at_random_moments(host, graph, demo):
     seconds, expected = time.monotonic() - began, film(host, run, saved)
     seeds = [inputs["inputs"] for inputs in graph.prompt.values() if "seed" in inputs["inputs"]]
     ends = []
-    for number in range(8 if SOAK else 2):
+    for number in range(8):
         for inputs in seeds:
             inputs["seed"] = 901 + number
         timer = threading.Timer(rng.uniform(0, seconds), lambda: host.post("/interrupt", {}))
@@ -82,7 +82,6 @@ def test_a_killed_server_leaves_memories_that_go_on(comfyui, tmp_path, graph, de
         server.stop()
 
 
-@pytest.mark.skipif(not SOAK, reason="make soak")
 def test_short_runs_do_not_grow(host, graph, demo):
     sampler = graph.sampler(demo, graph.text(demo), graph.memory(demo))
     graph.save_memory(sampler, prefix="short")
