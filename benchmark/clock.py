@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -80,8 +81,9 @@ def peak_bytes(device: torch.device, function: Callable[[], object]) -> int:
         function()
     results = profiler.profiler and profiler.profiler.kineto_results
     assert results is not None
+    events: list[Any] = [event for event in results.events() if event.name() == "[memory]"]
     held = peak = 0
-    for event in sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda event: event.start_ns()):
+    for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
     return peak

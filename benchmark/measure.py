@@ -259,8 +259,9 @@ class _Bench:
             return sampler
 
         text = self.subject.pipeline(loop.setup).text_encoder.encode(PROMPT)
-        how = dict(prompt=PROMPT, seed=self.plan.seed, num_chunks=num_chunks, sigmas=loop.sigmas)
-        return generate_segment(sampler_of, memory, text, **how)
+        return generate_segment(
+            sampler_of, memory, text, prompt=PROMPT, seed=self.plan.seed, num_chunks=num_chunks, sigmas=loop.sigmas
+        )
 
     def growth(self, loop: OurLoop) -> Growth:
         """The chunk after EARLY chunks and the one after LATE, in turn."""
