@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3 || command -v pyth
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast lint soak train-demo bench-gpu clean
+.PHONY: demo test test-fast lint bad-inputs soak train-demo bench-gpu clean
 
 $(VENV)/ready: pyproject.toml requirements.txt constraints-test.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,10 @@ test-fast: $(VENV)/ready
 soak: $(VENV)/ready
 	SOAK=$${SOAK:-25} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/faults tests/nodes/test_interrupts.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py out/soak
+
+# The long form of the drill of tests/bad_input, 10,000 inputs and more.
+bad-inputs: $(VENV)/ready
+	BAD_INPUTS=18 $(BIN)/python -m pytest tests/bad_input
 
 # The whole pipeline on the demo world, from nothing to a distilled student; docs/demo_student.md says how the shipped one was made.
 train-demo: $(VENV)/ready

@@ -26,15 +26,15 @@ class _Brief(reprlib.Repr):
         return repr(x) if x.bit_length() < 256 else f"a number of {x.bit_length()} bits"
 
 
-def brief(text: object, most: int = MAX_BRIEF) -> str:
-    """Text on one line of at most `most` characters; what is longer loses its end."""
-    words = " ".join(str(text).split())
-    return words if len(words) <= most else f"{words[: most - 3]}..."
-
-
 def printable(text: str) -> str:
     """A text without line ends and characters that command a terminal."""
     return "".join(each if each.isprintable() else " " for each in text)
+
+
+def brief(text: object, most: int = MAX_BRIEF) -> str:
+    """Text on one printable line of at most `most` characters; what is longer loses its end."""
+    words = " ".join(printable(str(text)).split())
+    return words if len(words) <= most else f"{words[: most - 3]}..."
 
 
 def one_line(message: object) -> str:
@@ -73,7 +73,8 @@ def check_keys(cls: type, raw: object, where: str) -> Mapping:
     if not isinstance(raw, Mapping):
         raise ValueError(f"{where}: {quoted(raw)} is not a mapping; known keys are {known}")
     if unknown := [key for key in raw if key not in known.split(", ")]:
-        raise ValueError(f"{where}{'.' * bool(where)}{brief(unknown[0])}: unknown key; known keys are {known}")
+        name = brief(unknown[0]) or quoted(unknown[0])
+        raise ValueError(f"{where}{'.' * bool(where)}{name}: unknown key; known keys are {known}")
     return raw
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import io
 import logging
 import os
 import socket
@@ -23,6 +24,8 @@ UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # the file system 
 HELD = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # another process has the lock
 MAX_TENSORS = 20_000
 """Tensors of a safetensors file that is read whole. The largest students have about 3,000."""
+MAX_TEXT = 2**25
+"""Bytes of a text file that is read whole; a device such as /dev/zero never ends."""
 LOCKED_BYTE = 2**30  # far after the text, because Windows forbids to read a locked byte
 
 
@@ -35,6 +38,20 @@ class HeldError(OSError):
 
     def __str__(self) -> str:
         return self.holder
+
+
+def read_text(path: Path, encoding: str = "utf-8", most: int = MAX_TEXT) -> str:
+    """The text of a file. Raises ValueError, one line, for other files, and for one of more than `most` bytes."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(most + 1)
+        if len(data) > most:
+            raise ValueError(f"{path}: has more than {most // 2**20} MiB of text; make it smaller")
+        return io.TextIOWrapper(io.BytesIO(data), encoding=encoding).read()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text; save it as UTF-8") from None
 
 
 @contextlib.contextmanager

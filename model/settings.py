@@ -1,7 +1,6 @@
 """Settings as `key=value`, YAML files or JSON -> checked dataclasses."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import yaml
 
 from ..memory.config import memory_preset
 from ..memory.fields import brief, check_keys, quoted
+from ..memory.files import read_text
 
 MAX_VALUES = 200_000
 """Values of a YAML text, those of its aliases included: about 20 for each of 10,000 segments."""
@@ -85,8 +85,8 @@ def read_settings(path: Path, names: Sequence[str]) -> tuple[str, dict]:
     Raises ValueError for a file that cannot be read or has no `config`.
     """
     try:
-        raw = read_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        raw = read_yaml(read_text(path))
+    except ValueError as error:
         raise ValueError(f"config: {path} cannot be read ({brief(error, 200)})") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("config"), str):
         raise ValueError(f"config: {path} must be a mapping with `config`: one of {', '.join(names)}")
@@ -128,5 +128,5 @@ def _typed(name: str, value: Any, current: Any) -> Any:
     if current is None and (value is None or type(value) in (int, float)):
         return value
     if type(converted) is not type(current) or (isinstance(converted, float) and not math.isfinite(converted)):
-        raise ValueError(f"{name}: {brief(json.dumps(value, default=str))} is not a {type(current).__name__}")
+        raise ValueError(f"{name}: {quoted(value)} is not a {type(current).__name__}")
     return converted

@@ -7,6 +7,7 @@ import comfy.model_management as mm
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..memory.fields import brief
 from ..memory.memory import Memory
 from ..memory.snapshot import load_memory, save_memory
 from ..video.report import summary
@@ -121,13 +122,13 @@ class ContextForcingLoadMemory(io.ComfyNode):
     def validate_inputs(cls, file: str) -> bool | str:
         """Here and not in `execute`, so that the rest of a graph runs, which may write the file."""
         # ComfyUI puts the name of the input before the reason.
-        return True if file_of(file) else MISSING.format(file)
+        return True if file_of(file) else MISSING.format(brief(file))
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         path = file_of(file)
         if path is None:
-            raise ValueError(f"file: {MISSING.format(file)}")
+            raise ValueError(f"file: {MISSING.format(brief(file))}")
         with named_as("file", path, file):
             memory = load_memory(path)
         return io.NodeOutput(MemoryHandle.of(memory), summary(memory, 16.0))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import string
 import types
 import typing
@@ -12,6 +13,7 @@ from typing import Any
 
 from ..memory.config import MemoryConfig
 from ..memory.fields import brief, checked_fields, one_line, quoted
+from ..memory.files import read_text
 from ..model.checkpoints.locate import BUILT_IN, default_models_dir, locate_student
 from ..model.checkpoints.student import StudentFile, StudentSource
 from ..model.config import StudentCard
@@ -41,6 +43,8 @@ OPTIONS: dict[str, Any] = {
 """The options of `generate` that hold for all jobs of a file, with their type."""
 PLACES = ("story", "student", "seed", "number")
 """What the pattern of the outputs can have in braces."""
+WIDTH = re.compile(r"\d{1,2}d?", re.ASCII)
+"""What can follow a colon in braces; a larger width would be a name of any size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +103,12 @@ def read_jobs(path: Path, device: str = "auto") -> list[VideoJob]:
 
     Paths in the file are relative to its folder. Raises ValueError, one line, for anything that cannot work.
     """
+    text = read_text(path)
     try:
-        file = parse_jobs(read_yaml(path.read_text(encoding="utf-8")))
+        file = parse_jobs(read_yaml(text))
         return list(_jobs(file, path.absolute().parent, device))
     except OSError as error:
         raise ValueError(f"{path}: {error.filename or path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -132,12 +135,14 @@ def parse_jobs(raw: object) -> JobsFile:
 
 def _check_pattern(pattern: str) -> None:
     try:
-        places = [name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None]
+        parts = [part[1:3] for part in string.Formatter().parse(pattern) if part[1] is not None]
     except ValueError as error:
         raise ValueError(f"output: {quoted(pattern)}: {error}") from None
-    if unknown := [name for name in places if name not in PLACES]:
+    if unknown := [name for name, _ in parts if name not in PLACES]:
         known = ", ".join(f"{{{name}}}" for name in PLACES)
         raise ValueError(f"output: {{{brief(unknown[0])}}} is not one of {known}")
+    if wrong := [spec for _, spec in parts if spec and not WIDTH.fullmatch(spec)]:
+        raise ValueError(f"output: {quoted(wrong[0])} is not a width; write {{seed:04}} for four digits")
     if not pattern.lower().endswith(".mp4"):
         raise ValueError(f"output: {quoted(pattern)} does not end in .mp4; give a name that does")
 

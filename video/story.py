@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..memory.fields import check_keys, checked_fields, quoted
+from ..memory.files import read_text
 from ..memory.memory import CHANGES, Memory
 from ..memory.view import ATTENDS
 from ..model.config import StudentCard
@@ -128,15 +129,11 @@ def load_story(path: str | Path, parse: Callable[[str], Story] | None = None) ->
     Raises ValueError, one line, that names the file, the field, the value and the remedy.
     """
     path = Path(path)
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
         story = parse(text) if parse else parse_story(read_yaml(text))
         at = lambda spec: dataclasses.replace(spec, image=str(path.parent / spec.image))
         return dataclasses.replace(story, references=tuple(map(at, story.references)))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...memory.fields import brief, json_object, quoted
-from ...memory.files import MAX_TENSORS, atomic_path
+from ...memory.files import MAX_TENSORS, atomic_path, read_text
 
 SAFETENSORS = (".safetensors", ".sft")
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
@@ -264,12 +264,7 @@ def read_json(path: Path, missing: dict | None = None) -> dict:
     """The object in a JSON file; `missing` if there is no such file. Raises ValueError for anything else."""
     if missing is not None and not path.is_file():
         return missing
-    try:
-        return json_object(path.read_text(encoding="utf-8"), path)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text") from None
+    return json_object(read_text(path), path)
 
 
 def write_safetensors(

@@ -28,6 +28,7 @@ def test_lists_become_tuples_where_the_field_is_one():
     [
         ({"name": "a", "sizes": 3}, "example.sizes: unknown key; known keys are name, size, steps, tags"),
         ({"name": "a", 3: 3}, "example.3: unknown key"),
+        ({"name": "a", "": 3}, "example.'': unknown key"),
         ({}, "example.name: missing"),
         (["name"], "example: ['name'] is not a mapping"),
         (None, "example: None is not a mapping"),

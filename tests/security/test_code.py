@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("cli", "memory", "model", "nodes", "scripts", "train", "video")
+ROOMS = ("benchmark", "cli", "memory", "model", "nodes", "scripts", "train", "video")
 FILES = sorted([*ROOT.glob("*.py"), *(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))])
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
@@ -36,7 +36,7 @@ def wrong_calls(text: str) -> list[str]:
             module = node.module or ""
             names = {module.split(".")[0]} & (NETWORK | MODULES)
             names |= {f"{module}.{alias.name}" for alias in node.names} & (FORBIDDEN | {"pickle.Unpickler"})
-        elif isinstance(node, ast.Name) and node.id in CODE:
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in CODE:
             names = {node.id}
         elif isinstance(node, ast.Attribute):
             called = ast.unparse(node)

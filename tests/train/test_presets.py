@@ -47,7 +47,7 @@ def test_overrides():
         ("pretrain", "demo", ["memory.slots=3"], ["slots", "unknown"]),
         ("vae", "demo", ["steps=2.5"], ["steps", "2.5", "int"]),
         ("vae", "demo", ["steps=many"], ["steps", "many", "int"]),
-        ("vae", "demo", ["steps=true"], ["steps", "true", "int"]),
+        ("vae", "demo", ["steps=true"], ["steps", "True", "int"]),
         ("vae", "demo", ["out=5"], ["out", "5", "str"]),
         ("vae", "demo", ["steps="], ["steps", "int"]),
         ("pretrain", "demo", ["memory=3"], ["memory", "3"]),
@@ -67,7 +67,7 @@ def test_bad_configurations(stage, name, overrides, fragments):
         ("steps=[", ["steps"]),  # yaml.ParserError
         ("optim.lr=abc", ["lr", "abc"]),  # could not convert string to float
         ("steps.x=1", ["steps"]),  # TypeError of dataclasses.fields
-        ("optim.lr=true", ["lr", "true"]),  # taken for 1.0
+        ("optim.lr=true", ["lr", "True"]),  # taken for 1.0
         ("optim.lr=nan", ["lr", "nan"]),
         ("preset=huge", ["preset", "huge"]),  # KeyError when the run starts
         ("steps=0", ["steps", "0"]),  # returns a file that does not exist

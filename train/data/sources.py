@@ -11,9 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...memory.fields import quoted
+from ...memory.fields import brief, quoted
+from ...memory.files import read_text
 
 VIDEOS = frozenset((".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"))
+MAX_LIST = 2**28
+"""Bytes of a table or a list of prompts: some millions of prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,22 +43,13 @@ def list_sources(path: Path) -> list[Source]:
     elif path.suffix.lower() in (".csv", ".tsv"):
         sources = list(_from_table(path))
     elif path.suffix.lower() == ".txt":
-        prompts = dict.fromkeys(" ".join(line.split()) for line in _read_text(path).split("\n"))
+        prompts = dict.fromkeys(" ".join(line.split()) for line in read_text(path, "utf-8-sig", MAX_LIST).split("\n"))
         sources = [Source(name=prompt, caption=prompt) for prompt in prompts if prompt]
     else:
         raise ValueError(f"source: {path} is not a folder of videos, a .csv or .tsv table, or a .txt list of prompts")
     if not sources:
         raise ValueError(f"source: {path} holds nothing to encode; videos are {', '.join(sorted(VIDEOS))}")
     return sources
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
 
 
 def _from_folder(folder: Path) -> Iterator[Source]:
@@ -66,7 +60,7 @@ def _from_folder(folder: Path) -> Iterator[Source]:
         caption, problem = "", f"no caption: there is no {text.name} beside it"
         if text.is_file():
             try:
-                caption = " ".join(_read_text(text).split())
+                caption = " ".join(read_text(text, "utf-8-sig").split())
                 problem = "" if caption else f"no caption: {text.name} is empty"
             except ValueError as error:
                 problem = str(error)
@@ -75,15 +69,19 @@ def _from_folder(folder: Path) -> Iterator[Source]:
 
 def _from_table(path: Path) -> Iterator[Source]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    rows = csv.DictReader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter)
+    rows = csv.DictReader(io.StringIO(read_text(path, "utf-8-sig", MAX_LIST), newline=""), delimiter=delimiter)
+    try:
+        table = [(rows.line_num, row) for row in rows]
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {rows.line_num} is not a row ({brief(error)}); shorten the field") from None
     for column in ("path", "caption"):
         if column not in (rows.fieldnames or ()):
             raise ValueError(
                 f"{path}: has no column {quoted(column)}; it takes path, caption and optionally start, end"
             )
     names = set()
-    for row in rows:
-        where = f"{path}: line {rows.line_num}"
+    for number, row in table:
+        where = f"{path}: line {number}"
         if None in row or None in row.values():
             raise ValueError(
                 f"{where} has another number of fields than the header; quote fields that contain a delimiter"

@@ -47,6 +47,8 @@ RESULTS = "recall.json"
 FORMAT = 5
 """Version of the results file. It changes when the meaning of a figure changes."""
 MAX_SEED = 2**48
+MAX_GAP, MAX_ROLLOUTS = 10_000, 10_000
+"""Chunks of a gap, two hours, and scenes of a seed."""
 _TRIP_CHUNKS = 16
 """Longest piece of a long path: the camera neither stays away nor stands still for a whole quarter."""
 _MIN_CHUNKS = 8 * QUARTERS
@@ -97,6 +99,10 @@ class Plan:
             values = getattr(self, name)
             if len(set(values)) < len(values) or not all(0 <= value <= MAX_SEED for value in values):
                 raise ValueError(f"{name}: {list(values)} must be different whole numbers from 0 to {MAX_SEED}")
+        if longest := [gap for gap in self.gaps if gap > MAX_GAP]:
+            raise ValueError(f"gaps: {longest[0]} chunks are more than {MAX_GAP}; give less")
+        if max(self.rollouts, self.long_rollouts) > MAX_ROLLOUTS:
+            raise ValueError(f"rollouts, long_rollouts: at most {MAX_ROLLOUTS} scenes; give more seeds for others")
         if self.rollouts < 2:
             raise ValueError(f"rollouts: {self.rollouts} must be 2 or more; an interval needs several scenes")
         if not 0 <= self.minutes <= 24 * 60 or (self.minutes and self.long_rollouts < 2):
