@@ -40,7 +40,8 @@ PUBLISHED_SIZES: Mapping[str, WanConfig] = {
     "wan2.1-14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
 }
 PRESETS: Mapping[str, WanConfig] = {
-    "demo": WanConfig(dim=128, ffn_dim=512, num_heads=2, num_layers=4),
+    "demo": WanConfig(dim=128, ffn_dim=512, num_heads=2, num_layers=6),
+    "demo-4-blocks": WanConfig(dim=128, ffn_dim=512, num_heads=2, num_layers=4),
     **PUBLISHED_SIZES,
 }
 

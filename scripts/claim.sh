@@ -32,7 +32,7 @@ for seed in ${SEEDS:-0 1 2}; do
         for dose in ${DOSES:-50 100}; do
             [ -s "$out/$dose.safetensors" ] && continue
             compgen -G "$out/checkpoints/step-????????" >/dev/null && resume=(--resume) || resume=()
-            ${CONTEXT_FORCING:-context-forcing} train contextual --config demo student="$start" teacher="$teacher" \
+            ${CONTEXT_FORCING:-context-forcing} train contextual --config demo preset=demo-4-blocks student="$start" teacher="$teacher" \
                 anchor.weight=0 gate_every=25 gate_limit=100 recall_weight=8 normaliser=fast pacing=0.75 long_trips=0 \
                 critic_per_student=1 local_every=0 context_from=12 context_to=12 target_from=3 target_chunks=3 decay=0 \
                 first_exit_share=0.75 student_optim.lr=1e-4 student_optim.betas=[0.9,0.98] \

@@ -51,7 +51,7 @@ def test_trees(preset, d, f, layers, num_tensors, num_parameters):
 
 def test_head_dims():
     assert {name: config.dim // config.num_heads for name, config in PRESETS.items()} == {
-        "demo": 64, "wan2.1-1.3b": 128, "wan2.1-14b": 128,
+        "demo": 64, "demo-4-blocks": 64, "wan2.1-1.3b": 128, "wan2.1-14b": 128,
     }  # fmt: skip
 
 
