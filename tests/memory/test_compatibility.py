@@ -9,6 +9,7 @@ import torch
 from context_forcing.memory import MemoryConfig, empty_memory
 from context_forcing.memory.layer_store import LayerSlots
 from context_forcing.memory.snapshot import fingerprint_memory, load_memory, save_memory
+from context_forcing.memory.stores import FrameKV
 
 SIZE = (16, 2, 4)
 
@@ -23,8 +24,10 @@ def of_frames():
     memory = empty_memory(config, SIZE).with_start_latents(numbers(1, 16, 1, 2, 4))
     memory = memory.begin("a meadow", 7, numbers(1, 3, 8))
     for chunk in range(5):
-        kv = [(numbers(1, 2, 2, 1, 4, first=50 * chunk + n), numbers(1, 2, 2, 1, 4, first=n)) for n in range(2)]
-        memory = memory.append(numbers(1, 16, 2, 2, 4, first=chunk), kv)
+        keys = torch.stack([numbers(1, 2, 2, 1, 4, first=50 * chunk + layer) for layer in range(2)])
+        values = torch.stack([numbers(1, 2, 2, 1, 4, first=layer) for layer in range(2)])
+        new_kv = [FrameKV(keys[:, :, t], values[:, :, t]) for t in range(2)]
+        memory = memory.append(numbers(1, 16, 2, 2, 4, first=chunk), new_kv)
     slots = dataclasses.replace(memory.slots, similarity_to_previous=(0.5, None))
     memory = dataclasses.replace(memory, store=dataclasses.replace(memory.store, slots=slots))
     return memory.begin("snow 'at' \"night\"", 8, numbers(1, 2, 8), "recache")

@@ -37,7 +37,7 @@ def published_layout(d, f, layers, text_dim=4096, freq_dim=256, channels=16):
     [
         ("wan2.1-1.3b", 1536, 8960, 30, 825, 1_418_996_800),
         ("wan2.1-14b", 5120, 13824, 40, 1095, 14_288_491_584),
-        ("demo", 128, 512, 4, 123, None),
+        ("demo", 128, 512, 6, 177, 2_298_304),
     ],
 )
 def test_trees(preset, d, f, layers, num_tensors, num_parameters):
