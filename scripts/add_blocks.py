@@ -2,7 +2,7 @@
 
 python scripts/add_blocks.py STUDENT OUTPUT --after 1 2
 
-A new block is a copy of the block before it with noise on its matrices. The matrices that add to the residual stream are 0.
+A new block is a copy of the block before it with noise on its matrices. Those that add to the residual stream are 0.
 """
 
 import argparse
