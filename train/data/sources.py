@@ -73,7 +73,7 @@ def _from_table(path: Path) -> Iterator[Source]:
     try:
         table = [(rows.line_num, row) for row in rows]
     except csv.Error as error:
-        raise ValueError(f"{path}: line {rows.line_num} is not a row ({brief(error)}); shorten the field") from None
+        raise ValueError(f"{path}: line {rows.line_num + 1} is not a row ({brief(error)}); shorten the field") from None
     for column in ("path", "caption"):
         if column not in (rows.fieldnames or ()):
             raise ValueError(
