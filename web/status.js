@@ -174,6 +174,7 @@ export class RunStatus {
   /** One run of the history. Samplers from the cache have no output. */
   async replayRun(board, [, , prompt, , ends], outputs, { status_str: end, messages = [] }) {
     const id = Object.keys(prompt).find((node) => prompt[node].class_type === BOARD && board.matches(node))
+    if (!id) return
     const told = new Map(Object.entries(outputs).filter(([node, output]) => output[KEY] && placeOf(node)?.board === id)
       .map(([node, output]) => [placeOf(node).index, output[KEY][0]]))
     const isCached = messages.some(([name, { nodes }]) => name === 'execution_cached' && nodes.includes(id))

@@ -119,9 +119,9 @@ test('a storyboard that ran with all samplers from the cache is cached, one that
 
 test('a page that is opened later has states and pictures from the history', async () => {
   const { history, restore, states, all } = following('a', 'x', 'c')
-  Object.assign(history, { one: entry(['a', 'b', 'c'], [0, 1, 2]), two: entry(['a', 'x', 'c'], [1, 2]),
-    
-    other: { prompt: [0, 'q', { 3: { class_type: 'Text', inputs: { text: ['z'] } } }, {}, ['3']], outputs: {}, status: { status_str: 'success' } } })
+  const other = { prompt: [0, 'q', { 3: { class_type: 'ContextForcingSampler', inputs: { text: ['z'] } } }, {}, ['3']],
+    outputs: { 3: { context_forcing_segment: [{}] } }, status: { status_str: 'success' } }
+  Object.assign(history, { other, one: entry(['a', 'b', 'c'], [0, 1, 2]), two: entry(['a', 'x', 'c'], [1, 2]) })
   await restore()
   assert.deepEqual(states('a', 'x', 'c'), ['cached', 'made', 'made'])
   assert.deepEqual(all('a', 'x', 'c').map(({ picture }) => picture), ['old a', 'old x', 'old c'])
