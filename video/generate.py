@@ -47,7 +47,7 @@ from .storyboard import read_story
 log = logging.getLogger("context_forcing")
 
 Load = Callable[[StudentFile, torch.device, torch.dtype, Codecs, bool], Pipeline]
-"""Pipeline.load, or what keeps a student for the next video."""
+"""What loads a student in the place of Pipeline.load, and may keep it for the next video."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +232,7 @@ class GenerateJob:
 
 
 @contextlib.contextmanager
-def open_job(request: GenerateRequest, load: Load = Pipeline.load) -> Iterator[GenerateJob]:
+def open_job(request: GenerateRequest, load: Load | None = None) -> Iterator[GenerateJob]:
     """Read, check and load all that a request names, and reserve its output until the end of the block.
 
     Raises ValueError, one line, for anything that cannot work; then nothing is written.
@@ -256,7 +256,7 @@ def open_job(request: GenerateRequest, load: Load = Pipeline.load) -> Iterator[G
             *where, prompts, text_encoder=request.text_encoder, vae=request.vae, decoder=request.decoder,
             encodes=bool(request.start or story.references), models_dir=request.models_dir,
         )  # fmt: skip
-        pipeline = load(student, *where, codecs, request.offload)
+        pipeline = (load or Pipeline.load)(student, *where, codecs, request.offload)
         load_attention(request.attention or "sdpa", *where, pipeline.network.head_dim)
         if like is not None and like.student != pipeline.fingerprint:
             both = f"was made by {like.student} ({like.student_file}), this student is {pipeline.fingerprint}"
