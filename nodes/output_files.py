@@ -21,6 +21,10 @@ PREFIX_TOOLTIP = (
     " %Node.input% for the value of another node's input."
 )
 
+MAX_NAME = 200
+"""Bytes of a folder or name in a prefix. File systems take 255; the number and the endings of a file need some."""
+MAX_PREFIX = 1000
+
 Prompt = Mapping[str, Mapping[str, Any]]
 """The nodes of a prompt by their ids (io.Hidden.prompt)."""
 
@@ -59,8 +63,13 @@ def new_file(prefix: str, suffix: str, prompt: Prompt | None = None, size: tuple
 
 
 def check_prefix(prefix: str, prompt: Prompt | None = None) -> str:
-    """The prefix with its tokens replaced. Raises ValueError if it is not a name under the output folder."""
+    """The prefix with its tokens replaced. Raises ValueError if it is too long or no name under the output folder."""
     replaced = replace_tokens(prefix, prompt or {})
+    names = replaced.replace(os.sep, "/").split("/")
+    if len(replaced) > MAX_PREFIX or max(len(name.encode(errors="replace")) for name in names) > MAX_NAME:
+        raise ValueError(
+            f"filename_prefix: {quoted(prefix)} is too long; give {MAX_PREFIX} characters at most, {MAX_NAME} bytes a name"
+        )
     # Links are followed, as ComfyUI does.
     root = os.path.realpath(folder_paths.get_output_directory())
     path = os.path.realpath(os.path.join(root, replaced))

@@ -70,6 +70,14 @@ def test_a_prefix_outside_the_output_folder_is_refused(files, tmp_path, prefix):
     assert "\n" not in str(error.value) and str(tmp_path) not in str(error.value)
 
 
-@pytest.mark.parametrize("prefix", ["x", "a/b/x", "a/../x", "a/", "..x"])
+@pytest.mark.parametrize("prefix", ["a/" * 600 + "x", "x" * 201, f"a/{'é' * 101}/x", "a" * 200 + "%Load.file%"])
+def test_a_prefix_that_is_too_long_is_refused(files, prefix):
+    prompt = {"1": {"class_type": "Load", "inputs": {"file": "b"}}}
+    with pytest.raises(ValueError, match="^filename_prefix: .* is too long; give 1000 characters at most") as error:
+        files.check_prefix(prefix, prompt)
+    assert len(str(error.value)) <= 300
+
+
+@pytest.mark.parametrize("prefix", ["x", "a/b/x", "a/../x", "a/", "..x", "b/" + "é" * 100])
 def test_other_prefixes_are_not_refused(files, prefix):
     assert files.check_prefix(prefix) == prefix
