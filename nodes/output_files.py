@@ -68,7 +68,7 @@ def check_prefix(prefix: str, prompt: Prompt | None = None) -> str:
     names = replaced.replace(os.sep, "/").split("/")
     if len(replaced) > MAX_PREFIX or max(len(name.encode(errors="replace")) for name in names) > MAX_NAME:
         raise ValueError(
-            f"filename_prefix: {quoted(prefix)} is too long; give {MAX_PREFIX} characters at most, {MAX_NAME} bytes a name"
+            f"filename_prefix: {quoted(prefix)} is too long; give at most {MAX_PREFIX} characters, a name {MAX_NAME}"
         )
     # Links are followed, as ComfyUI does.
     root = os.path.realpath(folder_paths.get_output_directory())

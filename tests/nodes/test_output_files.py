@@ -73,7 +73,7 @@ def test_a_prefix_outside_the_output_folder_is_refused(files, tmp_path, prefix):
 @pytest.mark.parametrize("prefix", ["a/" * 600 + "x", "x" * 201, f"a/{'é' * 101}/x", "a" * 200 + "%Load.file%"])
 def test_a_prefix_that_is_too_long_is_refused(files, prefix):
     prompt = {"1": {"class_type": "Load", "inputs": {"file": "b"}}}
-    with pytest.raises(ValueError, match="^filename_prefix: .* is too long; give 1000 characters at most") as error:
+    with pytest.raises(ValueError, match="^filename_prefix: .* is too long; give at most 1000 characters") as error:
         files.check_prefix(prefix, prompt)
     assert len(str(error.value)) <= 300
 
