@@ -7,6 +7,7 @@ import signal
 import pytest
 import yaml
 
+from context_forcing.video import batch as scheduling
 from context_forcing.video.batch import MADE, RUNNING, THERE, Batch
 from context_forcing.video.generate import open_job
 from context_forcing.video.jobs import read_jobs
@@ -16,7 +17,7 @@ from context_forcing.video.workers import LocalWorkers
 PROMPTS = ("A meadow by day. The camera pans right.", "A desert at night. The camera pans left.")
 
 
-def write_jobs(folder, student, count, seconds=4.5):
+def write_jobs(folder, student, count, seconds=9.0):
     """A jobs file of so many short stories."""
     for i in range(count):
         segments = [{"prompt": prompt, "seconds": seconds / 2} for prompt in PROMPTS]
@@ -43,6 +44,12 @@ class Killer:
                 self.killed.append(output)
 
 
+@pytest.fixture
+def often(monkeypatch):
+    """`on_change` is called often enough to meet every short video half-made."""
+    monkeypatch.setattr(scheduling, "POLL_SECONDS", 0.02)
+
+
 def check_against_single_runs(batch, kills, killer, frames_of, folder):
     assert len(killer.killed) == batch.lost_workers == kills
     assert [video.attempts for video in batch.videos if video.job.output in killer.killed] == [2] * kills
@@ -58,7 +65,7 @@ def check_against_single_runs(batch, kills, killer, frames_of, folder):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_a_killed_worker_loses_nothing(tmp_path, student, frames_of, run):
+def test_a_killed_worker_loses_nothing(tmp_path, student, frames_of, run, often):
     path = write_jobs(tmp_path, student, 3)
     batch = Batch.of(read_jobs(path, "cpu"))
     killer = Killer(batch, 1)
@@ -71,7 +78,7 @@ def test_a_killed_worker_loses_nothing(tmp_path, student, frames_of, run):
 
 
 @pytest.mark.slow
-def test_twelve_stories_on_a_ray_cluster(tmp_path, student, frames_of):
+def test_twelve_stories_on_a_ray_cluster(tmp_path, student, frames_of, often):
     """Two workers, of which two are killed."""
     pytest.importorskip("ray", reason="pip install ray; CONTRIBUTING.md, Tests")
     from context_forcing.video.ray_workers import RayWorkers
