@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import logging
+import os
 import signal
 import sys
 import threading
@@ -60,7 +61,8 @@ def _root(
     ] = False,
 ) -> None:
     handler = RichHandler(console=console, show_time=False, show_path=False)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    is_main = os.environ.get("RANK", "0") == "0"  # of those that `torchrun` started
+    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s", handlers=[handler])
 
 
 def main() -> None:

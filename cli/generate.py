@@ -91,13 +91,16 @@ def generate(
         scale=scale,
     )
     with open_job(request) as job:
+        if job.journal is None:  # `torchrun` started it to help the first one.
+            job.run()
+            return
         began = time.monotonic()
         try:
             with progress_bar() as bar:
                 task = bar.add_task("generate", total=job.story.num_chunks, note="")
                 num_frames = job.run(lambda finished, note: bar.update(task, completed=finished, note=note))
         finally:
-            if job.journal.has_chunks and not job.is_whole:
+            if job.has_chunks and not job.is_whole:
                 say(f"{output}: not finished; --resume continues it")
         seconds = time.monotonic() - began
         say(job.summary)

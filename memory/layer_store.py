@@ -26,6 +26,7 @@ UNSUPPORTED = {name: NO_CHANGE.format(name) for name in ("recache", "flush", "cu
     "compact": f"compact: {FROM_NOISE}; use the exact form",
     "recommit": f"recommit: {FROM_NOISE}; generate the chunks again",
     "references": "references: policy released keeps keys of noisy passes, a reference has none; use another policy",
+    "several processes": "policy: released compares whole keys in every layer; use one process, or another policy",
     "attention report": "attention: with policy released every layer attends to other frames; leave the report out",
 }
 
@@ -108,7 +109,7 @@ class LayerStore(KVStore):
     """Empty before the first chunk."""
 
     def append(
-        self, config: MemoryConfig, frames: range, new_kv: Sequence[LayerSlots], choose: Choose
+        self, config: MemoryConfig, frames: range, new_kv: Sequence[LayerSlots], choose: Choose, add_up: None = None
     ) -> tuple["LayerStore", tuple[Decision, ...]]:
         """`new_kv` are the layers' slots after the pass at sigma 0."""
         sink = config.sink

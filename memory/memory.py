@@ -20,7 +20,7 @@ from .layer_store import LayerStore
 from .policy import Decision, Slots
 from .recall import MAX_READS, Archive, Recall
 from .references import Reference, reference_frames
-from .stores import FrameKV, FrameStore, KVStore
+from .stores import AddUp, FrameKV, FrameStore, KVStore
 from .view import Rotate
 
 CHANGES = ("keep", "recache", "flush", "cut", "cut_new_sink")
@@ -35,9 +35,10 @@ last positions of the window. `cut_new_sink`: a new scene; no frame stays, and t
 FORGETTING = ("flush", "cut", "cut_new_sink")
 """Changes that forget frames."""
 
-OPERATIONS = (*CHANGES, "compact", "recommit", "attention report", "references")
+OPERATIONS = (*CHANGES, "compact", "recommit", "attention report", "references", "several processes")
 """What a store may not support. `compact`: keys and values are dropped and computed again from the latents. `recommit`:
-chunks of an interrupted run are committed from their latents. `attention report`: model/attention_mass.py."""
+chunks of an interrupted run are committed from their latents. `attention report`: model/attention_mass.py.
+`several processes`: each has a part of the heads (model/sequence.py)."""
 
 
 @dataclass(frozen=True)
@@ -216,13 +217,16 @@ class Memory:
         if len(shape) != 5 or not shape[2] or (shape[0], shape[1], *shape[3:]) != (1, *self.latent_size):
             raise ValueError(f"latents: shape {shape} does not fit [1, C, T, H, W] with C, H, W = {self.latent_size}")
 
-    def append(self, latents_BCTHW: Tensor, new_kv: Sequence[Any]) -> "Memory":
+    def append(self, latents_BCTHW: Tensor, new_kv: Sequence[Any], add_up: AddUp | None = None) -> "Memory":
         """Commit a chunk: clean latents, and what the pass over them left for the store (KVStore.append)."""
         self._check_fits(latents_BCTHW)
+        if add_up:
+            self.check_supports("several processes")
         num_new, start = latents_BCTHW.shape[2], self.start_latents
         frames = range(self.num_frames, self.num_frames + num_new)
         chunks = (*self.latent_chunks, latents_BCTHW.detach().to("cpu", copy=True))
-        store, decisions = self.store.append(self.config, frames, new_kv, functools.partial(self._choose, chunks))
+        choose = functools.partial(self._choose, chunks)
+        store, decisions = self.store.append(self.config, frames, new_kv, choose, add_up)
         return dataclasses.replace(
             self,
             store=store,

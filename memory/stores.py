@@ -23,6 +23,9 @@ KV_PLACEMENTS = ("at once", "by layer", "from RAM")
 """How keys and values are prepared for a chunk: all layers before it, the fastest; each layer in every pass, with half
 the memory; each layer in every pass from RAM, where they stay. The result is the same."""
 
+AddUp = Callable[[Tensor], Tensor]
+"""The sum of a tensor over the processes of which each has a part of the heads."""
+
 SIMILARITY_ELEMENTS = 2**24
 """Largest number of key elements compared at once; bounds the size of float32 copies."""
 
@@ -81,11 +84,11 @@ class KVStore(abc.ABC):
 
     @abc.abstractmethod
     def append(
-        self, config: MemoryConfig, frames: range, new_kv: Sequence[Any], choose: Choose
+        self, config: MemoryConfig, frames: range, new_kv: Sequence[Any], choose: Choose, add_up: AddUp | None = None
     ) -> tuple["KVStore", tuple[Decision, ...]]:
         """Commit the chunk of latent `frames` with what its pass at sigma 0 left in `new_kv`.
 
-        Policy recall chooses slow frames by `choose`.
+        Policy recall chooses slow frames by `choose`. `add_up` is given if other processes have the other heads.
         """
 
     @abc.abstractmethod
@@ -165,7 +168,12 @@ class FrameStore(KVStore):
     are missing are compared when they are needed. Never changed in place."""
 
     def append(
-        self, config: MemoryConfig, frames: range, new_kv: Sequence[FrameKV], choose: Choose
+        self,
+        config: MemoryConfig,
+        frames: range,
+        new_kv: Sequence[FrameKV],
+        choose: Choose,
+        add_up: AddUp | None = None,
     ) -> tuple["FrameStore", tuple[Decision, ...]]:
         """`new_kv` are the keys and values of each frame. Keys are compared on their device."""
         kvs, device = self.frames | dict(zip(frames, new_kv, strict=True)), new_kv[0].keys.device
@@ -175,7 +183,7 @@ class FrameStore(KVStore):
             pairs = [(min(frame, other), max(frame, other)) for other in others]
             if missing := [other for pair, other in zip(pairs, others) if pair not in known]:
                 keys = kvs[frame].keys.to(device)
-                found = torch.stack([key_similarity(keys, kvs[other].keys) for other in missing]).tolist()
+                found = torch.stack([key_similarity(keys, kvs[other].keys, add_up) for other in missing]).tolist()
                 known.update({(min(frame, other), max(frame, other)): value for other, value in zip(missing, found)})
             return [known[pair] for pair in pairs]
 
@@ -275,17 +283,20 @@ class FrameStore(KVStore):
         return {pair: value for pair, value in self.similarities.items() if {*pair} <= {*frames}}
 
 
-def key_similarity(a: Tensor, b: Tensor) -> Tensor:
+def key_similarity(a: Tensor, b: Tensor, add_up: AddUp | None = None) -> Tensor:
     """Cosine of raw keys [layers, B, P, N, E] per token over the full width, averaged over tokens and layers.
 
     It is computed on the device of `a`. A mean over tokens before the cosine would not change when the camera pans.
+    `add_up` is given if other processes have the other heads.
     """
-    layers_at_once = _layers_at_once(a)
-    cosines = [
-        F.cosine_similarity(x.flatten(-2).float(), y.to(x.device).flatten(-2).float(), dim=-1).flatten(1)
-        for x, y in zip(a.split(layers_at_once), b.split(layers_at_once))
-    ]
-    return torch.cat(cosines).mean()
+    at_once = _layers_at_once(a)
+    pairs = zip(a.split(at_once), b.split(at_once))
+    wide = ((x.flatten(-2).float(), y.to(x.device).flatten(-2).float()) for x, y in pairs)
+    if add_up is None:
+        return torch.cat([F.cosine_similarity(x, y, dim=-1).flatten(1) for x, y in wide]).mean()
+    sums = [torch.stack([(x * y).sum(-1), x.square().sum(-1), y.square().sum(-1)]) for x, y in wide]
+    product, square_a, square_b = add_up(torch.cat(sums, dim=1))
+    return (product / (square_a * square_b).sqrt().clamp(min=1e-8)).mean()
 
 
 def _layers_at_once(tensor: Tensor) -> int:

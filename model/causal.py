@@ -101,18 +101,24 @@ def causal_forward(
     attend_self: AttendSelf,
     attention: Attention = sdpa,
     run: ModuleRunner = run_directly,
+    processes: Any = None,
 ) -> Tensor:
-    """Predicted flow [B, C, T, H, W] of latents at `timestep_BT`, 0 .. 1000 (docs/method.md, Network)."""
+    """Predicted flow [B, C, T, H, W] of latents at `timestep_BT`, 0 .. 1000 (docs/method.md, Network).
+
+    With `processes` (sequence.Processes) the blocks get this process's part of the tokens of each frame.
+    """
     dtype = x_BCTHW.dtype
     tokens = net.patch_embedding(x_BCTHW.to(_patch_dtype(net.patch_embedding.weight))).to(dtype)
     rows, columns = tokens.shape[-2:]
     x = rearrange(tokens, "B D T h w -> B T (h w) D")
+    x = processes.part(x, 2) if processes else x
     temb_BTD = net.time_embedding(sinusoid(timestep_BT, net.time_embedding[0].in_features).to(dtype))
     tproj_BT6D = net.time_projection(temb_BTD).unflatten(-1, (6, -1))
     for layer, block in enumerate(net.blocks):
         x = run(block, _block, layer, x, tproj_BT6D, text, attend_self, attention)
     shift, scale = (net.head.modulation.to(x) + temb_BTD[:, :, None]).unsqueeze(-2).unbind(dim=2)
     patches = net.head.head(net.head.norm(x) * (1 + scale) + shift)
+    patches = processes.whole(patches, 2) if processes else patches
     _, patch_rows, patch_columns = net.patch_size
     return rearrange(
         patches, "B T (h w) (p q C) -> B C T (h p) (w q)",

@@ -4,6 +4,7 @@ Shapes: B batch, C latent channels, T latent frames, H W latent rows and columns
 P tokens per latent frame, G text groups, N heads, E head dim, L text tokens.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from .causal import AttendSelf, ModuleRunner, TextContext, WanNet, causal_forwar
 from .flow import TIMESTEPS
 from .memory_attention import ChunkAttention, attention_over
 from .rope import rotary_table, rotate
+from .sequence import Processes
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,12 @@ class Network:
     """Called before every forward pass, for example to stop after an interrupt."""
     commit: "Network | None" = None
     """The network of the commit pass, if the student has weights of its own for it (docs/method.md, Sampling)."""
+    processes: Processes | None = None
+    """Those that share each pass (model/sequence.py); None: this one alone."""
+
+    def shared_by(self, processes: Processes) -> "Network":
+        """The network with passes that several processes share."""
+        return dataclasses.replace(self, processes=processes, commit=self.commit and self.commit.shared_by(processes))
 
     @property
     def num_layers(self) -> int:
@@ -43,6 +51,11 @@ class Network:
     @property
     def num_heads(self) -> int:
         return self.net.blocks[0].self_attn.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads whose keys and values this process has."""
+        return self.num_heads // (self.processes.count if self.processes else 1)
 
     @property
     def head_dim(self) -> int:
@@ -71,7 +84,11 @@ class Network:
         else:
             timestep_BT = torch.full((x_BCTHW.shape[0], x_BCTHW.shape[2]), TIMESTEPS * sigma, device=self.device)
             timestep_BT[:, :num_clean] = 0
-        forward = functools.partial(causal_forward, attention=self.attention, run=self.run)
+        if self.processes:
+            rows, columns = self.grid((x_BCTHW.shape[1], *x_BCTHW.shape[3:]))
+            self.processes.check(self.num_heads, rows * columns)
+            attend_self = self.processes.around(attend_self)
+        forward = functools.partial(causal_forward, attention=self.attention, run=self.run, processes=self.processes)
         flow_BCTHW = self.run(self.net, forward, x_BCTHW.to(self.dtype), timestep_BT, text, attend_self)
         return plain(flow_BCTHW.float())
 

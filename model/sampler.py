@@ -185,7 +185,8 @@ class CausalSampler:
         new = self._keys(memory, x0_BCTHW, view or self.view(memory))
         frames = range(memory.num_frames, memory.num_frames + x0_BCTHW.shape[2])
         self._check_finite(memory, frames, x0_BCTHW, new, repeat or (lambda again: again.commit(memory, x0_BCTHW)))
-        return self.read(memory.append(x0_BCTHW, new.new_kv).to(self._home))
+        add_up = self.network.processes and self.network.processes.add_up
+        return self.read(memory.append(x0_BCTHW, new.new_kv, add_up).to(self._home))
 
     def read(self, memory: Memory) -> Memory:
         """Compute keys and values of remembered frames that have none (docs/memory.md, Policies).
@@ -275,7 +276,7 @@ class CausalSampler:
             raise ValueError(f"memory: it belongs to another student ({students}); use the student that generated it")
         network = self.network
         rows, columns = network.grid(memory.latent_size)
-        expected = (network.num_layers, 1, rows * columns, network.num_heads, network.head_dim)
+        expected = (network.num_layers, 1, rows * columns, network.kv_heads, network.head_dim)
         for shape in memory.store.key_shapes - {expected}:
             raise ValueError(f"memory: its keys have shape {shape}, not {expected}; use the student that generated it")
 

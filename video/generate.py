@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from ..memory.fields import brief, one_line
 from ..memory.files import check_writable
 from ..memory.history import remembered_parts
 from ..memory.memory import Memory
-from ..memory.snapshot import fingerprint_memory, fingerprint_references, load_memory, save_memory
+from ..memory.snapshot import load_memory, save_memory
 from ..model.attention import load_attention
 from ..model.checkpoints.locate import BUILT_IN
 from ..model.checkpoints.student import StudentFile, StudentSource
@@ -26,9 +26,10 @@ from ..model.device import is_out_of_memory, name_of_dtype, pick_device, use_cpu
 from ..model.fingerprint import fingerprint
 from ..model.fit import say_what_fits
 from ..model.sampler import SamplerOptions
+from ..model.sequence import Processes, joined
 from ..model.units import FRAMES_PER_LATENT
 from .frames import save_picture, thumbnails
-from .journal import Journal, journal_path
+from .journal import Journal, journal_inputs, journal_path
 from .mp4 import default_scale, hold_output, write_video
 from .pipeline import Pipeline
 from .provenance import (  # fmt: skip
@@ -157,7 +158,10 @@ class GenerateJob:
     """How many times each pixel is enlarged."""
     memory: Memory
     """The memory after the last finished chunk."""
-    journal: Journal
+    journal: Journal | None
+    """None in a process that helps another one (model/sequence.py)."""
+    finished: Sequence[Tensor]
+    """Chunks of an earlier run."""
     made: Provenance
     """What makes the video, for its file."""
     is_whole: bool = False
@@ -166,11 +170,16 @@ class GenerateJob:
     def run(self, on_chunk: Callable[[int, str], None] = lambda finished, note: None) -> int:
         """Generate the video, and decode and write it on a second thread. Returns its number of pixel frames.
 
-        `on_chunk` is called after every chunk with the number of finished chunks and a note on speed and memory. After
-        an error or an interrupt `memory_out` holds what is finished, and the journal can be resumed. Raises ValueError
-        for files that cannot be written, and if memory is at its end.
+        A process that helps another one writes nothing and returns 0. `on_chunk` is called after every chunk with the
+        number of finished chunks and a note on speed and memory. After an error or an interrupt `memory_out` holds what
+        is finished, and the journal can be resumed. Raises ValueError for files that cannot be written, and if memory
+        is at its end.
         """
         request, story = self.request, self.story
+        if self.journal is None:
+            for _ in self._latents(on_chunk):
+                pass
+            return 0
         try:
             num_frames = write_video(
                 request.output, self._latents(on_chunk), decoding=self.pipeline.decoding, fps=story.fps,
@@ -208,9 +217,14 @@ class GenerateJob:
             output = self.request.output
             return ValueError(f"{error}; {output} is whole: make room or give another name, then --resume writes this")
         if is_out_of_memory(error):
-            kept = "the finished chunks are kept: --resume with" if self.journal.has_chunks else "give"
+            kept = "the finished chunks are kept: --resume with" if self.has_chunks else "give"
             return ValueError(f"out of memory ({brief(error)}); {kept} --offload or --kv-placement 'from RAM'")
         return error
+
+    @property
+    def has_chunks(self) -> bool:
+        """Whether there is a chunk to resume from."""
+        return self.journal is not None and self.journal.has_chunks
 
     @property
     def summary(self) -> str:
@@ -220,11 +234,12 @@ class GenerateJob:
     def _latents(self, on_chunk: Callable[[int, str], None]) -> Iterator[Tensor]:
         """The chunks of the video so far, then every new one as soon as it is kept."""
         yield from self.memory.latent_chunks
-        began, kept = time.monotonic(), self.journal.finished
+        began, kept = time.monotonic(), self.finished
         for number, memory in enumerate(self.pipeline.generate(self.story, self.memory, self.options, kept), 1):
             new_chunks = memory.latent_chunks[len(self.memory.latent_chunks) :]
             self.memory = memory
-            self.journal.keep(number - 1, new_chunks[-1])
+            if self.journal:
+                self.journal.keep(number - 1, new_chunks[-1])
             num_frames = max(0, number - len(kept)) * memory.config.chunk * FRAMES_PER_LATENT
             slots = ", ".join(f"{len(frames)} {part}" for part, frames in remembered_parts(memory).items())
             on_chunk(number, f"{num_frames / max(1e-6, time.monotonic() - began):.1f} frames/s  memory: {slots}")
@@ -248,8 +263,8 @@ def open_job(request: GenerateRequest, load: Load | None = None) -> Iterator[Gen
     student = request.student.open()
     card = student.card
     story = _story(request, card, like)
-    with hold_output(request.output):
-        where = pick_device(request.device, request.dtype)
+    where = pick_device(request.device, request.dtype)
+    with joined(where[0]) as processes, _held(request, processes):
         captions = [reference.prompt for reference in story.references if reference.prompt]
         prompts = captions + [segment.prompt for segment in story.segments]
         codecs = backbone_of(card.base).load_codecs(
@@ -258,11 +273,15 @@ def open_job(request: GenerateRequest, load: Load | None = None) -> Iterator[Gen
         )  # fmt: skip
         pipeline = (load or Pipeline.load)(student, *where, codecs, request.offload)
         load_attention(request.attention or "sdpa", *where, pipeline.network.head_dim)
+        if processes:
+            pipeline = dataclasses.replace(pipeline, network=pipeline.network.shared_by(processes))
         if like is not None and like.student != pipeline.fingerprint:
             both = f"was made by {like.student} ({like.student_file}), this student is {pipeline.fingerprint}"
             raise ValueError(one_line(f"--student: give that of {request.like}; it {both}"))
         use_cpu_threads(pipeline.network.net)
         memory = _memory(request, pipeline, story, like)
+        if processes:
+            memory.check_supports("several processes")
         resolved = story.resolve(card, memory)
         if request.compact:
             memory.check_supports("compact")
@@ -276,27 +295,28 @@ def open_job(request: GenerateRequest, load: Load | None = None) -> Iterator[Gen
         if like is not None and (differences := like.differences(made)):
             log.warning("%s", not_the_same(differences))
         say_what_fits(pipeline.network, pinned, options.kv_placement)
-        inputs = {
-            "student": pipeline.merged_fingerprint,
-            "text encoder": made.text_encoder,
-            "codec": made.codec,
-            "device": made.device,
-            "dtype": str(pipeline.network.dtype),
-            "loras": request.loras,
-            "story": _journal_fields(story),
-            "card": _journal_fields(card),
-            "memory": fingerprint_memory(memory),
-        }
-        # Only if they are not the defaults: older journals do not have them.
-        inputs |= {"attention": made.attention} if made.attention != "sdpa" else {}
-        inputs |= {"commit attends": commit_attends} if commit_attends != "all" else {}
-        inputs |= {"references": fingerprint_references(references)} if references else {}
+        inputs = journal_inputs(pipeline, story, memory, references, made, request.loras)
         folder, num_chunks = journal_path(request.output), resolved.num_chunks
-        journal = Journal(folder, inputs, request.resume, num_chunks=num_chunks, shape=memory.chunk_shape)
+        journal = None
+        if processes is None or processes.is_main:
+            journal = Journal(folder, inputs, request.resume, num_chunks=num_chunks, shape=memory.chunk_shape)
+        finished = journal.finished if journal else []
         yield GenerateJob(
             request=request, pipeline=pipeline, options=options, story=resolved, scale=scale, memory=pinned,
-            journal=journal, made=made,
+            journal=journal, finished=processes.share(finished) if processes else finished, made=made,
         )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _held(request: GenerateRequest, processes: Processes | None) -> Iterator[None]:
+    """The output is reserved for the process that writes it.
+
+    Raises ValueError for files with keys and values: each of several processes has a part of the heads.
+    """
+    if processes and request.memory_out is not None and not request.compact:
+        raise ValueError("--memory-out: keys and values are divided over the processes; give --compact")
+    with hold_output(request.output) if processes is None or processes.is_main else contextlib.nullcontext():
+        yield
 
 
 def _story(request: GenerateRequest, card: StudentCard, like: Provenance | None) -> Story:
@@ -322,6 +342,9 @@ def _memory(request: GenerateRequest, pipeline: Pipeline, story: Story, like: Pr
     if request.memory_in is None:
         return pipeline.empty_memory(story.size, **settings)
     memory = load_memory(request.memory_in, pipeline.fingerprint)
+    if pipeline.network.processes and not memory.is_compact:
+        problem = f"--memory-in: {request.memory_in} has keys and values of all heads"
+        raise ValueError(f"{problem}; several processes read one that was written with --compact")
     for name, value in settings.items():
         if (own := getattr(memory.config, name)) != value:
             raise ValueError(f"{name}: {value} requested, the memory has {own}; a memory keeps its settings")
@@ -342,7 +365,7 @@ def _provenance(
     name_of = lambda path: "" if path is None else Path(path).name
     return Provenance(
         revision=git_revision(),
-        machine=machine_of(pipeline.device),
+        machine=machine_of(pipeline.device, network.processes.count if network.processes else 1),
         libraries=libraries(request.attention or "sdpa"),
         device=pipeline.device.type,
         dtype=name_of_dtype(network.dtype),
@@ -367,13 +390,3 @@ def _provenance(
         references=tuple(GivenFile.of(spec.image) for spec in story.references),
         story=story.without_folders(),
     )
-
-
-def _journal_fields(value: Story | StudentCard) -> dict:
-    """The fields of a story or card in a journal. What is in effect of the others is an input of its own.
-
-    Older journals do not have match_sink; it is written if it has an effect.
-    """
-    fields = dataclasses.asdict(value)
-    others = {"commit_attends", "references"} | ({"match_sink"} if not fields.get("match_sink") else set())
-    return {name: field for name, field in fields.items() if name not in others}

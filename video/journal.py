@@ -5,12 +5,13 @@ again, in one pass each, and its memory is the same bit for bit. A chunk is used
 written.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +20,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..memory.files import atomic_path, sync_folder
+from ..memory.memory import Memory
+from ..memory.references import Reference
+from ..memory.snapshot import fingerprint_memory, fingerprint_references
+from ..model.config import StudentCard
+from .pipeline import Pipeline
+from .provenance import Provenance
+from .story import Story
 
 log = logging.getLogger("context_forcing")
 
@@ -36,6 +44,44 @@ CHUNK_FILE = re.compile(r"chunk-(\d{6}|[1-9]\d{6,})\.safetensors")
 def journal_path(video: Path) -> Path:
     """The folder of a video's journal."""
     return video.with_name(video.name + ".journal")
+
+
+def journal_inputs(
+    pipeline: Pipeline,
+    story: Story,
+    memory: Memory,
+    references: Sequence[Reference],
+    made: Provenance,
+    loras: Sequence[str],
+) -> dict[str, object]:
+    """All that a video depends on, for its journal."""
+    inputs = {
+        "student": pipeline.merged_fingerprint,
+        "text encoder": made.text_encoder,
+        "codec": made.codec,
+        "device": made.device,
+        "dtype": str(pipeline.network.dtype),
+        "loras": loras,
+        "story": _journal_fields(story),
+        "card": _journal_fields(pipeline.card),
+        "memory": fingerprint_memory(memory),
+    }
+    # Only if they are not the defaults: older journals do not have them.
+    inputs |= {"attention": made.attention} if made.attention != "sdpa" else {}
+    inputs |= {"commit attends": made.commit_attends} if made.commit_attends != "all" else {}
+    inputs |= {"references": fingerprint_references(references)} if references else {}
+    inputs |= {"processes": pipeline.network.processes.count} if pipeline.network.processes else {}
+    return inputs
+
+
+def _journal_fields(value: Story | StudentCard) -> dict:
+    """The fields of a story or card in a journal. What is in effect of the others is an input of its own.
+
+    Older journals do not have match_sink; it is written if it has an effect.
+    """
+    fields = dataclasses.asdict(value)
+    others = {"commit_attends", "references"} | ({"match_sink"} if not fields.get("match_sink") else set())
+    return {name: field for name, field in fields.items() if name not in others}
 
 
 def has_journal(video: Path) -> bool:

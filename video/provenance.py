@@ -46,12 +46,13 @@ def git_revision() -> str:
     return done.stdout.strip()
 
 
-def machine_of(device: torch.device) -> str:
+def machine_of(device: torch.device, num_processes: int = 1) -> str:
     """The class of machine whose arithmetic a video depends on: the GPU, or the CPU with torch's threads."""
+    processes = f", {num_processes} processes" if num_processes > 1 else ""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.get_device_name(device) + processes
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{platform.machine()} {capability}, threads {torch.get_num_threads()}"
+    return f"{platform.machine()} {capability}, threads {torch.get_num_threads()}{processes}"
 
 
 def version_of(package: str) -> str:
