@@ -293,6 +293,6 @@ def working_bytes(network: Network, memory: Memory, kv_placement: str = "at once
     tokens, dim = rows * columns, network.num_heads * network.head_dim
     text = 2 * network.num_layers * dim * net.text_len * size * (2 if network.commit else 1)
     activations = tokens * config.chunk * (6 * dim + 2 * net.blocks[0].ffn[0].out_features) * size
-    sizes = network.num_layers, dim * tokens, size
+    sizes = network.num_layers, network.kv_heads * network.head_dim * tokens, size
     stored, in_pass, after_pass = memory.store.working_bytes(config, kv_placement, *sizes)
     return text + stored + max(in_pass + activations, after_pass)

@@ -36,6 +36,8 @@ def own_arguments(words):
     """The arguments of this package's command in a line, None if the line runs something else."""
     if words[0] == "context-forcing":
         return words[1:]
+    if "context_forcing.cli" in words:
+        return words[words.index("context_forcing.cli") + 1 :]
     if "context_forcing.train" in words:
         return ["train", *words[words.index("context_forcing.train") + 1 :]]
     return None
