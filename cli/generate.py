@@ -2,12 +2,15 @@
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
 from .console import progress_bar, say
 from .options import Card, Decoder, Device, Dtype, Loras, ModelsDir, Settings, Student, TextEncoder, Vae, Weights
+
+if TYPE_CHECKING:
+    from ..video.generate import GenerateJob
 
 STORY = """YAML: `segments`, each with `prompt` and `seconds`; optional `size`, `fps` and `seed`. Or a storyboard, .txt:
 a time and a prompt per line."""
@@ -91,17 +94,23 @@ def generate(
         scale=scale,
     )
     with open_job(request) as job:
-        if job.journal is None:  # `torchrun` started it to help the first one.
-            job.run()
-            return
-        began = time.monotonic()
-        try:
-            with progress_bar() as bar:
-                task = bar.add_task("generate", total=job.story.num_chunks, note="")
-                num_frames = job.run(lambda finished, note: bar.update(task, completed=finished, note=note))
-        finally:
-            if job.has_chunks and not job.is_whole:
-                say(f"{output}: not finished; --resume continues it")
-        seconds = time.monotonic() - began
-        say(job.summary)
-        say(f"{output}: {num_frames} frames, {num_frames / job.story.fps:.2f} s, generated in {seconds:.1f} s")
+        _run(job)
+
+
+def _run(job: "GenerateJob") -> None:
+    """Make the video, with a bar, and say what it is."""
+    output = job.request.output
+    if job.journal is None:  # `torchrun` started this process to help the first one.
+        job.run()
+        return
+    began = time.monotonic()
+    try:
+        with progress_bar() as bar:
+            task = bar.add_task("generate", total=job.story.num_chunks, note="")
+            num_frames = job.run(lambda finished, note: bar.update(task, completed=finished, note=note))
+    finally:
+        if job.has_chunks and not job.is_whole:
+            say(f"{output}: not finished; --resume continues it")
+    seconds = time.monotonic() - began
+    say(job.summary)
+    say(f"{output}: {num_frames} frames, {num_frames / job.story.fps:.2f} s, generated in {seconds:.1f} s")

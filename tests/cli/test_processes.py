@@ -24,7 +24,8 @@ def test_two_processes_make_the_video_of_one(tmp_path, student, frames_of):
     (tmp_path / "story.yaml").write_text(yaml.safe_dump({"seed": 3, "segments": segments}))
     for name, launch in (("one", []), ("two", ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"])):
         command = [sys.executable, "-m", *launch, "context_forcing.cli", "generate", "story.yaml", "-o", f"{name}.mp4",
-                   "--student", str(student), "--device", "cpu", "--memory-out", f"{name}.memory", "--compact"]  # fmt: skip
+                   "--student", str(student), "--device", "cpu", "--memory-out", f"{name}.memory",
+                   "--compact"]  # fmt: skip
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -39,9 +40,8 @@ def test_two_processes_make_the_video_of_one(tmp_path, student, frames_of):
 
 
 def test_files_with_keys_and_values_are_refused(tmp_path):
-    request = GenerateRequest(
-        story=Path("story.yaml"), output=tmp_path / "film.mp4", student=StudentSource(), memory_out=tmp_path / "film.memory"
-    )  # fmt: skip
+    files = dict(story=Path("story.yaml"), output=tmp_path / "film.mp4", memory_out=tmp_path / "film.memory")
+    request = GenerateRequest(**files, student=StudentSource())
     with pytest.raises(ValueError, match="--memory-out: .*give --compact"), generate._held(request, Processes(0, 2)):
         pass
 
