@@ -85,7 +85,8 @@ class Network:
             timestep_BT = torch.full((x_BCTHW.shape[0], x_BCTHW.shape[2]), TIMESTEPS * sigma, device=self.device)
             timestep_BT[:, :num_clean] = 0
         if self.processes:
-            rows, columns = self.grid((x_BCTHW.shape[1], *x_BCTHW.shape[3:]))
+            _, channels, _, height, width = x_BCTHW.shape
+            rows, columns = self.grid((channels, height, width))
             self.processes.check(self.num_heads, rows * columns)
             attend_self = self.processes.around(attend_self)
         forward = functools.partial(causal_forward, attention=self.attention, run=self.run, processes=self.processes)
