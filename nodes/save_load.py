@@ -13,6 +13,7 @@ from ..memory.snapshot import load_memory, save_memory
 from ..video.report import summary
 from .handle import MemoryHandle, MemoryType
 from .output_files import PREFIX_TOOLTIP, new_file, validate_prefix
+from .page import Page
 from .shared import CATEGORY, log, named_as
 
 FOLDER = "context_forcing"
@@ -79,8 +80,10 @@ class ContextForcingSaveMemory(io.ComfyNode):
         file = new_file(filename_prefix, SUFFIX, cls.hidden.prompt)
         with named_as("output", file.path, file.relative):
             save_memory(file.path, kept)
-        megabytes = os.path.getsize(file.path) / 1e6
-        return io.NodeOutput(file.relative, ui=ui.PreviewText(f"{file.relative}, {megabytes:.1f} MB"))
+        written = f"{file.relative}, {os.path.getsize(file.path) / 1e6:.1f} MB"
+        if page := Page.current():
+            page.show_text(written)  # ComfyUI's page shows the text of a result on Preview as Text only
+        return io.NodeOutput(file.relative, ui=ui.PreviewText(written))
 
 
 MISSING = "{} does not exist; select a file that Save Memory wrote (key R refreshes the list)"

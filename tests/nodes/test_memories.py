@@ -56,6 +56,14 @@ def test_a_saved_memory_continues_bit_for_bit(host, graph, demo):
     assert files["compact"].stat().st_size < files["exact"].stat().st_size / 3
 
 
+def test_save_memory_shows_on_the_node_which_file_it_wrote(host, graph, demo):
+    saved = graph.save_memory(graph.sampler(demo, graph.text(demo), graph.memory(demo)), prefix="shown")
+    run = succeeded(host.run(graph.prompt))
+    [shown] = [text for node, text in run.texts if node == saved]
+    file = memory_file(host, run, saved)
+    assert shown == f"{file.relative_to(host.base / 'output')}, {file.stat().st_size / 1e6:.1f} MB"
+
+
 def test_load_memory_lists_the_files_and_refuses_others(host, graph, demo):
     saved = graph.save_memory(graph.sampler(demo, graph.text(demo), graph.memory(demo)), prefix="listed")
     file = memory_file(host, succeeded(host.run(graph.prompt)), saved)
