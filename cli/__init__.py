@@ -68,13 +68,16 @@ def _root(
 def main() -> None:
     """Run the command. An error that a user can cause is one line; the exit code is 2.
 
-    SIGTERM ends it as Ctrl-C does.
+    SIGTERM ends it as Ctrl-C does, at any moment with exit code 130 and no traceback.
     """
-    with contextlib.ExitStack() as stack:
-        if threading.current_thread() is threading.main_thread():
-            stack.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-        _run()
+    try:
+        with contextlib.ExitStack() as stack:
+            if threading.current_thread() is threading.main_thread():
+                stack.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+                signal.signal(signal.SIGTERM, signal.default_int_handler)
+            _run()
+    except KeyboardInterrupt:  # before typer runs the command, or after
+        sys.exit(130)
 
 
 def _run() -> NoReturn:

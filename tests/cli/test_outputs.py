@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -166,3 +167,17 @@ cli.main()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0 and "Usage" in done.stdout and done.stderr == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a process is stopped by a signal")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_before_the_command_begins_prints_no_traceback(number):
+    script = f"""
+import os, sys, typer.main
+from context_forcing import cli
+typer.main.get_group = lambda app: os.kill(os.getpid(), {int(number)})
+sys.argv = ["context-forcing", "doctor"]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr == ""

@@ -72,6 +72,8 @@ def run(request: dict) -> int:
             cli.main()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:  # outside of main, in this file
+        return 130
     except BaseException:
         traceback.print_exc()
         return 70
