@@ -107,23 +107,49 @@ def causal_forward(
 
     With `processes` (sequence.Processes) the blocks get this process's part of the tokens of each frame.
     """
-    dtype = x_BCTHW.dtype
-    tokens = net.patch_embedding(x_BCTHW.to(_patch_dtype(net.patch_embedding.weight))).to(dtype)
-    rows, columns = tokens.shape[-2:]
-    x = rearrange(tokens, "B D T h w -> B T (h w) D")
-    x = processes.part(x, 2) if processes else x
-    temb_BTD = net.time_embedding(sinusoid(timestep_BT, net.time_embedding[0].in_features).to(dtype))
-    tproj_BT6D = net.time_projection(temb_BTD).unflatten(-1, (6, -1))
+    x, temb_BTD, tproj_BT6D = _embed(net, x_BCTHW, timestep_BT, processes)
     for layer, block in enumerate(net.blocks):
-        x = run(block, _block, layer, x, tproj_BT6D, text, attend_self, attention)
+        x = run(block, _block, x, tproj_BT6D, layer, text, attend_self, attention)
     shift, scale = (net.head.modulation.to(x) + temb_BTD[:, :, None]).unsqueeze(-2).unbind(dim=2)
     patches = net.head.head(net.head.norm(x) * (1 + scale) + shift)
     patches = processes.whole(patches, 2) if processes else patches
     _, patch_rows, patch_columns = net.patch_size
     return rearrange(
         patches, "B T (h w) (p q C) -> B C T (h p) (w q)",
-        h=rows, w=columns, p=patch_rows, q=patch_columns,
+        h=x_BCTHW.shape[3] // patch_rows, w=x_BCTHW.shape[4] // patch_columns, p=patch_rows, q=patch_columns,
     )  # fmt: skip
+
+
+def last_keys(
+    net: WanNet,
+    x_BCTHW: Tensor,
+    timestep_BT: Tensor,
+    text: TextContext,
+    attend_self: AttendSelf,
+    attention: Attention = sdpa,
+    run: ModuleRunner = run_directly,
+    processes: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Raw keys and values [B, T, P, N, E] of the last layer, where `causal_forward` would go on to a flow.
+
+    `attend_self` gets those of the other layers.
+    """
+    x, _, tproj_BT6D = _embed(net, x_BCTHW, timestep_BT, processes)
+    *others, last = net.blocks
+    for layer, block in enumerate(others):
+        x = run(block, _block, x, tproj_BT6D, layer, text, attend_self, attention)
+    k, v = run(last, _keys, x, tproj_BT6D)
+    return processes.of_heads(k, v) if processes else (k, v)
+
+
+def _embed(net: WanNet, x_BCTHW: Tensor, timestep_BT: Tensor, processes: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [B, T, P, D], of which each process has a part, time embedding [B, T, D] and projection [B, T, 6, D]."""
+    dtype = x_BCTHW.dtype
+    tokens = net.patch_embedding(x_BCTHW.to(_patch_dtype(net.patch_embedding.weight))).to(dtype)
+    x = rearrange(tokens, "B D T h w -> B T (h w) D")
+    temb_BTD = net.time_embedding(sinusoid(timestep_BT, net.time_embedding[0].in_features).to(dtype))
+    tproj_BT6D = net.time_projection(temb_BTD).unflatten(-1, (6, -1))
+    return processes.part(x, 2) if processes else x, temb_BTD, tproj_BT6D
 
 
 def _patch_dtype(weight: Tensor) -> torch.dtype:
@@ -133,9 +159,9 @@ def _patch_dtype(weight: Tensor) -> torch.dtype:
 
 def _block(
     block: WanNet,
-    layer: int,
     x_BTPD: Tensor,
     tproj_BT6D: Tensor,
+    layer: int,
     text: TextContext,
     attend_self: AttendSelf,
     attention: Attention,
@@ -147,6 +173,13 @@ def _block(
     q_BSNE = rearrange(q_BSNE, "B (G S) N E -> (B G) S N E", G=text.num_groups)
     y = attention(q_BSNE, text.keys[layer], text.values[layer], text.bias)
     return inside(block, _after_text, x, y, modulation)
+
+
+def _keys(
+    block: WanNet, x_BTPD: Tensor, tproj_BT6D: Tensor, inside: ModuleRunner = run_directly
+) -> tuple[Tensor, Tensor]:
+    _, k, v, _ = inside(block, _until_attention, x_BTPD, tproj_BT6D)
+    return k, v
 
 
 # Layers get [B, S, D]: ComfyUI's fast fp8 layers take no other shape.
@@ -185,7 +218,7 @@ def compiled(**options) -> ModuleRunner:
     inside = lambda block, part, *args: part_of(part)(block, *args)
 
     def run(module: WanNet, function: Callable, *args):
-        return function(module, *args, inside) if function is _block else function(module, *args)
+        return function(module, *args, inside) if function in (_block, _keys) else function(module, *args)
 
     return run
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..memory.memory import Memory, all_finite
 from ..memory.references import frame_name
 from .attention import sdpa
-from .causal import ModuleRunner, TextContext, WanNet
+from .causal import ModuleRunner, WanNet
 from .flow import TIMESTEPS
 from .network import Network
 
@@ -35,6 +35,7 @@ class FiniteCheck:
 
     def __init__(self, network: Network, memory: Memory, frames: Sequence[int]):
         self.network, self.memory = network, memory
+        self.names = {block: f"blocks.{layer}" for layer, block in enumerate(network.net.blocks)}
         span, is_next = f"latent frames {frames[0]}-{frames[-1]}", frames[0] >= memory.num_frames
         self.place = f"chunk {frames[0] // memory.config.chunk + 1} ({span})" if is_next else f"remembered {span}"
         if frames[0] < 0:
@@ -66,36 +67,39 @@ class FiniteCheck:
     def __call__(self, module: WanNet, function: Callable, *args):
         return (self._pass if module is self.network.net else self._block)(module, function, *args)
 
-    def _pass(self, net: WanNet, function: Callable, x: Tensor, timestep: Tensor, text, attend_self) -> Tensor:
+    def _pass(self, net: WanNet, function: Callable, x: Tensor, timestep: Tensor, text, attend_self):
         self.num_passes += 1
         sigma = float(timestep[0, -1]) / TIMESTEPS  # the last frame is never a start frame
         self.current_pass = f", step {self.num_passes} (noise level {sigma:.4g})" if sigma else ", the commit pass"
         if not all_finite([x]):
             raise self.error("its latents before the pass", "check the start image, journal or memory they came from")
+        for name, *of_text in zip(self.names.values(), text.keys, text.values):
+            for tensor in of_text:
+                self._check(tensor, f"the prompt in layer {name}", "text_embedding.", f"{name}.cross_attn.")
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, inside: ModuleRunner) -> Tensor:
-            qkv = q, k, v
-            for name, tensor in zip(("queries", "keys", "values"), qkv):
-                self._check(tensor, f"the {name} of layer blocks.{layer}", f"blocks.{layer}.")
-            out = attend_self(layer, *qkv, inside)
-            self._check(out, f"the self-attention of layer blocks.{layer}")
+            name = self.names[net.blocks[layer]]
+            for what, tensor in zip(("queries", "keys", "values"), (q, k, v)):
+                self._check(tensor, f"the {what} of layer {name}", f"{name}.")
+            out = attend_self(layer, q, k, v, inside)
+            self._check(out, f"the self-attention of layer {name}")
             return out
 
-        flow = self.network.run(net, function, x, timestep, text, attend)
-        self._check(flow, "the output of layer head", "head.")
-        return flow
+        out = self.network.run(net, function, x, timestep, text, attend)
+        if isinstance(out, Tensor):
+            self._check(out, "the output of layer head", "head.")
+        return out
 
-    def _block(
-        self, block: WanNet, function: Callable, layer: int, x: Tensor, tproj: Tensor, text: TextContext, *others
-    ) -> Tensor:
-        name = f"blocks.{layer}"
-        if layer == 0:
+    def _block(self, block: WanNet, function: Callable, x: Tensor, tproj: Tensor, *others):
+        name = self.names[block]
+        if block is self.network.net.blocks[0]:
             self._check(x, "the output of layer patch_embedding", "patch_embedding.")
             self._check(tproj, "the output of layer time_projection", "time_embedding.", "time_projection.")
-        for tensor in (text.keys[layer], text.values[layer]):
-            self._check(tensor, f"the prompt in layer {name}", "text_embedding.", f"{name}.cross_attn.")
-        out = self.network.run(block, function, layer, x, tproj, text, *others)
-        self._check(out, f"the output of layer {name}", f"{name}.")
+        out = self.network.run(block, function, x, tproj, *others)
+        # The last layer of a pass for keys only gives keys and values.
+        made = {"output": out} if isinstance(out, Tensor) else dict(zip(("keys", "values"), out))
+        for what, tensor in made.items():
+            self._check(tensor, f"the {what} of layer {name}", f"{name}.")
         return out
 
     def _check(self, tensor: Tensor, what: str, *prefixes: str) -> None:

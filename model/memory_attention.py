@@ -35,11 +35,15 @@ class MemoryAttention:
         self, layer: int, q_BTPNE: Tensor, k_BTPNE: Tensor, v_BTPNE: Tensor, inside: ModuleRunner = run_directly
     ) -> Tensor:
         has_grad = any(tensor.requires_grad for tensor in (q_BTPNE, k_BTPNE, v_BTPNE))
-        if self.new:
-            self.new.write(layer, plain(k_BTPNE), plain(v_BTPNE))
+        self.keep(layer, k_BTPNE, v_BTPNE)
         q, k = inside(None, rotate_both, q_BTPNE, k_BTPNE, self.table)
         keys, values = self.view.with_chunk(layer, plain(k), plain(v_BTPNE), has_grad)
         return self.attention(q.flatten(1, 2), keys, values).view_as(q_BTPNE)
+
+    def keep(self, layer: int, k_BTPNE: Tensor, v_BTPNE: Tensor) -> None:
+        """Take raw keys and values that a pass has computed."""
+        if self.new:
+            self.new.write(layer, plain(k_BTPNE), plain(v_BTPNE))
 
     @property
     def new_kv(self) -> list[FrameKV]:
@@ -63,7 +67,7 @@ class LayerAttention:
     def __call__(
         self, layer: int, q_BTPNE: Tensor, k_BTPNE: Tensor, v_BTPNE: Tensor, inside: ModuleRunner = run_directly
     ) -> Tensor:
-        slots = self.view.take(layer, plain(k_BTPNE), plain(v_BTPNE))
+        slots = self.keep(layer, k_BTPNE, v_BTPNE)
         num_slots, num_frames = len(slots.entries), q_BTPNE.shape[1]
         hidden = num_hidden(self.attends, num_slots - num_frames, self.view.config.sink, slots.num_slow)
         seen, table = slots.entries[hidden:], self.table[hidden:num_slots]
@@ -73,6 +77,10 @@ class LayerAttention:
         k, v = (part[:, : len(seen)].flatten(1, 2) for part in (buffer.keys, buffer.values))
         q = rotate(q_BTPNE, table[-num_frames:])
         return self.attention(q.flatten(1, 2), k, v).view_as(q_BTPNE)
+
+    def keep(self, layer: int, k_BTPNE: Tensor, v_BTPNE: Tensor) -> LayerSlots:
+        """The slots of a layer after they took raw keys and values of a pass."""
+        return self.view.take(layer, plain(k_BTPNE), plain(v_BTPNE))
 
     @property
     def new_kv(self) -> list[LayerSlots]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..memory.stores import NewFrames
 from ..memory.view import Rotate
 from .attention import Attention, plain, sdpa
-from .causal import AttendSelf, ModuleRunner, TextContext, WanNet, causal_forward, embed_text, run_directly
+from .causal import AttendSelf, ModuleRunner, TextContext, WanNet, causal_forward, embed_text, last_keys, run_directly
 from .flow import TIMESTEPS
 from .memory_attention import ChunkAttention, attention_over
 from .rope import rotary_table, rotate
@@ -78,27 +78,43 @@ class Network:
 
         The first `num_clean` frames have noise level 0.
         """
-        self.on_pass()
         if isinstance(sigma, Tensor):
             timestep_BT = TIMESTEPS * sigma
         else:
-            timestep_BT = torch.full((x_BCTHW.shape[0], x_BCTHW.shape[2]), TIMESTEPS * sigma, device=self.device)
+            timestep_BT = self._timestep(x_BCTHW, sigma)
             timestep_BT[:, :num_clean] = 0
+        return plain(self._pass(causal_forward, x_BCTHW, timestep_BT, text, attend_self).float())
+
+    def last_keys(self, x0_BCTHW: Tensor, text: TextContext, attend_self: AttendSelf) -> tuple[Tensor, Tensor]:
+        """Raw keys and values [B, T, P, N, E] of the last layer for clean latents: the end of a pass without a flow.
+
+        `attend_self` gets those of the other layers.
+        """
+        return self._pass(last_keys, x0_BCTHW, self._timestep(x0_BCTHW, 0.0), text, attend_self)
+
+    def _timestep(self, x_BCTHW: Tensor, sigma: float) -> Tensor:
+        """One noise level for all frames, [B, T]."""
+        return torch.full((x_BCTHW.shape[0], x_BCTHW.shape[2]), TIMESTEPS * sigma, device=self.device)
+
+    def _pass(
+        self, function: Callable, x_BCTHW: Tensor, timestep_BT: Tensor, text: TextContext, attend_self: AttendSelf
+    ) -> Any:
+        """`causal_forward` or `last_keys` of this network."""
+        self.on_pass()
         if self.processes:
             _, channels, _, height, width = x_BCTHW.shape
             rows, columns = self.grid((channels, height, width))
             self.processes.check(self.num_heads, rows * columns)
             attend_self = self.processes.around(attend_self)
-        forward = functools.partial(causal_forward, attention=self.attention, run=self.run, processes=self.processes)
-        flow_BCTHW = self.run(self.net, forward, x_BCTHW.to(self.dtype), timestep_BT, text, attend_self)
-        return plain(flow_BCTHW.float())
+        function = functools.partial(function, attention=self.attention, run=self.run, processes=self.processes)
+        return self.run(self.net, function, x_BCTHW.to(self.dtype), timestep_BT, text, attend_self)
 
     def attend(
         self, view: Any, num_frames: int, latent_size: tuple[int, int, int], attends: str = "all", keep: bool = False
     ) -> ChunkAttention:
         """Self-attention of a chunk of `num_frames` over a memory's view (memory_attention.attention_over).
 
-        With `keep` the keys and values of a pass stay in its `new_kv`.
+        With `keep` the keys and values of a pass are in its `new_kv` after its method `keep` got those of `last_keys`.
         """
         table = self.rotary_table(view.positions(num_frames), latent_size)
         return attention_over(view, table, self.attention, attends, NewFrames(self.num_layers) if keep else None)

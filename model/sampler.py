@@ -246,7 +246,7 @@ class CausalSampler:
         num_frames = x0_BCTHW.shape[2]
         network, text = self.network.commit or self.network, self.commit_text or self.text
         attend_self = network.attend(view, num_frames, memory.latent_size, self.commit_attends, keep=True)
-        network.flow(x0_BCTHW, 0.0, text, attend_self)
+        attend_self.keep(network.num_layers - 1, *network.last_keys(x0_BCTHW, text, attend_self))
         return attend_self
 
     def _check_finite(

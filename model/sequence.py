@@ -65,11 +65,15 @@ class Processes:
         dist.broadcast_object_list(values, group=self.group, group_src=0)
         return values[0]
 
+    def of_heads(self, *of_tokens: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys or values of all tokens of this process's heads, from all heads of its tokens."""
+        return _Exchange.apply(torch.stack(of_tokens), self, -2, -3).unbind(0)
+
     def around(self, attend_self: AttendSelf) -> AttendSelf:
         """Self-attention that gets all tokens of this process's heads, for a pass over its part of the tokens."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, inside: ModuleRunner = run_directly) -> Tensor:
-            q, k, v = _Exchange.apply(torch.stack([q, k, v]), self, -2, -3).unbind(0)
+            q, k, v = self.of_heads(q, k, v)
             return _Exchange.apply(attend_self(layer, q, k, v, inside), self, -3, -2)
 
         return attend

@@ -34,7 +34,7 @@ def flow_given_context(
                 kept.append((k, v))
             return alone(layer, q, k, v, inside)
 
-        network.flow(context_BCMHW, 0.0, context_text, attend_and_keep)
+        kept.append(network.last_keys(context_BCMHW, context_text, attend_and_keep))
         rotate = network.rotate_to_ranks(latent_size, num_frames)
         # One pass attends to them, so they have no room for its keys.
         layers = [KVBuffer(rotate(k, range(num_frames)), v) for k, v in kept]
