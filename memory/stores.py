@@ -44,7 +44,13 @@ class FrameKV:
         dtype = dtype or self.keys.dtype
         if existing and existing.keys.device == device and existing.keys.dtype == dtype:
             return existing
-        return FrameKV(self.keys.to(device, dtype), self.values.to(device, dtype), self.written)
+        keys, values = self.keys.to(device, dtype), self.values.to(device, dtype)
+        return self if keys is self.keys else FrameKV(keys, values, self.written)
+
+    def park(self, device: torch.device) -> None:
+        """Move keys and values to a device in place, for all that hold this object. Their values stay the same."""
+        for name in ("keys", "values"):
+            object.__setattr__(self, name, getattr(self, name).to(device))
 
 
 class NewFrames:
@@ -128,6 +134,11 @@ class KVStore(abc.ABC):
         """The same keys and values on a device. Those that `before` has there already are shared."""
         existing = {id(kv.written): kv for _, kv in before.frame_kvs()} if before else {}
         return self.map(lambda kv: kv.to(device, dtype, existing.get(id(kv.written))))
+
+    def park(self, device: torch.device) -> None:
+        """Move keys and values to a device in place, so that no other memory that shares them keeps them elsewhere."""
+        for _, kv in self.frame_kvs():
+            kv.park(device)
 
     @property
     def unread(self) -> tuple[int, ...]:

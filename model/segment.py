@@ -1,5 +1,6 @@
 """One segment of a video: the prompt change, then chunk by chunk. The command line and the nodes both use it."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 from ..memory.fields import quoted
 from ..memory.memory import Memory
 from .causal import without_padding
-from .sampler import CausalSampler, seeded_noise
+from .fallback import NO_FALLBACK, Fallback
+from .sampler import CausalSampler, Noise, seeded_noise
 
 SAME_PROMPT = 0.02
 """Largest difference of two embeddings of the same prompt, as a share of their norm."""
@@ -27,13 +29,14 @@ def generate_segment(
     change: str = "keep",
     blend: int = 0,
     finished: Iterable[Tensor] = (),
+    fallback: Fallback = NO_FALLBACK,
 ) -> Iterator[Memory]:
     """Continue a memory under a prompt; yields the memory after every chunk.
 
     `sampler_of` makes a sampler from text embeddings [1, L, 4096]. `change` is one of memory.CHANGES. Over the first
     `blend` chunks, at most all but the last, the text moves from the old prompt to the new one. `finished` are x0 of
     chunks of an interrupted run: they are committed if the memory supports it, else generated again. The memories are
-    the same bit for bit.
+    the same bit for bit. `fallback` says what an out-of-memory does; one for all segments of a video.
 
     Raises ValueError for a negative blend, for a change that the memory does not support, and for text that is not
     finite.
@@ -48,27 +51,45 @@ def generate_segment(
     memory.check_change(change if memory.latent_chunks else "keep")
     if not memory.latent_chunks or (not differs and change in ("recache", "flush")):
         change = "keep"
+    if memory.is_compact and change != "recache" and before is None:
+        raise ValueError("memory: it is compact and has no prompt for its keys; use an exact one")
+    placed = lambda text: fallback.placed(sampler_of(text))
+    sampler, memory = fallback.attempt(functools.partial(_begin, placed, memory, text, prompt, seed, change), memory)
+    noise, chunks = seeded_noise(seed, memory.latent_size), iter(finished if memory.supports("recommit") else ())
+    blend = min(blend, num_chunks - 1)  # the segment ends under its own prompt
+
+    def sampler_at(number: int) -> CausalSampler:
+        if before is None or not differs or number >= blend:
+            return fallback.placed(sampler)
+        return placed(blend_text(before, text, (number + 1) / (blend + 1)))
+
+    for number in range(num_chunks):
+        current, x0 = functools.partial(sampler_at, number), next(chunks, None)
+        memory = fallback.attempt(functools.partial(_chunk, current, memory, x0, sigmas, noise), memory)
+        yield memory
+
+
+def _begin(
+    sampler_of: Callable[[Tensor], CausalSampler], memory: Memory, text: Tensor, prompt: str, seed: int, change: str
+) -> tuple[CausalSampler, Memory]:
+    """The sampler of a segment, and a memory that is ready for its first chunk."""
     if memory.is_compact and change != "recache":
-        if before is None:
-            raise ValueError("memory: it is compact and has no prompt for its keys; use an exact one")
-        old = sampler_of(before)
+        assert memory.text is not None, "generate_segment"
+        old = sampler_of(memory.text)
         memory = old.restore(old.prepare(memory))
     sampler = sampler_of(text)
     memory = sampler.prepare(memory.begin(prompt, seed, text, change))
-    if change == "recache":
-        memory = sampler.recache(memory)
-    noise, chunks = seeded_noise(seed, memory.latent_size), iter(finished if memory.supports("recommit") else ())
-    blend = min(blend, num_chunks - 1)  # the segment ends under its own prompt
-    for number in range(num_chunks):
-        current = sampler
-        if before is not None and differs and number < blend:
-            current = sampler_of(blend_text(before, text, (number + 1) / (blend + 1)))
-        x0 = next(chunks, None)
-        if x0 is None:
-            memory = current.generate_chunk(memory, sigmas, noise)
-        else:
-            memory = current.commit(memory, x0.to(current.network.device))
-        yield memory
+    return sampler, sampler.recache(memory) if change == "recache" else memory
+
+
+def _chunk(
+    sampler_of: Callable[[], CausalSampler], memory: Memory, x0: Tensor | None, sigmas: Sequence[float], noise: Noise
+) -> Memory:
+    """A memory with one chunk more: `x0` of an earlier run, or a new one."""
+    sampler = sampler_of()
+    if x0 is None:
+        return sampler.generate_chunk(memory, sigmas, noise)
+    return sampler.commit(memory, x0.to(sampler.network.device))
 
 
 def used_rows(text_BLC: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..memory.memory import CHANGES, Memory
 from ..memory.stores import KV_PLACEMENTS
 from ..model.codecs.backbone import backbone_of
+from ..model.fallback import Fallback
 from ..model.sampler import COMMIT_ATTENDS, CausalSampler, SamplerOptions, chunks_for, make_sampler, working_bytes
 from ..model.segment import generate_segment
 from ..model.units import latent_seconds
@@ -53,6 +54,16 @@ def make_room(student: StudentModel, memory: Memory, layout: str) -> None:
         )
     present = 0 if layout == "from RAM" else memory.num_bytes_on(network.device)
     mm.load_models_gpu([student.model, *student.commit], memory_required=needed[layout] - present)
+
+
+def fallback_of(student: StudentModel, layout: str) -> Fallback:
+    """What an out-of-memory does: ComfyUI frees its caches and makes room for the next layout."""
+
+    def make_room_again(memory: Memory, layout: str) -> None:
+        mm.soft_empty_cache()
+        make_room(student, memory, layout)
+
+    return Fallback(layout, "layout", make_room_again)
 
 
 def prepare_sampler(
@@ -137,7 +148,9 @@ class ContextForcingSampler(io.ComfyNode):
 
         sampler_of = prepare_sampler(student, before, attention, layout, commit_attends)
         progress = SegmentProgress(before, num_chunks, card.fps, preview_of(backbone_of(card.base).preview_vae))
-        chunks = generate_segment(sampler_of, before, text, sigmas=card.sigmas, **segment)
+        chunks = generate_segment(
+            sampler_of, before, text, sigmas=card.sigmas, fallback=fallback_of(student, layout), **segment
+        )
         after, picture, clips, finished = before, None, memory.clips, 0
         try:
             for finished, after in enumerate(chunks, 1):

@@ -18,6 +18,7 @@ from ..model.checkpoints.student import StudentFile
 from ..model.codecs.backbone import Codecs, backbone_of
 from ..model.codecs.base import VAE, TextEncoder, denormalise, normalise
 from ..model.config import StudentCard
+from ..model.fallback import NO_FALLBACK, Fallback
 from ..model.fingerprint import fingerprint
 from ..model.network import Network, run_directly
 from ..model.offload import Offload
@@ -113,11 +114,13 @@ class Pipeline:
         options = options or SamplerOptions()
         options = dataclasses.replace(options, commit_attends=options.commit_attends or story.commit_attends)
         finished = iter(finished)
+        # One of several processes cannot begin a chunk again by itself.
+        fallback = Fallback(options.kv_placement) if self.network.processes is None else NO_FALLBACK
         for segment in story.segments:
             for memory in generate_segment(
                 lambda text: self.sampler(text, options), memory, self.text_encoder.encode(segment.prompt),
                 prompt=segment.prompt, seed=segment.seed, num_chunks=segment.num_chunks, sigmas=self.card.sigmas,
-                change=segment.change, blend=segment.blend, finished=finished,
+                change=segment.change, blend=segment.blend, finished=finished, fallback=fallback,
             ):  # fmt: skip
                 yield memory
 

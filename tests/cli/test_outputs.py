@@ -14,6 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from context_forcing.memory import snapshot
+from context_forcing.memory.stores import KV_PLACEMENTS
+from context_forcing.model.sampler import CausalSampler
 from context_forcing.video.pipeline import Pipeline
 from context_forcing.video.reading import read_frames
 
@@ -116,6 +118,35 @@ def test_out_of_memory_says_what_is_kept(generate, succeeded, tmp_path, monkeypa
     succeeded(generate("--memory-out", "kept.memory", "--resume", "--kv-placement", "from RAM"))
     assert load_file(tmp_path / "kept.memory")["film"].shape[2] == NUM_CHUNKS * 3
     assert names(tmp_path) == {"story.yaml", "kept.memory", "film.mp4"}
+
+
+def test_out_of_memory_in_a_chunk_is_survived_once(generate, succeeded, tmp_path, monkeypatch, caplog):
+    """The second of three chunks begins again; memory at its end in the smallest placement ends the command."""
+    succeeded(generate("--memory-out", "kept.memory"))
+    film, memory = ((tmp_path / name).read_bytes() for name in ("film.mp4", "kept.memory"))
+    whole, calls = CausalSampler.denoise, []
+
+    def fails(at):
+        def denoise(self, *args):
+            calls.append(self.options.kv_placement)
+            if len(calls) in at:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return whole(self, *args)
+
+        calls.clear()
+        monkeypatch.setattr(CausalSampler, "denoise", denoise)
+
+    fails({2})
+    succeeded(generate("--memory-out", "kept.memory"))
+    assert [record.getMessage().endswith("--kv-placement 'by layer' begins so") for record in caplog.records] == [True]
+    assert calls == ["at once", "at once", "by layer", "by layer"]
+    assert (tmp_path / "film.mp4").read_bytes() == film and (tmp_path / "kept.memory").read_bytes() == memory
+    fails(range(2, 100))
+    code, err = generate()
+    assert code == 2 and "out of memory" in last_line(err) and calls == ["at once", *KV_PLACEMENTS]
+    fails({1})
+    succeeded(generate("--resume"))
+    assert (tmp_path / "film.mp4").read_bytes() == film and calls == ["at once", "by layer", "by layer"]
 
 
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)

@@ -210,8 +210,9 @@ class Place:
         return cls(zygote, command, folder)
 
     def start(self, **how: object) -> Started:
-        """`most_bytes`, `read_only`, `fail_at`, `count_operations`: tests/faults/zygote.py."""
-        request = {"most_bytes": None, "read_only": False, "fail_at": None, "count_operations": False, **how}
+        """`most_bytes`, `read_only`, `fail_at`, `keeps_failing`, `count_operations`: tests/faults/zygote.py."""
+        request = {"most_bytes": None, "read_only": False, "fail_at": None, "keeps_failing": False, **how}
+        request.setdefault("count_operations", False)
         stderr = self.folder.with_name(f"{self.folder.name}.stderr")
         pid = self.zygote.ask(
             folder=str(self.folder), arguments=list(self.command.arguments(self.folder)), stderr=str(stderr),

@@ -37,15 +37,17 @@ def give_up_rights() -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations of torch; memory is at its end at one of them, if that is given."""
+    """Counts the operations of torch; memory is at its end at one of them, if that is given, or from it on."""
 
-    def __init__(self, fail_at: int | None):
+    def __init__(self, fail_at: int | None, keeps_failing: bool):
         super().__init__()
-        self.count, self.fail_at = 0, fail_at
+        self.count, self.fails = 0, range(0)
+        if fail_at is not None:
+            self.fails = range(fail_at, sys.maxsize if keeps_failing else fail_at + 1)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.count += 1
-        if self.count - 1 == self.fail_at:
+        if self.count - 1 in self.fails:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nOf which nothing is free")
         return function(*args, **(kwargs or {}))
 
@@ -66,7 +68,7 @@ def run(request: dict) -> int:
         give_up_rights()
     sys.argv = ["context-forcing", *request["arguments"]]
     counts = request["count_operations"] or request["fail_at"] is not None
-    operations = Operations(request["fail_at"])
+    operations = Operations(request["fail_at"], request["keeps_failing"])
     try:
         with operations if counts else contextlib.nullcontext():
             cli.main()

@@ -1,5 +1,6 @@
 """What other nodes put on a MODEL: used, or named in one line of the log."""
 
+import comfy.model_management as mm
 import pytest
 import torch
 from bench import ROUNDING, difference
@@ -11,6 +12,7 @@ from comfy_extras.nodes_model_advanced import ModelComputeDtype, ModelSamplingSD
 from comfy_extras.nodes_rope import ScaleROPE
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from context_forcing.model.network import Network
 from context_forcing.nodes.sampler import ContextForcingSampler
 
 
@@ -121,6 +123,34 @@ def test_layouts_give_the_same_bits(bench, layout):
     latents, after = bench.run(model, chunks=4, layout=layout)
     assert torch.equal(latents, expected)
     assert all(map(torch.equal, memory.memory.tensors(), after.memory.tensors()))
+
+
+def test_out_of_memory_makes_room_for_the_next_layout(bench, caplog, monkeypatch):
+    """ComfyUI frees its caches and loads the model again beside less memory; an interrupt goes to ComfyUI."""
+    model, errors, asked = bench.load(), [], []
+    expected, _ = bench.run(model, chunks=3)
+    whole, load = Network.flow, mm.load_models_gpu
+
+    def flow(*args):
+        if errors:
+            raise errors.pop()
+        return whole(*args)
+
+    def load_models_gpu(models, memory_required):
+        asked.append(memory_required)
+        return load(models, memory_required=memory_required)
+
+    monkeypatch.setattr(Network, "flow", flow)
+    monkeypatch.setattr(mm, "load_models_gpu", load_models_gpu)
+    errors.append(torch.cuda.OutOfMemoryError("CUDA out of memory"))
+    latents, _ = bench.run(model, chunks=3)
+    assert torch.equal(latents, expected) and len(asked) == 2 and asked[1] < asked[0]
+    (line,) = messages(caplog, "out of memory")
+    assert line.endswith("layout 'by layer' begins so")
+    errors.append(mm.InterruptProcessingException())
+    with pytest.raises(mm.InterruptProcessingException):
+        bench.run(model, chunks=3)
+    assert len(asked) == 3 and len(messages(caplog, "out of memory")) == 1
 
 
 def test_too_little_memory_is_said(bench, caplog, monkeypatch):
