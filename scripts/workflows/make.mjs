@@ -33,6 +33,16 @@ const apiOf = (nodes) => Object.fromEntries(nodes.map(([id, class_type, inputs])
 const layoutOf = (nodes) => nodes.map(([id, , , x, y, width, height, title, colour]) =>
   ({ id, x, y, width, height, title, colour }))
 
+/** The ends of a subgraph stand beside its nodes: where the page puts them depends on the widths of letters. */
+function placeEnds(subgraph, nodes) {
+  const [left, top] = [3, 4].map((place) => Math.min(...nodes.map((node) => node[place])))
+  const [right, bottom] = [3, 4].map((place) => Math.max(...nodes.map((node) => node[place] + node[place + 2])))
+  const [width, height] = [128, 48] // the least; the page makes them as large as their slots
+  const y = (top + bottom - height) / 2
+  subgraph.inputNode.bounding = [left - width - 40, y, width, height]
+  subgraph.outputNode.bounding = [right + 40, y, width, height]
+}
+
 for (const [name, value] of [['Comfy.TutorialCompleted', true], ['Comfy.Workflow.Persist', false]])
   await fetch(`${url}/api/settings/${name}`, { method: 'POST', body: JSON.stringify(value) })
 const browser = await chromium.launch({
@@ -97,7 +107,7 @@ for (const name of names.filter((name) => BLUEPRINTS[name])) {
   const { nodes, inputs, outputs, size } = BLUEPRINTS[name]()
   await open() // The page keeps values of a subgraph for the next one whose nodes have the same numbers.
   await load(name, nodes)
-  write('subgraphs', name, await page.evaluate(({ name, inputs, outputs, size }) => {
+  const saved = await page.evaluate(({ name, inputs, outputs, size }) => {
     const { subgraph, node } = app.graph.convertToSubgraph(new Set(app.graph._nodes))
     for (const input of [...subgraph.inputs]) subgraph.removeInput(input)
     const inside = (id) => subgraph._nodes.find((node) => Number(node.id) === id)
@@ -114,6 +124,8 @@ for (const name of names.filter((name) => BLUEPRINTS[name])) {
     node.pos = [0, 0]
     node.setSize(size)
     return app.graph.serialize()
-  }, { name, inputs, outputs, size }))
+  }, { name, inputs, outputs, size })
+  for (const subgraph of saved.definitions.subgraphs) placeEnds(subgraph, nodes)
+  write('subgraphs', name, saved)
 }
 await browser.close()
