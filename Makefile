@@ -14,8 +14,9 @@ demo: $(VENV)/ready
 	mkdir -p out
 	$(BIN)/context-forcing generate workflows/stories/minute.yaml --output out/minute.mp4 --report out/minute-memory.png
 
+# A file of tests stays in one process: its tests share a server or a trained network.
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

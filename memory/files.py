@@ -110,9 +110,17 @@ def hold_folder(option: str, folder: Path) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             stack.callback(_remove_empty, created)
             stack.enter_context(lock(folder / ".lock"))
+            stack.callback(_remove_locks, folder)
         except OSError as error:
             raise ValueError(f"{option}: {folder} cannot be written ({error.strerror}); give another folder") from None
         yield
+
+
+def _remove_locks(folder: Path) -> None:
+    """Delete locks of files that a killed process left."""
+    for path in folder.rglob(".*.lock"):
+        with contextlib.suppress(OSError), lock(path):
+            pass
 
 
 def _remove_empty(folders: list[Path]) -> None:

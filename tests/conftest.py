@@ -1,5 +1,7 @@
+import importlib
 import io
 import os
+import sys
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -17,6 +19,8 @@ from context_forcing.model.config import WanConfig
 from context_forcing.model.network import Network
 from context_forcing.model.sampler import CausalSampler, SamplerOptions
 from context_forcing.model.wan import WanModel
+
+from .nodes import comfyui_stub
 
 collect_ignore = ["host"]
 """ComfyUI's Python runs these (tests/nodes/test_inside_comfyui.py)."""
@@ -234,3 +238,15 @@ def ffmpeg_that(tmp_path_factory, monkeypatch):
         monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(script))
 
     return stand_in
+
+
+@pytest.fixture(scope="session")
+def node_module():
+    """(name) -> a module of nodes/, imported with stubs in place of ComfyUI's modules; empty for nodes/ itself."""
+    finder = comfyui_stub.install()
+    comfyui_stub.define_types()
+    yield lambda name: importlib.import_module(f"context_forcing.nodes.{name}".rstrip("."))
+    sys.meta_path.remove(finder)
+    for name in list(sys.modules):
+        if name.split(".")[0] in comfyui_stub.PACKAGES or name.startswith("context_forcing.nodes"):
+            del sys.modules[name]

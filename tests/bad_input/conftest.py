@@ -1,5 +1,4 @@
 from ..cli.conftest import run, save_tiny_student, student  # noqa: F401
-from ..nodes.conftest import node_module  # noqa: F401
 from . import drill
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from context_forcing.video.storyboard import chunk_story, parse_storyboard
 
-from ..nodes.conftest import comfyui, host, node_module  # noqa: F401
+from ..nodes.conftest import comfyui, host  # noqa: F401
 
 HERE = Path(__file__).parent
 TEXT = """\
@@ -27,7 +27,7 @@ node = pytest.mark.skipif(not shutil.which("node"), reason="no node")
 
 
 @pytest.fixture(scope="module")
-def outline(node_module):  # noqa: F811
+def outline(node_module):
     return node_module("storyboard_route").outline
 
 

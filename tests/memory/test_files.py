@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from context_forcing.memory import files as disk
-from context_forcing.memory.files import HeldError, atomic_path, lock
+from context_forcing.memory.files import HeldError, atomic_path, hold_folder, lock, lock_name
 
 HOLDER = """
 import sys, time
@@ -146,3 +146,12 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
             if error is KeyError:
                 raise KeyError
         assert (tmp_path / "a.txt").read_bytes() == b"all of it" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_locks_that_a_killed_process_left_go_with_the_next_one(tmp_path):
+    left, held = (lock_name(tmp_path / name) for name in ("left", "held"))
+    left.touch()
+    with lock(held):
+        with hold_folder("output", tmp_path):
+            assert (tmp_path / ".lock").exists()
+        assert list(tmp_path.iterdir()) == [held]

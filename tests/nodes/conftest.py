@@ -1,10 +1,7 @@
 import asyncio
-import importlib
-import sys
 
 import pytest
 
-from . import comfyui_stub
 from .graph import Graph
 from .host import ComfyUI, Host, find_comfyui, template, to_api
 
@@ -45,18 +42,6 @@ def demo(graph):
 def demo_chain(object_info) -> dict:
     """The first tutorial as a prompt."""
     return to_api(template("Tutorial 1"), object_info)
-
-
-@pytest.fixture(scope="session")
-def node_module():
-    """(name) -> a module of nodes/, imported with stubs in place of ComfyUI's modules; empty for nodes/ itself."""
-    finder = comfyui_stub.install()
-    comfyui_stub.define_types()
-    yield lambda name: importlib.import_module(f"context_forcing.nodes.{name}".rstrip("."))
-    sys.meta_path.remove(finder)
-    for name in list(sys.modules):
-        if name.split(".")[0] in comfyui_stub.PACKAGES or name.startswith("context_forcing.nodes"):
-            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")
