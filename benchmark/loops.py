@@ -72,13 +72,13 @@ class OurLoop:
 
     def held_bytes(self) -> int:
         text = [context for context in (self.sampler.text, self.sampler.commit_text) if context]
-        of_text = sum(tensor.nbytes for context in text for tensor in (*context.keys, *context.values))
+        of_text = sum(context.num_bytes for context in text)
         in_ram = self.setup.kv_placement == "from RAM"
         return of_text + (0 if in_ram else self.memory.num_bytes)
 
     def predicted_bytes(self) -> int:
         """What the sampler predicts as the most bytes on the device beside the weights."""
-        return working_bytes(self.sampler.network, self.memory, self.setup.kv_placement)
+        return working_bytes(self.sampler.network, self.memory, self.setup.kv_placement, self.sampler.text)
 
 
 def filled(sampler: CausalSampler, memory: Memory, seed: int, num_chunks: int | None = None) -> Memory:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .config import MemoryConfig
 from .policy import Decision, Slots
 from .recall import Choose
-from .stores import FrameKV, KVStore, kv_tensors
+from .stores import Activations, FrameKV, KVStore, kv_tensors
 from .view import KVBuffer, Rotate, rotated_bytes
 
 FROM_NOISE = "policy released keeps keys of passes over noise, which cannot be computed from the latents"
@@ -156,12 +156,20 @@ class LayerStore(KVStore):
         return cls(slots=slots, layers=tuple(layers))
 
     def working_bytes(
-        self, config: MemoryConfig, kv_placement: str, num_layers: int, elements: int, itemsize: int
-    ) -> tuple[int, int, int]:
+        self,
+        config: MemoryConfig,
+        kv_placement: str,
+        num_layers: int,
+        elements: int,
+        itemsize: int,
+        activations: Activations,
+    ) -> int:
         # The chunk and a promoted frame are new; the memory before the chunk stays until its end.
         frames = config.chunk + 1 + (config.num_slots if kv_placement != "from RAM" else 0)
-        in_pass = 2 * elements * config.num_slots * itemsize + rotated_bytes(config.num_slots, elements, itemsize)
-        return 2 * num_layers * elements * itemsize * frames, in_pass, 0
+        buffer = 2 * elements * config.num_slots * itemsize
+        rotated = rotated_bytes(config.num_slots, elements, itemsize)
+        in_pass = max(rotated + activations.attending, activations.most)
+        return 2 * num_layers * elements * itemsize * frames + buffer + in_pass
 
     @property
     def key_shapes(self) -> set[tuple[int, ...]]:

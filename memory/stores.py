@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,16 @@ the memory; each layer in every pass from RAM, where they stay. The result is th
 
 AddUp = Callable[[Tensor], Tensor]
 """The sum of a tensor over the processes of which each has a part of the heads."""
+
+
+class Activations(NamedTuple):
+    """Bytes of the activations of a pass."""
+
+    attending: int
+    """Those of a block while its self-attention begins."""
+    most: int
+    """At the peak, in the feed-forward."""
+
 
 SIMILARITY_ELEMENTS = 2**24
 """Largest number of key elements compared at once; bounds the size of float32 copies."""
@@ -123,9 +133,15 @@ class KVStore(abc.ABC):
 
     @abc.abstractmethod
     def working_bytes(
-        self, config: MemoryConfig, kv_placement: str, num_layers: int, elements: int, itemsize: int
-    ) -> tuple[int, int, int]:
-        """Device memory of a full store: all keys and values, attention of one layer in a pass, commit after the pass.
+        self,
+        config: MemoryConfig,
+        kv_placement: str,
+        num_layers: int,
+        elements: int,
+        itemsize: int,
+        activations: Activations,
+    ) -> int:
+        """Largest device memory of a chunk over a full store, with the activations of its passes.
 
         `elements` are the key elements of one frame in one layer.
         """
@@ -253,19 +269,26 @@ class FrameStore(KVStore):
         return cls(slots=slots, frames=kvs, similarities=similarities)
 
     def working_bytes(
-        self, config: MemoryConfig, kv_placement: str, num_layers: int, elements: int, itemsize: int
-    ) -> tuple[int, int, int]:
+        self,
+        config: MemoryConfig,
+        kv_placement: str,
+        num_layers: int,
+        elements: int,
+        itemsize: int,
+        activations: Activations,
+    ) -> int:
         layer_frame = 2 * elements * itemsize
         frame, buffer = num_layers * layer_frame, config.num_slots * layer_frame
         rotated = rotated_bytes(config.capacity, elements, itemsize)
-        # Keys of frames are compared in float32.
-        compared = 5 * 4 * min(SIMILARITY_ELEMENTS, num_layers * elements)
+        # Keys of frames are compared in float32: two copies of other dtypes, and three tensors of the cosine.
+        compared = (3 if itemsize == 4 else 5) * 4 * min(SIMILARITY_ELEMENTS, num_layers * elements)
         # The commit pass writes keys and values of the chunk before rotation.
         new = config.chunk * frame
         if kv_placement == "at once":  # buffers are filled before the passes
-            return config.capacity * frame + num_layers * buffer + max(new, rotated), 0, compared
+            after = new + max(activations.most, compared)
+            return config.capacity * frame + num_layers * buffer + max(rotated, after)
         stored = config.capacity * frame if kv_placement == "by layer" else 0
-        return stored + buffer + new, rotated, compared
+        return stored + buffer + new + max(rotated + activations.attending, activations.most, compared)
 
     def restrict_to(self, frames: Collection[int]) -> "FrameStore":
         keep = lambda part: tuple(frame for frame in part if frame in frames)

@@ -29,7 +29,12 @@ def num_hidden(attends: str, num_frames: int, num_sink: int, num_slow: int) -> i
 def rotated_bytes(num_frames: int, elements: int, itemsize: int) -> int:
     """Bytes of copies while KVBuffer.fill rotates keys of frames, of `elements` each in one layer."""
     frames = min(num_frames, max(1, ROTATED_ELEMENTS // elements))
-    return frames * elements * (2 * 4 + itemsize)
+    return frames * elements * rotation_bytes(itemsize)
+
+
+def rotation_bytes(itemsize: int) -> int:
+    """Bytes of copies for an element that is rotated: its input and output in float32, then its own dtype again."""
+    return 4 if itemsize == 4 else 2 * 4 + itemsize
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,11 @@ class TextContext(NamedTuple):
     bias: Tensor | None
     num_groups: int = 1
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
 
 def embed_text(net: WanNet, text_BLC: Tensor, num_groups: int = 1, run: ModuleRunner = run_directly) -> TextContext:
     """Text embeddings [B * G, L, C] -> keys and values of cross-attention.
@@ -169,6 +174,7 @@ def _block(
 ) -> Tensor:
     q, k, v, modulation = inside(block, _until_attention, x_BTPD, tproj_BT6D)
     y = attend_self(layer, q, k, v, inside)
+    del q, k, v  # the feed-forward needs their room
     x, q_BSNE = inside(block, _until_text, x_BTPD, y, modulation)
     q_BSNE = rearrange(q_BSNE, "B (G S) N E -> (B G) S N E", G=text.num_groups)
     y = attention(q_BSNE, text.keys[layer], text.values[layer], text.bias)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..memory.fields import quoted
 from ..memory.memory import Memory, all_finite
-from ..memory.stores import KV_PLACEMENTS
+from ..memory.stores import KV_PLACEMENTS, Activations
 from ..memory.view import ATTENDS as COMMIT_ATTENDS
 from .attention import Attention, find_attention, load_attention
 from .causal import TextContext
@@ -286,13 +286,29 @@ class CausalSampler:
         return torch.device("cpu") if self.options.kv_placement == "from RAM" else self.network.device
 
 
-def working_bytes(network: Network, memory: Memory, kv_placement: str = "at once") -> int:
-    """Largest device memory of a rollout beside the weights: keys and values, and activations."""
+def working_bytes(
+    network: Network, memory: Memory, kv_placement: str = "at once", text: TextContext | None = None
+) -> int:
+    """Largest device memory of a rollout beside the weights: keys and values, and activations.
+
+    Without `text`, that of a prompt of the largest length.
+    """
     net, size, config = network.net, network.dtype.itemsize, memory.config
     rows, columns = network.grid(memory.latent_size)
     tokens, dim = rows * columns, network.num_heads * network.head_dim
-    text = 2 * network.num_layers * dim * net.text_len * size * (2 if network.commit else 1)
-    activations = tokens * config.chunk * (6 * dim + 2 * net.blocks[0].ffn[0].out_features) * size
+    of_text = text.num_bytes if text else 2 * network.num_layers * dim * net.text_len * size
+    in_pass = tokens * config.chunk // (network.processes.count if network.processes else 1)
+    activations = Activations(
+        # The block's input; queries, keys and values; the first two rotated.
+        attending=in_pass * 6 * dim * size,
+        # The block's input, three sums and outputs on the way, the feed-forward's input; its width twice.
+        most=in_pass * (6 * dim + 2 * net.blocks[0].ffn[0].out_features) * size,
+    )
     sizes = network.num_layers, network.kv_heads * network.head_dim * tokens, size
-    stored, in_pass, after_pass = memory.store.working_bytes(config, kv_placement, *sizes)
-    return text + stored + max(in_pass + activations, after_pass)
+    of_memory = memory.store.working_bytes(config, kv_placement, *sizes, activations)
+    # Rotations, float32: of the chunk, and of remembered frames where passes rotate them.
+    rotated = config.chunk if kv_placement == "at once" and not config.per_layer else config.num_slots
+    tables = 4 * network.head_dim * tokens * rotated
+    # Noise, x at a noise level, x0 and flow, float32.
+    latents = 4 * 4 * math.prod(memory.latent_size) * config.chunk
+    return of_text * (2 if network.commit else 1) + of_memory + tables + latents

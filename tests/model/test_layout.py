@@ -41,27 +41,29 @@ def test_an_unknown_layout_is_named(net, make_sampler):
 @torch.inference_mode()
 @pytest.mark.parametrize("name", ["slow-fast", "released"])
 @pytest.mark.parametrize("layout", KV_PLACEMENTS)
-@pytest.mark.parametrize("num_layers", [8, 24])
-def test_working_bytes_are_what_a_chunk_takes(make_net, make_sampler, name, layout, num_layers):
-    """In bf16, what GPUs run; feed-forward and window in the proportions of Wan 2.1."""
+@pytest.mark.parametrize("num_layers, dtype", [(8, torch.bfloat16), (24, torch.bfloat16), (8, torch.float32)])
+def test_working_bytes_are_what_a_chunk_takes(make_net, make_sampler, name, layout, num_layers, dtype):
+    """Feed-forward and window in the proportions of Wan 2.1."""
     latent_size = (16, 16, 24)
-    net = make_net(dim=128, ffn_dim=448, num_layers=num_layers, text_len=64).bfloat16()
-    sampler = make_sampler(net, text=torch.randn(1, 64, 32), dtype=torch.bfloat16, kv_placement=layout)
+    net = make_net(dim=128, ffn_dim=448, num_layers=num_layers, text_len=64).to(dtype)
+    sampler = make_sampler(net, text=torch.randn(1, 20, 32), dtype=dtype, kv_placement=layout)
     config = MEMORY_PRESETS[name]
     memory = roll(sampler, new_empty_memory(config, latent_size), 14, (1.0,))
     held = [len(layer.frames) for layer in memory.store.layers] if config.per_layer else [len(memory.slots.all)]
     assert set(held) == {config.num_slots if config.per_layer else config.capacity}, "it is full"
     noise = seeded_noise(1, latent_size)
     # Text keys, and a memory that is not in RAM, are there before the chunk and count too.
-    there = sum(tensor.nbytes for tensor in (*sampler.text.keys, *sampler.text.values))
-    there += memory.num_bytes if layout != "from RAM" else 0
+    there = sampler.text.num_bytes + (memory.num_bytes if layout != "from RAM" else 0)
     taken = there + peak_bytes(torch.device("cpu"), lambda: sampler.generate_chunk(memory, (1.0, 0.5), noise))
-    assert working_bytes(sampler.network, memory, layout) == pytest.approx(taken, rel=0.15)
+    predicted = working_bytes(sampler.network, memory, layout, sampler.text)
+    assert predicted == pytest.approx(taken, rel=0.05)
+    longest = sampler.network.embed_text(torch.randn(1, 64, 32))
+    assert working_bytes(sampler.network, memory, layout) - predicted == longest.num_bytes - sampler.text.num_bytes > 0
 
 
 def test_working_bytes_of_real_students():
     """GB in bf16 at 832x480: keys and values of 21 frames are 6.04 and 26.8."""
-    expected = {"wan2.1-1.3b": (12.5, 6.7, 1.5), "wan2.1-14b": (54.6, 28.6, 5.5)}
+    expected = {"wan2.1-1.3b": (12.5, 6.7, 1.5), "wan2.1-14b": (54.6, 28.5, 5.5)}
     for name, sizes in expected.items():
         with torch.device("meta"):
             network = Network(WanModel(PRESETS[name]), torch.device("meta"), torch.bfloat16)
