@@ -46,9 +46,10 @@ class MemoryConfig:
     novel_against_sink: bool = True
     """Whether policies novel and cover compare with the sink too."""
     uniform_stride: int = 6
+    slow_pool: int = 1
 
     def __post_init__(self):
-        for name, least in dict(sink=0, slow=0, fast=0, chunk=1, window=0, uniform_stride=1).items():
+        for name, least in dict(sink=0, slow=0, fast=0, chunk=1, window=0, uniform_stride=1, slow_pool=1).items():
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(f"{name}: {quoted(value)} latent frames; it must be a whole number, {least} or more")

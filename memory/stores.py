@@ -204,15 +204,21 @@ class FrameStore(KVStore):
             return MemoryView()
 
         def fill(buffer: KVBuffer, layer: int) -> None:
-            buffer.fill([kv.keys[layer] for kv in kvs], [kv.values[layer] for kv in kvs], rotate)
+            buffer.fill(
+                [kv.keys[layer] for kv in kvs], [kv.values[layer] for kv in kvs], rotate, slow, config.slow_pool
+            )
 
+        pooled = config.slow_pool > 1 and self.slots.slow
+        first = len(self.slots.sink)
+        slow = range(first, first + len(self.slots.slow)) if pooled else range(0)
+        cells = rotate.cells(config.slow_pool) if pooled else None
         num_layers, like = len(kvs[0].keys), kvs[0].keys[0]
         buffers = [KVBuffer.empty(len(kvs) + config.chunk, like, device) for _ in range(1 if lazy else num_layers)]
         if not lazy:
             for layer, buffer in enumerate(buffers):
                 fill(buffer, layer)
         layers = LazyLayers(num_layers, buffers[0], fill) if lazy else buffers
-        return MemoryView(layers, len(kvs), len(self.slots.sink), len(self.slots.slow))
+        return MemoryView(layers, len(kvs), len(self.slots.sink), len(self.slots.slow), cells=cells)
 
     def frame_kvs(self) -> Iterator[tuple[int, FrameKV]]:
         yield from self.frames.items()

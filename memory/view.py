@@ -6,6 +6,7 @@ Shapes: B batch, M remembered latent frames, P tokens per latent frame, N heads,
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,21 +46,37 @@ class KVBuffer:
     @classmethod
     def empty(cls, num_frames: int, like_BPNE: Tensor, device: torch.device) -> "KVBuffer":
         """A buffer of `num_frames` frames, those of the chunk included."""
-        batch, *token_shape = like_BPNE.shape
-        shape = batch, num_frames, *token_shape
+        batch, tokens, *token_shape = like_BPNE.shape
+        shape = batch, num_frames * tokens, *token_shape
         # A tensor made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
             return cls(*(torch.empty(shape, device=device, dtype=like_BPNE.dtype) for _ in "kv"))
 
-    def fill(self, keys_BPNE: Sequence[Tensor], values_BPNE: Sequence[Tensor], rotate: Rotate) -> None:
+    def fill(
+        self, keys_BPNE: Sequence[Tensor], values_BPNE: Sequence[Tensor], rotate: Rotate, slow=range(0), cell=1
+    ) -> None:
         """Write raw keys, rotated to positions 0 .. M - 1, and values of the remembered frames."""
-        for buffer, frames in ((self.keys, keys_BPNE), (self.values, values_BPNE)):
-            torch.stack([frame.to(buffer.device) for frame in frames], dim=1, out=buffer[:, : len(frames)])
-        at_once = max(1, ROTATED_ELEMENTS // keys_BPNE[0].numel())
-        for first in range(0, len(keys_BPNE), at_once):
-            positions = range(first, min(first + at_once, len(keys_BPNE)))
-            part = self.keys[:, positions.start : positions.stop]
-            part.copy_(rotate(part, positions))
+        cells = rotate.cells(cell) if len(slow) else None
+        pooled = lambda f, frame, pool: pool(frame) if f in slow else frame
+        for buffer, frames, pool in (
+            (self.keys, keys_BPNE, cells and cells.keys),
+            (self.values, values_BPNE, cells and cells.mean),
+        ):
+            every = [pooled(f, frame.to(buffer.device), pool) for f, frame in enumerate(frames)]
+            total = sum(frame.shape[1] for frame in every)
+            torch.cat(every, dim=1, out=buffer[:, :total])
+        at_once, offset = max(1, ROTATED_ELEMENTS // keys_BPNE[0].numel()), 0
+        for part, size in (
+            (range(0, slow.start), 1),
+            (slow, cell),
+            (range(slow.stop, len(keys_BPNE)), 1),
+        ):
+            for first in range(part.start, part.stop, at_once):
+                positions = range(first, min(first + at_once, part.stop))
+                tokens = cells.count if size > 1 else keys_BPNE[0].shape[1]
+                flat = self.keys[:, offset : offset + len(positions) * tokens].unflatten(1, (len(positions), tokens))
+                flat.copy_(rotate(flat, positions, size) if size > 1 else rotate(flat, positions))
+                offset += len(positions) * tokens
 
     def with_chunk(
         self, seen: range, k_BTPNE: Tensor, v_BTPNE: Tensor, has_grad: bool = False
@@ -68,6 +85,7 @@ class KVBuffer:
 
         They are views of the buffer, valid until the next pass, unless the chunk has gradients or no room.
         """
+        k_BTPNE, v_BTPNE = k_BTPNE.flatten(1, 2), v_BTPNE.flatten(1, 2)
         stop, pairs = seen.stop + k_BTPNE.shape[1], ((self.keys, k_BTPNE), (self.values, v_BTPNE))
         if has_grad or stop > self.keys.shape[1]:
             # What the backward pass reads must not be overwritten.
@@ -76,7 +94,7 @@ class KVBuffer:
             for buffer, new in pairs:
                 buffer[:, seen.stop : stop].copy_(new)
             k, v = (buffer[:, seen.start : stop] for buffer, _ in pairs)
-        return k.flatten(1, 2), v.flatten(1, 2)
+        return k, v
 
 
 class LazyLayers(Sequence):
@@ -107,6 +125,22 @@ class MemoryView:
     """Temporal positions between the last remembered frame and the next chunk."""
     hidden: int = 0
     """The first remembered frames that are not seen."""
+    cells: Any = None
+
+    def tokens_before(self, frames, tokens):
+        slow = min(max(frames - self.num_sink, 0), self.num_slow)
+        return (frames - slow) * tokens + slow * (self.cells.count if self.cells else tokens)
+
+    def bias(self, tokens, num_new):
+        if self.cells is None or not self.cells.bias().any() or not self.layers:
+            return None
+        slow = self.num_slow - max(0, self.hidden - self.num_sink)
+        if slow <= 0:
+            return None
+        first = max(0, self.num_sink - self.hidden) * tokens
+        last = (self.num_frames - self.num_sink - self.num_slow) * tokens + num_new
+        b = torch.cat([torch.zeros(first), self.cells.bias().repeat(slow), torch.zeros(last)])
+        return b[None, None, None]
 
     def positions(self, num_frames: int) -> range:
         """Temporal positions of the next chunk of `num_frames` latent frames."""
@@ -121,4 +155,6 @@ class MemoryView:
         """Keys and values [B, K, N, E] that a chunk with rotated keys attends to in a layer (KVBuffer.with_chunk)."""
         if not self.layers:
             return k_BTPNE.flatten(1, 2), v_BTPNE.flatten(1, 2)
-        return self.layers[layer].with_chunk(range(self.hidden, self.num_frames), k_BTPNE, v_BTPNE, has_grad)
+        tokens = k_BTPNE.shape[2]
+        seen = range(self.tokens_before(self.hidden, tokens), self.tokens_before(self.num_frames, tokens))
+        return self.layers[layer].with_chunk(seen, k_BTPNE, v_BTPNE, has_grad)

@@ -39,7 +39,8 @@ class MemoryAttention:
             self.new.write(layer, plain(k_BTPNE), plain(v_BTPNE))
         q, k = inside(None, rotate_both, q_BTPNE, k_BTPNE, self.table)
         keys, values = self.view.with_chunk(layer, plain(k), plain(v_BTPNE), has_grad)
-        return self.attention(q.flatten(1, 2), keys, values).view_as(q_BTPNE)
+        bias = self.view.bias(q.shape[2], q.shape[1] * q.shape[2])
+        return self.attention(q.flatten(1, 2), keys, values, bias).view_as(q_BTPNE)
 
     @property
     def new_kv(self) -> list[FrameKV]:
@@ -70,7 +71,7 @@ class LayerAttention:
         buffer = self.view.buffer_like(seen[0].keys, q_BTPNE.device)
         of_rank = lambda keys, ranks: rotate(keys, table[ranks.start : ranks.stop])
         buffer.fill([kv.keys for kv in seen], [kv.values for kv in seen], of_rank)
-        k, v = (part[:, : len(seen)].flatten(1, 2) for part in (buffer.keys, buffer.values))
+        k, v = (part[:, : len(seen) * q_BTPNE.shape[2]] for part in (buffer.keys, buffer.values))
         q = rotate(q_BTPNE, table[-num_frames:])
         return self.attention(q.flatten(1, 2), k, v).view_as(q_BTPNE)
 

@@ -19,6 +19,7 @@ from .attention import Attention, plain, sdpa
 from .causal import AttendSelf, ModuleRunner, TextContext, WanNet, causal_forward, embed_text, run_directly
 from .flow import TIMESTEPS
 from .memory_attention import ChunkAttention, attention_over
+from .pooling import Cells
 from .rope import rotary_table, rotate
 from .sequence import Processes
 
@@ -106,7 +107,17 @@ class Network:
     def rotate_to_ranks(self, latent_size: tuple[int, int, int], num_frames: int) -> Rotate:
         """A function that rotates raw keys of some of `num_frames` remembered frames to their positions."""
         table = self.rotary_table(range(num_frames), latent_size)
-        return lambda keys_BnPNE, positions: rotate(keys_BnPNE, table[positions.start : positions.stop])
+        rows, columns = self.grid(latent_size)
+        times = torch.arange(num_frames, device=self.device)
+
+        def turn(keys, positions, cell=1):
+            if cell == 1:
+                return rotate(keys, table[positions.start : positions.stop])
+            pooled = rotary_table(times[positions.start : positions.stop], rows, columns, self.head_dim, cell)
+            return rotate(keys, pooled)
+
+        turn.cells = lambda cell: Cells(rows, columns, cell)
+        return turn
 
     def rotary_table(self, positions: range, latent_size: tuple[int, int, int]) -> Tensor:
         """Rotations of latent frames at temporal positions (rope.rotary_table)."""

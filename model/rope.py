@@ -6,10 +6,12 @@ Shapes: T latent frames, P tokens per latent frame (row-major), N heads, E head 
 import torch
 from torch import Tensor
 
+from .pooling import Cells
+
 THETA = 10000.0
 
 
-def rotary_table(positions: Tensor, rows: int, columns: int, head_dim: int) -> Tensor:
+def rotary_table(positions: Tensor, rows: int, columns: int, head_dim: int, cell: int = 1) -> Tensor:
     """Cosines and sines [..., T, P, 1, E/2, 2] for latent frames at `positions` [..., T], rows x columns tokens each.
 
     The E/2 complex pairs of a head are split into time, row, column: 22 + 21 + 21 at head dim 128. Angles are float64
@@ -25,10 +27,15 @@ def rotary_table(positions: Tensor, rows: int, columns: int, head_dim: int) -> T
         exponent = torch.arange(num_pairs, device=device, dtype=real) / num_pairs
         return position.to(real)[..., None] * THETA**-exponent
 
-    row, column = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
+    if cell > 1:
+        row, column = (x.to(device) for x in Cells(rows, columns, cell).places())
+    else:
+        row, column = torch.meshgrid(
+            torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
+        )
     space = torch.cat([angles(row.flatten(), spatial_pairs), angles(column.flatten(), spatial_pairs)], dim=-1)
     time = angles(positions, temporal_pairs)
-    shape = (*positions.shape, rows * columns)
+    shape = (*positions.shape, row.numel())
     both = torch.cat([time[..., None, :].expand(*shape, -1), space.expand(*shape, -1)], dim=-1)[..., None, :]
     return torch.stack([both.cos().float(), both.sin().float()], dim=-1)
 

@@ -32,6 +32,7 @@ class Batch:
     """[B, chunks, M]: remembered frames by position, then -1."""
     shown_by: Tensor
     """[B, T, columns]: `ShownBy` of each column. A frame has VIEW_COLUMNS, or one if nothing is known of them."""
+    memory: MemoryConfig = MemoryConfig()
 
     @property
     def chunk(self) -> int:
@@ -59,7 +60,7 @@ def make_batch(
     num_fast = config.fast - config.chunk
     shown_by = [columns_shown_by(clip, of_clip.tolist(), num_fast) for clip, of_clip in zip(clips, slots)]
     text = to_text(captions).unflatten(0, (size, num_chunks))
-    return Batch(to_latents(codec, clips), text, slots, torch.from_numpy(np.stack(shown_by)))
+    return Batch(to_latents(codec, clips), text, slots, torch.from_numpy(np.stack(shown_by)), config)
 
 
 def encoded_batch(
@@ -79,7 +80,7 @@ def encoded_batch(
     texts = [clips.empty[0] if rng.random() < text_dropout else text[0] for _, text in samples]
     shown_by = torch.full((len(latents), latents.shape[2], 1), ShownBy.UNKNOWN)
     # Rows of zeros are what Wan attends to after the last token of a prompt.
-    return Batch(latents, pad_sequence(texts, batch_first=True)[:, None], slots, shown_by)
+    return Batch(latents, pad_sequence(texts, batch_first=True)[:, None], slots, shown_by, config)
 
 
 def _slots(rng: np.random.Generator, views: Sequence[Views], config: MemoryConfig) -> Tensor:

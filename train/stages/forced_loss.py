@@ -76,7 +76,8 @@ Tensors = TypeVar("Tensors", Batch, LossNoise)
 def take(tensors: Tensors, clips: range, device: torch.device) -> Tensors:
     """Some clips of a dataclass of tensors [B, ...], on a device."""
     fields = dataclasses.fields(tensors)
-    return type(tensors)(*(getattr(tensors, field.name)[clips].to(device) for field in fields))
+    values = (getattr(tensors, field.name) for field in fields)
+    return type(tensors)(*(v[clips].to(device) if isinstance(v, Tensor) else v for v in values))
 
 
 def teacher_forced_flow(network: Network, batch: Batch, context: Tensor, noisy: Tensor, sigma_BT: Tensor) -> Tensor:
@@ -84,7 +85,13 @@ def teacher_forced_flow(network: Network, batch: Batch, context: Tensor, noisy: 
     _, channels, _, height, width = context.shape
     num_chunks = batch.slots.shape[1]
     chunk = context.shape[2] // num_chunks
-    attend = TeacherForcing(batch.slots, chunk, network.grid((channels, height, width)), network.head_dim)
+    attend = TeacherForcing(
+        batch.slots,
+        chunk,
+        network.grid((channels, height, width)),
+        network.head_dim,
+        memory=getattr(batch, "memory", None),
+    )
     sigma_KSn = torch.stack([torch.zeros_like(sigma_BT), sigma_BT], dim=1).unflatten(-1, (num_chunks, chunk))
     text = network.embed_text(batch.text.flatten(0, 1), batch.text.shape[1])
     flow = network.flow(interleave(context, noisy, chunk), sigma_KSn.transpose(1, 2).flatten(1), text, attend)

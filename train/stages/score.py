@@ -37,7 +37,7 @@ def flow_given_context(
         network.flow(context_BCMHW, 0.0, context_text, attend_and_keep)
         rotate = network.rotate_to_ranks(latent_size, num_frames)
         # One pass attends to them, so they have no room for its keys.
-        layers = [KVBuffer(rotate(k, range(num_frames)), v) for k, v in kept]
+        layers = [KVBuffer(rotate(k, range(num_frames)).flatten(1, 2), v.flatten(1, 2)) for k, v in kept]
         view = MemoryView(layers, num_frames)
     attend = network.attend(view, x_BCTHW.shape[2], latent_size)
     return network.flow(x_BCTHW, sigma, text or network.embed_text(text_GLC, len(text_GLC)), attend)
