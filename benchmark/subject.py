@@ -103,8 +103,9 @@ class Subject:
         )
         network = self.pipeline(setup).network
         run = compiled() if SWITCH[setup.compile] else network.run
-        commit = network.commit and dataclasses.replace(network.commit, on_pass=on_pass)
-        network = dataclasses.replace(network, on_pass=on_pass, run=run, commit=commit)
+        # Without the texts of earlier loops: the time of the text is measured.
+        commit = network.commit and dataclasses.replace(network.commit, on_pass=on_pass, texts=None)
+        network = dataclasses.replace(network, on_pass=on_pass, run=run, commit=commit, texts=None)
         return make_sampler(network, self.card, text_BLC, options)
 
     def empty_memory(self, setup: Setup, size: tuple[int, int]) -> Memory:

@@ -21,6 +21,7 @@ from .flow import TIMESTEPS
 from .memory_attention import ChunkAttention, attention_over
 from .rope import rotary_table, rotate
 from .sequence import Processes
+from .text_cache import TextCache
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Network:
     """The network of the commit pass, if the student has weights of its own for it (docs/method.md, Sampling)."""
     processes: Processes | None = None
     """Those that share each pass (model/sequence.py); None: this one alone."""
+    texts: TextCache | None = None
+    """Prompts that are embedded already, for a network whose weights do not change; None: every call embeds."""
 
     def shared_by(self, processes: Processes) -> "Network":
         """The network with passes that several processes share."""
@@ -67,9 +70,25 @@ class Network:
         return latent_size[1] // patch_rows, latent_size[2] // patch_columns
 
     def embed_text(self, text_BLC: Tensor, num_groups: int = 1) -> TextContext:
-        """Text embeddings [B * G, L, C] -> keys and values of cross-attention (causal.embed_text)."""
-        embed = functools.partial(embed_text, num_groups=num_groups, run=self.run)
-        return self.run(self.net, embed, text_BLC.to(self.device, self.dtype))
+        """Text embeddings [B * G, L, C] -> keys and values of cross-attention (causal.embed_text).
+
+        With gradients every call embeds: chunks that share an embedding would sum its gradients in another order.
+        """
+        function = functools.partial(embed_text, num_groups=num_groups, run=self.run)
+        embed = lambda: self.run(self.net, function, text_BLC.to(self.device, self.dtype))
+        if self.texts is None or num_groups > 1 or self.has_grad:
+            return embed()
+        return self.texts.find((self.net, self.device, self.dtype), text_BLC, self.prompt_bytes, embed)
+
+    @property
+    def has_grad(self) -> bool:
+        """Whether a pass now gives gradients to weights."""
+        return torch.is_grad_enabled() and any(weight.requires_grad for weight in self.net.parameters())
+
+    @property
+    def prompt_bytes(self) -> int:
+        """Keys and values of a prompt of full length. `texts` have so many bytes at most, all prompts together."""
+        return 2 * self.num_layers * self.num_heads * self.head_dim * self.net.text_len * self.dtype.itemsize
 
     def flow(
         self, x_BCTHW: Tensor, sigma: float | Tensor, text: TextContext, attend_self: AttendSelf, num_clean: int = 0

@@ -296,7 +296,7 @@ def working_bytes(
     net, size, config = network.net, network.dtype.itemsize, memory.config
     rows, columns = network.grid(memory.latent_size)
     tokens, dim = rows * columns, network.num_heads * network.head_dim
-    of_text = text.num_bytes if text else 2 * network.num_layers * dim * net.text_len * size
+    of_text = text.num_bytes if text else network.prompt_bytes
     in_pass = tokens * config.chunk // (network.processes.count if network.processes else 1)
     activations = Activations(
         # The block's input; queries, keys and values; the first two rotated.

@@ -13,6 +13,7 @@ from torch import nn
 from ..model.config import StudentCard
 from ..model.fingerprint import COMPILED, fingerprint
 from ..model.network import Network
+from ..model.text_cache import TextCache
 from ..model.units import LATENT_CHANNELS
 from .patches import runner_of
 from .shared import log
@@ -55,8 +56,11 @@ class StudentModel:
         """The network with the dtype of its activations, whatever dtype its weights are stored in."""
         dtype = self.model.get_model_object("manual_cast_dtype") or self.model.model.get_dtype()
         on_pass = mm.throw_exception_if_processing_interrupted
-        network = Network(self.net, self.model.load_device, dtype, run=runner_of(self.model), on_pass=on_pass)
-        commit = [dataclasses.replace(network, net=wan_network(model)) for model in self.commit]
+        # A node reads its MODEL anew, so the texts are of one node and one set of LoRAs.
+        network = Network(
+            self.net, self.model.load_device, dtype, run=runner_of(self.model), on_pass=on_pass, texts=TextCache()
+        )
+        commit = [dataclasses.replace(network, net=wan_network(model), texts=TextCache()) for model in self.commit]
         return dataclasses.replace(network, commit=commit[0]) if commit else network
 
     @property

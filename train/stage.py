@@ -13,6 +13,7 @@ from ..model.checkpoints.published import BASE
 from ..model.checkpoints.student import StudentSource, check_tensors, write_student
 from ..model.config import CARD_KEY, PRESETS, StudentCard
 from ..model.network import Network
+from ..model.text_cache import TextCache
 from ..model.wan import WanModel
 from .config import OptimConfig
 from .lora import add_lora, merge_lora, save_lora
@@ -63,7 +64,8 @@ class Stage(ABC):
             self.trained[name] = TrainedNetwork(net, optim, self.parallel)
         if name == self.exported:
             self.init_card = card
-        return Network(net, self.parallel.device, config.dtype, run=module_runner(net, config.recompute, self.gathered))
+        run = module_runner(net, config.recompute, self.gathered)
+        return Network(net, self.parallel.device, config.dtype, run=run, texts=None if optim else TextCache())
 
     @abstractmethod
     def step(self, step: int) -> dict[str, float]:

@@ -24,6 +24,7 @@ from ..model.network import Network, run_directly
 from ..model.offload import Offload
 from ..model.sampler import CausalSampler, SamplerOptions, make_sampler
 from ..model.segment import generate_segment, used_rows
+from ..model.text_cache import TextCache
 from ..model.units import latent_size, pixel_size
 from ..model.wan import WanModel
 from .frames import num_start_frames, to_pixels
@@ -60,7 +61,7 @@ class Pipeline:
 
         def network_of(net: WanModel, commit: Network | None = None) -> Network:
             run = Offload(net, device) if offload else run_directly
-            return Network(net if offload else net.to(device), device, dtype, run=run, commit=commit)
+            return Network(net if offload else net.to(device), device, dtype, run=run, commit=commit, texts=TextCache())
 
         commit = student.load_commit(dtype)
         return cls(

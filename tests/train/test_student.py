@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 
-from context_forcing.model.network import Network
 from context_forcing.model.sampler import CausalSampler, seeded_noise
 from context_forcing.train.stages.score import flow_given_context
 from context_forcing.train.stages.student import Student
@@ -51,15 +50,16 @@ def test_texts_may_differ_from_chunk_to_chunk(net):
     assert not torch.allclose(flow, other) and not torch.allclose(flow, same)
 
 
-def count_embeddings(monkeypatch):
-    """A list that grows with every embedded text."""
-    calls, embed = [], Network.embed_text
-    monkeypatch.setattr(Network, "embed_text", lambda *args: calls.append(1) or embed(*args))
-    return calls
+def count_embeddings(net):
+    """A list that grows with every pass through the text embedding, and a handle that ends it."""
+    calls = []
+    return calls, net.text_embedding.register_forward_hook(lambda *_: calls.append(1))
 
 
-def test_one_text_is_embedded_once_unless_gradients_would_change(trained_net, monkeypatch):
-    calls, network = count_embeddings(monkeypatch), network_of(trained_net)
+def test_one_text_is_embedded_once_unless_gradients_would_change(make_net):
+    trained_net = make_net().requires_grad_(True)
+    calls, handle = count_embeddings(trained_net)
+    network = network_of(trained_net)
     context, x = random(1, 16, 2, 4, 6, seed=2), random(1, 16, 3, 4, 6, seed=3)
     text, noise, counts = random(1, 5, trained_net.config.text_dim), seeded_noise(3, (16, 4, 6)), []
     for has_grad in (False, True):
@@ -70,9 +70,34 @@ def test_one_text_is_embedded_once_unless_gradients_would_change(trained_net, mo
         student.target(memory, 3, 1, SIGMAS, noise, has_grad)
         counts.append(len(calls))
         calls.clear()
-    assert counts == [1 + 1 + 1, 2 + 1 + 3]
-    student_of(trained_net, num_texts=3).rollout(empty(), 3, SIGMAS, noise)
-    assert len(calls) == 3
+    handle.remove()
+    assert counts == [1 + 1, 2 + 1 + 3]
+
+
+def test_texts_of_a_rollout_are_embedded_once_each(trained_net, same_memory):
+    """Chunks under the texts a, b, a, a, b: two passes through the text embedding, and the same film."""
+    two = random(2, 5, trained_net.config.text_dim, seed=9)
+    student, noise = Student(network_of(trained_net), two[[0, 1, 0, 0, 1]]), seeded_noise(3, (16, 4, 6))
+    calls, handle = count_embeddings(trained_net)
+    memory = student.rollout(empty(), 3, SIGMAS, noise)
+    memory = student.target(memory, 2, 1, SIGMAS, noise, has_grad=False).memory
+    assert len(calls) == 2
+    handle.remove()
+    alone = empty()
+    for chunk in range(5):  # a Student for each chunk embeds each text anew
+        text = student.text_GLC[chunk : chunk + 1]
+        alone = Student(network_of(trained_net), text).rollout(alone, 1, SIGMAS, noise)
+    assert same_memory(memory, alone)
+
+
+def test_after_an_update_the_text_is_embedded_anew(make_net):
+    net, noise = make_net().requires_grad_(True), seeded_noise(3, (16, 4, 6))
+    network, text, films = network_of(net), random(1, 5, net.config.text_dim), []
+    for _ in range(2):
+        films.append(Student(network, text).rollout(empty(), 1, SIGMAS, noise).latent_chunks[0])
+        with torch.no_grad():
+            net.blocks[0].cross_attn.v.weight.mul_(-1)
+    assert not torch.allclose(*films, atol=1e-3)
 
 
 def test_a_training_rollout_commits_as_its_student_says(net):

@@ -4,8 +4,9 @@ They use the sampler that generates videos. One denoising step of every target c
 Memories never change, so the memory for the backward pass grows with the target but not with the context.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from ...memory.memory import Memory
 from ...model.config import StudentCard
 from ...model.network import Network
 from ...model.sampler import CausalSampler, Noise, SamplerOptions, make_sampler
+from ...model.text_cache import TextCache
 
 
 class Piece(NamedTuple):
@@ -59,16 +61,16 @@ class Student:
     would take the memory that recomputing saves."""
     commit_attends: str = "all"
     """What the commit pass attends to (view.ATTENDS)."""
+    texts: TextCache = field(default_factory=TextCache)
+    """Of the weights as they are: a rollout after an update is made by another Student."""
 
     def samplers(self, first_chunk: int, num_chunks: int) -> Iterator[CausalSampler]:
         """One sampler per chunk. Values that are not finite are not checked here: TrainedNetwork skips the update."""
-        sampler, options = None, SamplerOptions(commit_attends=self.commit_attends, check_finite=False)
+        options = SamplerOptions(commit_attends=self.commit_attends, check_finite=False)
+        network = dataclasses.replace(self.network, texts=self.texts)
         for chunk in range(first_chunk, first_chunk + num_chunks):
-            # With gradients, a shared text embedding would sum those of the chunks in another order.
-            if sampler is None or len(self.text_GLC) > 1 or torch.is_grad_enabled():
-                text_BLC = self.text_GLC[min(chunk, len(self.text_GLC) - 1)][None]
-                sampler = make_sampler(self.network, StudentCard(), text_BLC, options)
-            yield sampler
+            text_BLC = self.text_GLC[min(chunk, len(self.text_GLC) - 1)][None]
+            yield make_sampler(network, StudentCard(), text_BLC, options)
 
     @torch.no_grad()
     def encode_clip(self, memory: Memory, latents_BCTHW: Tensor) -> Memory:
