@@ -91,6 +91,19 @@ def test_its_card(node_module, fake_model, caplog):
     assert of(fake_model()).card == StudentCard() and "no student card" in caplog.text
 
 
+@torch.inference_mode()
+def test_prompts_of_one_node_are_not_those_of_the_next(node_module, net, fake_model):
+    """Between two nodes a LoRA may be merged into the same modules in place."""
+    model, rows, found = fake_model(StudentCard()), torch.ones(1, 5, net.config.text_dim), []
+    model.model.diffusion_model.text_embedding = net.text_embedding
+    for _ in range(2):
+        network = node_module("model_access").StudentModel.of(model).network
+        found.append(network.embed_text(rows).values[0])
+        assert network.embed_text(rows).values[0] is found[-1]
+        net.blocks[0].cross_attn.v.weight.data.neg_()  # the second time, back to what it was
+    assert not torch.allclose(*found, atol=1e-3)
+
+
 def test_model_sampling_replaces_the_shift(node_module, fake_model, caplog):
     access = node_module("model_access")
     sampling = access.comfy.model_sampling.ModelSamplingDiscreteFlow()
