@@ -20,8 +20,6 @@ from context_forcing.model.network import Network
 from context_forcing.model.sampler import CausalSampler, SamplerOptions
 from context_forcing.model.wan import WanModel
 
-from .nodes import comfyui_stub
-
 collect_ignore = ["host"]
 """ComfyUI's Python runs these (tests/nodes/test_inside_comfyui.py)."""
 
@@ -243,6 +241,8 @@ def ffmpeg_that(tmp_path_factory, monkeypatch):
 @pytest.fixture(scope="session")
 def node_module():
     """(name) -> a module of nodes/, imported with stubs in place of ComfyUI's modules; empty for nodes/ itself."""
+    from .nodes import comfyui_stub  # ComfyUI's Python loads this file by its path
+
     finder = comfyui_stub.install()
     comfyui_stub.define_types()
     yield lambda name: importlib.import_module(f"context_forcing.nodes.{name}".rstrip("."))

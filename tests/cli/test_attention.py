@@ -39,7 +39,7 @@ def test_it_computes_the_film_and_is_named_in_it(generate, succeeded, tmp_path):
     *result, calls = generate(lambda out: out)
     succeeded(result)
     tokens = 3 * 3 * 2
-    assert len(calls) == 1 + 2 * 3 and set(calls[1:]) == {tokens}, "self-test; two layers in two steps and a commit"
+    assert len(calls) == 1 + 2 * 2 + 1 and set(calls[1:]) == {tokens}, "self-test; two layers in two steps; a commit"
     made = read_provenance(tmp_path / "film.mp4")
     assert made.attention == "flash" and made.libraries.endswith("flash_attn of unknown version")
 
