@@ -78,7 +78,8 @@ class OurLoop:
 
     def predicted_bytes(self) -> int:
         """What the sampler predicts as the most bytes on the device beside the weights."""
-        return working_bytes(self.sampler.network, self.memory, self.setup.kv_placement, self.sampler.text)
+        setup, sampler = self.setup, self.sampler
+        return working_bytes(sampler.network, self.memory, setup.kv_placement, sampler.text, setup.kv_dtype)
 
 
 def filled(sampler: CausalSampler, memory: Memory, seed: int, num_chunks: int | None = None) -> Memory:

@@ -122,7 +122,13 @@ class _Bench:
         """A full memory; setups that differ in nothing that it depends on share it."""
         empty = self.subject.empty_memory(setup, self.plan.size)
         pipeline = self.subject.pipeline(setup)
-        key = empty.config, pipeline.network.dtype, setup.kv_placement == "from RAM", setup.commit_attends
+        key = (
+            empty.config,
+            pipeline.network.dtype,
+            setup.kv_placement == "from RAM",
+            setup.commit_attends,
+            setup.kv_dtype,
+        )
         if key not in self.memories:
             self.say(f"filling a memory of {empty.config.capacity} frames")
             text = pipeline.text_encoder.encode(PROMPT)

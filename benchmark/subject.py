@@ -41,6 +41,7 @@ class Setup:
     attention: str = "sdpa"
     dtype: str = "auto"
     kv_placement: str = "at once"
+    kv_dtype: str = "auto"
     compile: str = "off"
     """Whether the parts of a block around attention are compiled (causal.compiled)."""
     offload: str = "off"
@@ -99,6 +100,7 @@ class Subject:
         options = SamplerOptions(
             attention=setup.attention,
             kv_placement=setup.kv_placement,
+            kv_dtype=setup.kv_dtype,
             commit_attends=setup.commit_attends or None,
         )
         network = self.pipeline(setup).network

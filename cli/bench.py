@@ -13,7 +13,7 @@ from .options import Card, Decoder, Loras, ModelsDir, Settings, Student, TextEnc
 SIZE = "Random weights instead of a student: demo, wan2.1-1.3b, wan2.1-14b."
 FRAME = "Width and height in pixels, 832x480. Default: the student's."
 OPTIONS = """Options to compare, "attention=sdpa,flash dtype=bf16,fp32": every combination, in turn. Of attention,
-dtype, kv_placement, compile, offload, memory, policy, commit_attends. Repeatable."""
+dtype, kv_placement, kv_dtype, compile, offload, memory, policy, commit_attends. Repeatable."""
 PORTS = "Time ports of ComfyUI's ar_video and of Self-Forcing's loop beside ours."
 FILM = "Also decode and encode a video, end to end."
 GROWTH = "Compare the chunk after 12 chunks with the one after 300."

@@ -22,6 +22,8 @@ COMMIT_ATTENDS = """What a finished chunk attends to while it is written to the 
 Default: the story's, or else the student's."""
 ATTENTION = "sdpa (default), flash, sage or sage3: each needs its package and CUDA, and is tested before use."
 KV_PLACEMENT = "Where keys and values are for a chunk: at once (fastest), by layer, from RAM (least video memory)."
+KV_DTYPE = """How keys and values of sink and slow frames are stored: auto (as computed), int8 or fp8. Eight bits are
+half the memory of bf16, and another video."""
 COMPACT = "Write --memory-out without keys and values: small; its continuation is close to exact."
 SCALE = "Nearest-neighbour enlargement. Default: the shorter side gets 360 pixels or more."
 
@@ -51,6 +53,7 @@ def generate(
     attention: Annotated[str | None, Option(help=ATTENTION)] = None,
     commit_attends: Annotated[str | None, Option(help=COMMIT_ATTENDS)] = None,
     kv_placement: Annotated[str, Option(help=KV_PLACEMENT)] = "at once",
+    kv_dtype: Annotated[str | None, Option(help=KV_DTYPE)] = None,
     memory_in: Annotated[Path | None, Option(help="Memory to continue; its video is the start of this one.")] = None,
     memory_out: Annotated[Path | None, Option(help="File for the memory at the end.")] = None,
     compact: Annotated[bool, Option("--compact", help=COMPACT)] = False,
@@ -84,6 +87,7 @@ def generate(
         attention=attention,
         commit_attends=commit_attends,
         kv_placement=kv_placement,
+        kv_dtype=kv_dtype,
         memory_in=memory_in,
         memory_out=memory_out,
         compact=compact,

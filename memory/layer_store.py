@@ -17,7 +17,7 @@ from torch import Tensor
 from .config import MemoryConfig
 from .policy import Decision, Slots
 from .recall import Choose
-from .stores import Activations, FrameKV, KVStore, kv_tensors
+from .stores import Activations, FrameKV, KVStore
 from .view import KVBuffer, Rotate, rotated_bytes
 
 FROM_NOISE = "policy released keeps keys of passes over noise, which cannot be computed from the latents"
@@ -27,6 +27,7 @@ UNSUPPORTED = {name: NO_CHANGE.format(name) for name in ("recache", "flush", "cu
     "recommit": f"recommit: {FROM_NOISE}; generate the chunks again",
     "references": "references: policy released keeps keys of noisy passes, a reference has none; use another policy",
     "several processes": "policy: released compares whole keys in every layer; use one process, or another policy",
+    "eight bits": "kv_dtype: with policy released slots change in every pass; use auto, or another policy",
     "attention report": "attention: with policy released every layer attends to other frames; leave the report out",
 }
 
@@ -90,7 +91,7 @@ class LayerView:
 
     def buffer_like(self, keys_BPNE: Tensor, device: torch.device) -> KVBuffer:
         """Room for all slots of a layer."""
-        self.buffer = self.buffer or KVBuffer.empty(self.config.num_slots, keys_BPNE, device)
+        self.buffer = self.buffer or KVBuffer.empty(self.config.num_slots, keys_BPNE.shape, keys_BPNE.dtype, device)
         return self.buffer
 
     def take(self, layer: int, k_BTPNE: Tensor, v_BTPNE: Tensor) -> LayerSlots:
@@ -133,7 +134,11 @@ class LayerStore(KVStore):
         return dataclasses.replace(self, layers=tuple(layers))
 
     def tensors(self) -> list[Tensor]:
-        return [tensor for layer in self.layers for tensor in (*kv_tensors(layer.entries), layer.descriptor)]
+        return [
+            tensor
+            for layer in self.layers
+            for tensor in (*(each for kv in layer.entries for each in kv.tensors()), layer.descriptor)
+        ]
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         tensors = {}
@@ -163,6 +168,7 @@ class LayerStore(KVStore):
         elements: int,
         itemsize: int,
         activations: Activations,
+        kv_dtype: str = "auto",
     ) -> int:
         # The chunk and a promoted frame are new; the memory before the chunk stays until its end.
         frames = config.chunk + 1 + (config.num_slots if kv_placement != "from RAM" else 0)

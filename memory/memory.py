@@ -35,10 +35,10 @@ last positions of the window. `cut_new_sink`: a new scene; no frame stays, and t
 FORGETTING = ("flush", "cut", "cut_new_sink")
 """Changes that forget frames."""
 
-OPERATIONS = (*CHANGES, "compact", "recommit", "attention report", "references", "several processes")
+OPERATIONS = (*CHANGES, "compact", "recommit", "attention report", "references", "several processes", "eight bits")
 """What a store may not support. `compact`: keys and values are dropped and computed again from the latents. `recommit`:
 chunks of an interrupted run are committed from their latents. `attention report`: model/attention_mass.py.
-`several processes`: each has a part of the heads (model/sequence.py)."""
+`several processes`: each has a part of the heads (model/sequence.py). `eight bits`: packed.KV_DTYPES but auto."""
 
 
 @dataclass(frozen=True)
@@ -287,6 +287,10 @@ class Memory:
         """The memory with new keys and values of remembered frames."""
         return dataclasses.replace(self, store=self.store.write(frames, new_kv))
 
+    def packed(self, kv_dtype: str) -> "Memory":
+        """The memory with sink and slow frames in one of packed.KV_DTYPES; those that are packed stay as they are."""
+        return self if kv_dtype == "auto" else dataclasses.replace(self, store=self.store.packed(kv_dtype))
+
     def view(self, rotate: Rotate, device: torch.device, lazy: bool = False) -> Any:
         """What the next chunk attends to on a device (KVStore.view); `rotate` rotates raw keys to their ranks."""
         view = self.store.view(self.config, self.num_frames, rotate, device, lazy)
@@ -328,4 +332,5 @@ def empty_memory(config: MemoryConfig, latent_size: tuple[int, int, int]) -> Mem
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no value of any tensor is NaN or infinite. The host waits for the device once."""
     # Zero times such a value is NaN, and a sum of zeros cannot overflow.
-    return not bool(torch.stack([(tensor * 0).sum().float() for tensor in tensors]).sum().isnan())
+    wide = (tensor.float() if tensor.dtype == torch.float8_e4m3fn else tensor for tensor in tensors)
+    return not bool(torch.stack([(tensor * 0).sum().float() for tensor in wide]).sum().isnan())

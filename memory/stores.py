@@ -6,7 +6,8 @@ Shapes: B batch (one video), T latent frames of a chunk, P tokens per latent fra
 import abc
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import MemoryConfig
+from .packed import TYPES, Packed, pack, plain_tensors, unpacked
 from .policy import Decision, Slots, advance
 from .recall import Choose
 from .view import KVBuffer, LazyLayers, MemoryView, Rotate, rotated_bytes
@@ -44,8 +46,8 @@ SIMILARITY_ELEMENTS = 2**24
 class FrameKV:
     """Raw keys (before rotation) and values of a latent frame: all layers [layers, B, P, N, E], or one [B, P, N, E]."""
 
-    keys: Tensor
-    values: Tensor
+    keys: Tensor | Packed
+    values: Tensor | Packed
     written: object = field(default_factory=object, compare=False, repr=False)
     """Identity of the pass that computed them; the same in copies on other devices."""
 
@@ -56,6 +58,16 @@ class FrameKV:
             return existing
         keys, values = self.keys.to(device, dtype), self.values.to(device, dtype)
         return self if keys is self.keys else FrameKV(keys, values, self.written)
+
+    def tensors(self) -> list[Tensor]:
+        """What is stored: keys, then values."""
+        return [tensor for part in (self.keys, self.values) for tensor in plain_tensors(part)]
+
+    def packed(self, kv_dtype: str) -> "FrameKV":
+        """Keys and values of all layers in one byte a number (packed.KV_DTYPES); those that are so stay as they are."""
+        if kv_dtype == "auto" or isinstance(self.keys, Packed) or isinstance(self.values, Packed):
+            return self
+        return FrameKV(pack(self.keys, kv_dtype, True), pack(self.values, kv_dtype, False), self.written)
 
     def park(self, device: torch.device) -> None:
         """Move keys and values to a device in place, for all that hold this object. Their values stay the same."""
@@ -77,16 +89,13 @@ class NewFrames:
             room = lambda tensor: tensor.new_empty((self.num_layers, *tensor.shape))
             self.frames = [FrameKV(room(k), room(v)) for k, v in new]
         for frame, (k, v) in zip(self.frames, new, strict=True):
-            frame.keys[layer], frame.values[layer] = k, v
+            for room, new_values in ((frame.keys, k), (frame.values, v)):
+                assert isinstance(room, Tensor), "write"
+                room[layer] = new_values
 
     def tensors(self) -> list[Tensor]:
         """Keys and values, in parts of the size that is compared at once."""
-        return [part for tensor in kv_tensors(self.frames) for part in tensor.split(_layers_at_once(tensor))]
-
-
-def kv_tensors(kvs: Iterable[FrameKV]) -> Iterator[Tensor]:
-    """Keys and values in turn."""
-    return (tensor for kv in kvs for tensor in (kv.keys, kv.values))
+        return [part for kv in self.frames for tensor in kv.tensors() for part in tensor.split(_layers_at_once(tensor))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +149,17 @@ class KVStore(abc.ABC):
         elements: int,
         itemsize: int,
         activations: Activations,
+        kv_dtype: str = "auto",
     ) -> int:
         """Largest device memory of a chunk over a full store, with the activations of its passes.
 
-        `elements` are the key elements of one frame in one layer.
+        `elements` are the key elements of one frame in one layer; scales of packed frames are not counted.
         """
+
+    def packed(self, kv_dtype: str) -> "KVStore":
+        """Frames of sink and slow in one of packed.KV_DTYPES; those that are packed stay as they are."""
+        assert kv_dtype == "auto", "Memory.check_supports"
+        return self
 
     def to(self, device: torch.device, dtype: torch.dtype | None, before: "KVStore | None") -> "KVStore":
         """The same keys and values on a device. Those that `before` has there already are shared."""
@@ -168,7 +183,7 @@ class KVStore(abc.ABC):
 
     def tensors(self) -> list[Tensor]:
         """All tensors of the store."""
-        return list(kv_tensors(kv for _, kv in self.frame_kvs()))
+        return [tensor for _, kv in self.frame_kvs() for tensor in kv.tensors()]
 
     def restrict_to(self, frames: Collection[int]) -> "KVStore":
         """The store with only these latent frames, for `flush` and `cut`."""
@@ -233,8 +248,11 @@ class FrameStore(KVStore):
         def fill(buffer: KVBuffer, layer: int) -> None:
             buffer.fill([kv.keys[layer] for kv in kvs], [kv.values[layer] for kv in kvs], rotate)
 
-        num_layers, like = len(kvs[0].keys), kvs[0].keys[0]
-        buffers = [KVBuffer.empty(len(kvs) + config.chunk, like, device) for _ in range(1 if lazy else num_layers)]
+        num_layers, keys = len(kvs[0].keys), kvs[0].keys
+        buffers = [
+            KVBuffer.empty(len(kvs) + config.chunk, keys.shape[1:], keys.dtype, device)
+            for _ in range(1 if lazy else num_layers)
+        ]
         if not lazy:
             for layer, buffer in enumerate(buffers):
                 fill(buffer, layer)
@@ -251,17 +269,28 @@ class FrameStore(KVStore):
     def map(self, change: Callable[[FrameKV], FrameKV]) -> "FrameStore":
         return dataclasses.replace(self, frames={frame: change(kv) for frame, kv in self.frames.items()})
 
+    def packed(self, kv_dtype: str) -> "FrameStore":
+        kept = {*self.slots.sink, *self.slots.slow}
+        frames = {frame: kv.packed(kv_dtype) if frame in kept else kv for frame, kv in self.frames.items()}
+        return dataclasses.replace(self, frames=frames)
+
     def state(self) -> tuple[dict, dict[str, Tensor]]:
-        named = ((f"{part}.{n}", getattr(kv, part)) for n, kv in self.frames.items() for part in ("keys", "values"))
+        named = {}
+        for n, kv in self.frames.items():
+            for part in ("keys", "values"):
+                tensors = plain_tensors(getattr(kv, part))
+                named |= dict(zip((f"{part}.{n}", f"{part}.{n}.scales"), tensors))
         # Only where there are any: files of other policies stay as they were.
         similarities = [(*pair, value) for pair, value in self.similarities.items()]
         header = {"similarities": similarities} if similarities else {}
-        return header, {name: tensor.cpu().contiguous() for name, tensor in named}
+        return header, {name: tensor.cpu().contiguous() for name, tensor in named.items()}
 
     @classmethod
     def from_state(cls, slots: Slots, header: dict, tensors: dict[str, Tensor]) -> "FrameStore":
         frames = slots.all if header["form"] == "exact" else ()
-        kvs = {frame: FrameKV(tensors.pop(f"keys.{frame}"), tensors.pop(f"values.{frame}")) for frame in frames}
+        kvs = {
+            frame: FrameKV(*(_stored(tensors, f"{part}.{frame}") for part in ("keys", "values"))) for frame in frames
+        }
         similarities = {(older, newer): value for older, newer, value in header.get("similarities", ())}
         for (older, newer), value in similarities.items():
             if not (older < newer and {older, newer} <= {*slots.slow} and abs(value) < 1.1):
@@ -276,6 +305,7 @@ class FrameStore(KVStore):
         elements: int,
         itemsize: int,
         activations: Activations,
+        kv_dtype: str = "auto",
     ) -> int:
         layer_frame = 2 * elements * itemsize
         frame, buffer = num_layers * layer_frame, config.num_slots * layer_frame
@@ -284,10 +314,12 @@ class FrameStore(KVStore):
         compared = (3 if itemsize == 4 else 5) * 4 * min(SIMILARITY_ELEMENTS, num_layers * elements)
         # The commit pass writes keys and values of the chunk before rotation.
         new = config.chunk * frame
+        num_packed = 0 if kv_dtype == "auto" else config.sink + config.slow
+        stored = (config.capacity - num_packed) * frame + num_packed * frame // itemsize
         if kv_placement == "at once":  # buffers are filled before the passes
             after = new + max(activations.most, compared)
-            return config.capacity * frame + num_layers * buffer + max(rotated, after)
-        stored = config.capacity * frame if kv_placement == "by layer" else 0
+            return stored + num_layers * buffer + max(rotated, after)
+        stored = stored if kv_placement == "by layer" else 0
         return stored + buffer + new + max(rotated + activations.attending, activations.most, compared)
 
     def restrict_to(self, frames: Collection[int]) -> "FrameStore":
@@ -317,15 +349,27 @@ class FrameStore(KVStore):
         return {pair: value for pair, value in self.similarities.items() if {*pair} <= {*frames}}
 
 
-def key_similarity(a: Tensor, b: Tensor, add_up: AddUp | None = None) -> Tensor:
+def _stored(tensors: dict[str, Tensor], name: str) -> Tensor | Packed:
+    """Keys or values of a file. Raises ValueError for scales that do not fit."""
+    numbers, scales = tensors.pop(name), tensors.pop(f"{name}.scales", None)
+    if scales is None:
+        return numbers
+    fits = numbers.dtype in TYPES.values() and scales.dtype == torch.float32 and scales.ndim == numbers.ndim == 5
+    expected = (*numbers.shape[:2], 1, numbers.shape[3], numbers.shape[4])
+    if not fits or tuple(scales.shape) not in (expected, (*expected[:-1], 1)):
+        raise ValueError(f"damaged: the scales of {name} do not fit")
+    return Packed(numbers, scales, torch.float32)
+
+
+def key_similarity(a: Tensor | Packed, b: Tensor | Packed, add_up: AddUp | None = None) -> Tensor:
     """Cosine of raw keys [layers, B, P, N, E] per token over the full width, averaged over tokens and layers.
 
     It is computed on the device of `a`. A mean over tokens before the cosine would not change when the camera pans.
     `add_up` is given if other processes have the other heads.
     """
     at_once = _layers_at_once(a)
-    pairs = zip(a.split(at_once), b.split(at_once))
-    wide = ((x.flatten(-2).float(), y.to(x.device).flatten(-2).float()) for x, y in pairs)
+    pairs = ((a[first : first + at_once], b[first : first + at_once]) for first in range(0, len(a), at_once))
+    wide = ((unpacked(x).flatten(-2).float(), unpacked(y.to(x.device)).flatten(-2).float()) for x, y in pairs)
     if add_up is None:
         return torch.cat([F.cosine_similarity(x, y, dim=-1).flatten(1) for x, y in wide]).mean()
     sums = [torch.stack([(x * y).sum(-1), x.square().sum(-1), y.square().sum(-1)]) for x, y in wide]
@@ -333,6 +377,6 @@ def key_similarity(a: Tensor, b: Tensor, add_up: AddUp | None = None) -> Tensor:
     return (product / (square_a * square_b).sqrt().clamp(min=1e-8)).mean()
 
 
-def _layers_at_once(tensor: Tensor) -> int:
+def _layers_at_once(tensor: Tensor | Packed) -> int:
     """How many layers of keys [layers, B, P, N, E] have SIMILARITY_ELEMENTS at most; one or more."""
-    return max(1, SIMILARITY_ELEMENTS // tensor[0].numel())
+    return max(1, SIMILARITY_ELEMENTS // math.prod(tensor.shape[1:]))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .packed import Packed, unpacked
+
 Rotate = Callable[[Tensor, range], Tensor]
 """(raw keys [B, n, P, N, E] of n remembered frames, their temporal positions) -> rotated keys."""
 
@@ -48,19 +50,25 @@ class KVBuffer:
     values: Tensor
 
     @classmethod
-    def empty(cls, num_frames: int, like_BPNE: Tensor, device: torch.device) -> "KVBuffer":
-        """A buffer of `num_frames` frames, those of the chunk included."""
-        batch, *token_shape = like_BPNE.shape
+    def empty(cls, num_frames: int, shape_BPNE: Sequence[int], dtype: torch.dtype, device: torch.device) -> "KVBuffer":
+        """A buffer of `num_frames` frames, those of the chunk included; `shape_BPNE` of one frame."""
+        batch, *token_shape = shape_BPNE
         shape = batch, num_frames, *token_shape
         # A tensor made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
-            return cls(*(torch.empty(shape, device=device, dtype=like_BPNE.dtype) for _ in "kv"))
+            return cls(*(torch.empty(shape, device=device, dtype=dtype) for _ in "kv"))
 
-    def fill(self, keys_BPNE: Sequence[Tensor], values_BPNE: Sequence[Tensor], rotate: Rotate) -> None:
+    def fill(
+        self, keys_BPNE: Sequence[Tensor | Packed], values_BPNE: Sequence[Tensor | Packed], rotate: Rotate
+    ) -> None:
         """Write raw keys, rotated to positions 0 .. M - 1, and values of the remembered frames."""
         for buffer, frames in ((self.keys, keys_BPNE), (self.values, values_BPNE)):
-            torch.stack([frame.to(buffer.device) for frame in frames], dim=1, out=buffer[:, : len(frames)])
-        at_once = max(1, ROTATED_ELEMENTS // keys_BPNE[0].numel())
+            if not any(isinstance(frame, Packed) for frame in frames):
+                torch.stack([frame.to(buffer.device) for frame in frames], dim=1, out=buffer[:, : len(frames)])
+                continue
+            for place, frame in enumerate(frames):
+                buffer[:, place].copy_(unpacked(frame.to(buffer.device)))
+        at_once = max(1, ROTATED_ELEMENTS // self.keys[:, 0].numel())
         for first in range(0, len(keys_BPNE), at_once):
             positions = range(first, min(first + at_once, len(keys_BPNE)))
             part = self.keys[:, positions.start : positions.stop]

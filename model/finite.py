@@ -52,7 +52,7 @@ class FiniteCheck:
         if memory.text is not None and memory.text.numel() and not all_finite([memory.text]):
             raise self.error("the prompt's embeddings", "check the text encoder, or run it in fp32")
         for frame, kv in memory.store.frame_kvs():
-            if not all_finite([kv.keys, kv.values]):
+            if not all_finite(kv.tensors()):
                 name = frame_name(frame, len(memory.references))
                 raise self.error(f"the remembered {name}", "continue from an earlier memory")
 

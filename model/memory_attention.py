@@ -90,7 +90,7 @@ class LayerAttention:
     def new_tensors(self) -> list[Tensor]:
         """Keys and values that the passes over the chunk computed."""
         slots = [pair for layer in self.new_kv for pair in zip(layer.frames, layer.entries)]
-        return [tensor for frame, kv in slots if frame >= self.view.first_frame for tensor in (kv.keys, kv.values)]
+        return [tensor for frame, kv in slots if frame >= self.view.first_frame for tensor in kv.tensors()]
 
 
 ChunkAttention = MemoryAttention | LayerAttention

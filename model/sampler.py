@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..memory.fields import quoted
 from ..memory.memory import Memory, all_finite
+from ..memory.packed import KV_DTYPES
 from ..memory.stores import KV_PLACEMENTS, Activations
 from ..memory.view import ATTENDS as COMMIT_ATTENDS
 from .attention import Attention, find_attention, load_attention
@@ -42,6 +43,8 @@ class SamplerOptions:
     """One of COMMIT_ATTENDS; None: as the student's card says."""
     kv_placement: str = "at once"
     """One of stores.KV_PLACEMENTS."""
+    kv_dtype: str = "auto"
+    """How sink and slow frames are stored: one of packed.KV_DTYPES. fp8 and int8 change the video."""
     check_finite: bool = True
     """Whether a chunk with NaN or infinity raises NotFiniteError."""
 
@@ -52,6 +55,8 @@ class SamplerOptions:
             raise ValueError(f"commit_attends: {quoted(self.commit_attends)} is not one of {', '.join(COMMIT_ATTENDS)}")
         if self.kv_placement not in KV_PLACEMENTS:
             raise ValueError(f"kv_placement: {quoted(self.kv_placement)} is not one of {', '.join(KV_PLACEMENTS)}")
+        if self.kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype: {quoted(self.kv_dtype)} is not one of {', '.join(KV_DTYPES)}")
 
 
 def make_sampler(
@@ -137,7 +142,9 @@ class CausalSampler:
         Raises ValueError for a memory of another student.
         """
         self._check_fits(memory)
-        memory = dataclasses.replace(memory.to(self._home, self.network.dtype), student=self.student or memory.student)
+        memory = dataclasses.replace(
+            self._kept(memory.to(self._home, self.network.dtype)), student=self.student or memory.student
+        )
         memory, chunk = memory if memory.is_compact else self.read(memory), memory.config.chunk
         while memory.start_latents is not None and memory.start_latents.shape[2] >= chunk:
             memory = self.commit(memory, memory.start_latents[:, :, :chunk].to(self.network.device))
@@ -186,7 +193,7 @@ class CausalSampler:
         frames = range(memory.num_frames, memory.num_frames + x0_BCTHW.shape[2])
         self._check_finite(memory, frames, x0_BCTHW, new, repeat or (lambda again: again.commit(memory, x0_BCTHW)))
         add_up = self.network.processes and self.network.processes.add_up
-        return self.read(memory.append(x0_BCTHW, new.new_kv, add_up).to(self._home))
+        return self.read(self._kept(memory.append(x0_BCTHW, new.new_kv, add_up)))
 
     def read(self, memory: Memory) -> Memory:
         """Compute keys and values of remembered frames that have none (docs/memory.md, Policies).
@@ -209,7 +216,7 @@ class CausalSampler:
         new_kv = reader._read(past, memory.latents_of(run), run)
         wanted = [frame - run.start for frame in run if frame in unread]
         frames = [run[t] for t in wanted]
-        return memory.write(frames, [new_kv[t] for t in wanted]).to(self._home)
+        return self._kept(memory.write(frames, [new_kv[t] for t in wanted]))
 
     def restore(self, memory: Memory) -> Memory:
         """Compute all keys and values of a compact memory: each frame under its own prompt where it is known."""
@@ -239,7 +246,7 @@ class CausalSampler:
             done = self._read_first(done)
         for first in range(len(references), len(frames), memory.config.chunk):
             current, past = frames[first : first + memory.config.chunk], done.restrict_to(frames[:first])
-            done = done.write(current, self._read(past, memory.latents_of(current), current)).to(self._home)
+            done = self._kept(done.write(current, self._read(past, memory.latents_of(current), current)))
         return done
 
     def _keys(self, memory: Memory, x0_BCTHW: Tensor, view: Any) -> ChunkAttention:
@@ -271,6 +278,8 @@ class CausalSampler:
         return memory.view(rotate, self.network.device, lazy or self.options.kv_placement != "at once")
 
     def _check_fits(self, memory: Memory) -> None:
+        if self.options.kv_dtype != "auto":
+            memory.check_supports("eight bits")
         if memory.student and self.student and memory.student != self.student:
             students = f"{memory.student}, this one is {self.student}"
             raise ValueError(f"memory: it belongs to another student ({students}); use the student that generated it")
@@ -280,6 +289,10 @@ class CausalSampler:
         for shape in memory.store.key_shapes - {expected}:
             raise ValueError(f"memory: its keys have shape {shape}, not {expected}; use the student that generated it")
 
+    def _kept(self, memory: Memory) -> Memory:
+        """A memory as it is stored between two passes."""
+        return memory.packed(self.options.kv_dtype).to(self._home)
+
     @property
     def _home(self) -> torch.device:
         """Where keys and values are between two passes."""
@@ -287,7 +300,11 @@ class CausalSampler:
 
 
 def working_bytes(
-    network: Network, memory: Memory, kv_placement: str = "at once", text: TextContext | None = None
+    network: Network,
+    memory: Memory,
+    kv_placement: str = "at once",
+    text: TextContext | None = None,
+    kv_dtype: str = "auto",
 ) -> int:
     """Largest device memory of a rollout beside the weights: keys and values, and activations.
 
@@ -305,7 +322,7 @@ def working_bytes(
         most=in_pass * (6 * dim + 2 * net.blocks[0].ffn[0].out_features) * size,
     )
     sizes = network.num_layers, network.kv_heads * network.head_dim * tokens, size
-    of_memory = memory.store.working_bytes(config, kv_placement, *sizes, activations)
+    of_memory = memory.store.working_bytes(config, kv_placement, *sizes, activations, kv_dtype)
     # Rotations, float32: of the chunk, and of remembered frames where passes rotate them.
     rotated = config.chunk if kv_placement == "at once" and not config.per_layer else config.num_slots
     tables = 4 * network.head_dim * tokens * rotated

@@ -79,6 +79,8 @@ class GenerateRequest:
     commit_attends: str | None = None
     """What the commit pass attends to; None: as the story, or else the student's card, says."""
     kv_placement: str = "at once"
+    kv_dtype: str | None = None
+    """How sink and slow frames are stored; None: auto."""
     memory_in: Path | None = None
     memory_out: Path | None = None
     compact: bool = False
@@ -142,6 +144,7 @@ class GenerateRequest:
             dtype=made.dtype if self.dtype == "auto" else self.dtype,
             attention=self.attention or made.attention,
             commit_attends=self.commit_attends or made.commit_attends,
+            kv_dtype=self.kv_dtype or made.kv_dtype,
             scale=self.scale or made.scale,
         )
 
@@ -259,6 +262,7 @@ def open_job(request: GenerateRequest, load: Load | None = None) -> Iterator[Gen
         attention=request.attention or "sdpa",
         commit_attends=request.commit_attends,
         kv_placement=request.kv_placement,
+        kv_dtype=request.kv_dtype or "auto",
     )
     student = request.student.open()
     card = student.card
@@ -282,6 +286,8 @@ def open_job(request: GenerateRequest, load: Load | None = None) -> Iterator[Gen
         memory = _memory(request, pipeline, story, like)
         if processes:
             memory.check_supports("several processes")
+        if options.kv_dtype != "auto":
+            memory.check_supports("eight bits")
         resolved = story.resolve(card, memory)
         if request.compact:
             memory.check_supports("compact")
@@ -294,7 +300,7 @@ def open_job(request: GenerateRequest, load: Load | None = None) -> Iterator[Gen
         made = _provenance(request, pipeline, story, memory.config, commit_attends, scale)
         if like is not None and (differences := like.differences(made)):
             log.warning("%s", not_the_same(differences))
-        say_what_fits(pipeline.network, pinned, options.kv_placement)
+        say_what_fits(pipeline.network, pinned, options.kv_placement, options.kv_dtype)
         inputs = journal_inputs(pipeline, story, memory, references, made, request.loras)
         folder, num_chunks = journal_path(request.output), resolved.num_chunks
         journal = None
@@ -384,6 +390,7 @@ def _provenance(
         decoder_file=name_of(request.decoder),
         memory=memory,
         commit_attends=commit_attends,
+        kv_dtype=request.kv_dtype or "auto",
         scale=scale,
         start=at(request.start),
         memory_in=at(request.memory_in),

@@ -183,7 +183,11 @@ def _jobs(file: JobsFile, folder: Path, device: str) -> Iterable[VideoJob]:
     }  # fmt: skip
     settings = {SETTINGS[name][0]: options.pop(name) for name in SETTINGS if name in options}
     models_dir = options["models_dir"] = default_models_dir(options.get("models_dir"))
-    SamplerOptions(commit_attends=options.get("commit_attends"), kv_placement=options.get("kv_placement", "at once"))
+    SamplerOptions(
+        commit_attends=options.get("commit_attends"),
+        kv_placement=options.get("kv_placement", "at once"),
+        kv_dtype=options.get("kv_dtype", "auto"),
+    )
     if "dtype" in options and options["dtype"] != "auto":
         dtype_named(options["dtype"])
     if not 1 <= options.get("scale", 1) <= MAX_SCALE:
@@ -260,6 +264,7 @@ def _differences(
         ),
         "attention": (made.attention, request.attention or "sdpa"),
         "commit_attends": (made.commit_attends, request.commit_attends or story.commit_attends or card.commit_attends),
+        "kv_dtype": (made.kv_dtype, request.kv_dtype or "auto"),
         "text_encoder": (made.text_encoder_file, name_of(request.text_encoder)),
         "vae": (made.vae_file, name_of(request.vae)),
         "decoder": (made.decoder_file, name_of(request.decoder)),

@@ -69,6 +69,7 @@ def journal_inputs(
     # Only if they are not the defaults: older journals do not have them.
     inputs |= {"attention": made.attention} if made.attention != "sdpa" else {}
     inputs |= {"commit attends": made.commit_attends} if made.commit_attends != "all" else {}
+    inputs |= {"kv dtype": made.kv_dtype} if made.kv_dtype != "auto" else {}
     inputs |= {"references": fingerprint_references(references)} if references else {}
     inputs |= {"processes": pipeline.network.processes.count} if pipeline.network.processes else {}
     return inputs

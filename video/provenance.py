@@ -132,6 +132,8 @@ class Provenance:
     memory_in: GivenFile | None
     references: tuple[GivenFile, ...]
     """The pictures of the story's references, in their order."""
+    kv_dtype: str = "auto"
+    """How sink and slow frames were stored."""
     decoder_file: str = ""
     """The tiny decoder, whose fingerprint is `codec`; empty if the VAE decoded."""
     story: Story
@@ -188,6 +190,7 @@ class Provenance:
             *((name, printable(file)) for name, file in (("decoder", self.decoder_file),) if file),
             ("memory", ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(memory).items())),
             ("commit pass attends to", self.commit_attends),
+            *((name, printable(kind)) for name, kind in (("sink and slow in", self.kv_dtype),) if kind != "auto"),
             *((name, str(file)) for name, file in (("start", self.start), ("memory in", self.memory_in)) if file),
             ("machine", f"{self.device} in {self.dtype}, {self.attention}, {self.machine}"),
             ("libraries", self.libraries),
