@@ -17,6 +17,7 @@ from context_forcing.memory import snapshot
 from context_forcing.memory.stores import KV_PLACEMENTS
 from context_forcing.model.sampler import CausalSampler
 from context_forcing.video.pipeline import Pipeline
+from context_forcing.video.provenance import read_provenance
 from context_forcing.video.reading import read_frames
 
 STORY = {"size": [48, 32], "seed": 4, "segments": [{"prompt": "a meadow by day", "seconds": 2.25}]}
@@ -147,6 +148,23 @@ def test_out_of_memory_in_a_chunk_is_survived_once(generate, succeeded, tmp_path
     fails({1})
     succeeded(generate("--resume"))
     assert (tmp_path / "film.mp4").read_bytes() == film and calls == ["at once", "by layer", "by layer"]
+
+
+def test_eight_bits_are_written_down(generate, succeeded, run, tmp_path, student):
+    """In the video's tags, from which --like takes them; a memory of them goes on; they need fewer bytes."""
+    film, memory = tmp_path / "film.mp4", tmp_path / "kept.memory"
+    succeeded(generate("--memory-out", memory))
+    plain, size = film.read_bytes(), memory.stat().st_size
+    succeeded(generate("--memory-out", memory, "--kv-dtype", "int8"))
+    packed = film.read_bytes()
+    assert packed != plain and memory.stat().st_size < size
+    assert read_provenance(film).kv_dtype == "int8"
+    again = tmp_path / "again.mp4"
+    succeeded(run("generate", "--like", film, "-o", again, "--student", student))
+    assert again.read_bytes() == packed
+    succeeded(generate("--memory-in", memory, "--kv-dtype", "int8"))
+    code, err = generate("--kv-dtype", "int4")
+    assert code == 2 and "kv_dtype: 'int4' is not one of auto, int8, fp8" in last_line(err)
 
 
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
