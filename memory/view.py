@@ -64,7 +64,8 @@ class KVBuffer:
         """Write raw keys, rotated to positions 0 .. M - 1, and values of the remembered frames."""
         for buffer, frames in ((self.keys, keys_BPNE), (self.values, values_BPNE)):
             if not any(isinstance(frame, Packed) for frame in frames):
-                torch.stack([frame.to(buffer.device) for frame in frames], dim=1, out=buffer[:, : len(frames)])
+                plain = (frame for frame in frames if isinstance(frame, Tensor))
+                torch.stack([frame.to(buffer.device) for frame in plain], dim=1, out=buffer[:, : len(frames)])
                 continue
             for place, frame in enumerate(frames):
                 buffer[:, place].copy_(unpacked(frame.to(buffer.device)))
