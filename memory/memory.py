@@ -7,6 +7,7 @@ P tokens per latent frame, N heads, E head dim, L text tokens.
 import dataclasses
 import functools
 import itertools
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +89,12 @@ class Memory:
     @functools.cached_property
     def num_frames(self) -> int:
         """Latent frames of the video so far; also the absolute index of the next one."""
-        return sum(chunk.shape[2] for chunk in self.latent_chunks)
+        return self._ends[-1]
+
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        """0, and the absolute index of the frame after every chunk."""
+        return list(itertools.accumulate((chunk.shape[2] for chunk in self.latent_chunks), initial=0))
 
     @property
     def chunk_shape(self) -> tuple[int, ...]:
@@ -244,8 +250,7 @@ class Memory:
 
     def chunks(self) -> list[range]:
         """The latent frames of every chunk."""
-        ends = list(itertools.accumulate(chunk.shape[2] for chunk in self.latent_chunks))
-        return [range(first, end) for first, end in zip([0, *ends], ends)]
+        return [range(first, end) for first, end in itertools.pairwise(self._ends)]
 
     def _choose(
         self, latent_chunks: Sequence[Tensor], held: tuple[int, ...], remembered: tuple[int, ...]
@@ -264,11 +269,13 @@ class Memory:
 
     def run_of(self, frame: int) -> range:
         """The frames whose keys and values are computed together with those of `frame`: its chunk, or a reference."""
-        return range(frame, frame + 1) if frame < 0 else next(run for run in self.chunks() if frame in run)
+        if frame < 0:
+            return range(frame, frame + 1)
+        chunk = bisect_right(self._ends, frame)
+        return range(self._ends[chunk - 1], self._ends[chunk])
 
     def _recalled(self, frame: int, store: KVStore) -> Recall:
-        reads = sum(any(frame in chunk for frame in store.unread) for chunk in self.chunks())
-        return Recall(frame, store.slots.slow, reads)
+        return Recall(frame, store.slots.slow, len({self.run_of(unread) for unread in store.unread}))
 
     def text_of(self, frame: int) -> Tensor | None:
         """The embedding of the prompt that keys and values of a latent frame are computed under."""
@@ -303,8 +310,13 @@ class Memory:
         """Clean latents [1, C, T, H, W] of absolute frames, for example `slots.slow`."""
         if not frames:
             return torch.zeros(1, self.latent_size[0], 0, *self.latent_size[1:])
-        latents = [latent for chunk in self.latent_chunks for latent in chunk.split(1, dim=2)]
-        of_frame = lambda frame: self.references[frame].latents if frame < 0 else latents[frame]
+
+        def of_frame(frame: int) -> Tensor:
+            if frame < 0:
+                return self.references[frame].latents
+            chunk = bisect_right(self._ends, frame) - 1
+            return self.latent_chunks[chunk][:, :, frame - self._ends[chunk]].unsqueeze(2)
+
         return torch.cat([of_frame(frame) for frame in frames], dim=2)
 
     def to(
