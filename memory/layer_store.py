@@ -89,9 +89,10 @@ class LayerView:
         """Temporal positions of all slots. A chunk has those of the last filled slots."""
         return range(self.config.num_slots)
 
-    def buffer_like(self, keys_BPNE: Tensor, device: torch.device) -> KVBuffer:
-        """Room for all slots of a layer."""
-        self.buffer = self.buffer or KVBuffer.empty(self.config.num_slots, keys_BPNE.shape, keys_BPNE.dtype, device)
+    def buffer_like(self, keys_BPNE: Tensor) -> KVBuffer:
+        """Room for all slots of a layer, of which each has keys like these."""
+        like = keys_BPNE.shape, keys_BPNE.dtype, keys_BPNE.device
+        self.buffer = self.buffer or KVBuffer.empty(self.config.num_slots, *like)
         return self.buffer
 
     def take(self, layer: int, k_BTPNE: Tensor, v_BTPNE: Tensor) -> LayerSlots:

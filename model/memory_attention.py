@@ -71,7 +71,7 @@ class LayerAttention:
         num_slots, num_frames = len(slots.entries), q_BTPNE.shape[1]
         hidden = num_hidden(self.attends, num_slots - num_frames, self.view.config.sink, slots.num_slow)
         seen, table = slots.entries[hidden:], self.table[hidden:num_slots]
-        buffer = self.view.buffer_like(seen[0].keys, q_BTPNE.device)
+        buffer = self.view.buffer_like(plain(k_BTPNE)[:, 0])
         of_rank = lambda keys, ranks: rotate(keys, table[ranks.start : ranks.stop])
         buffer.fill([kv.keys for kv in seen], [kv.values for kv in seen], of_rank)
         k, v = (part[:, : len(seen)].flatten(1, 2) for part in (buffer.keys, buffer.values))
