@@ -13,6 +13,8 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from ..memory.files import atomic_path
+
 try:
     import resource
 except ImportError:  # Windows
@@ -48,8 +50,9 @@ class RunLog:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / "log.jsonl"
             kept = self._lines_before_start(path) if self.start else []
-            self.file = open(path, "w", encoding="utf-8")
-            self.file.writelines(line + "\n" for line in kept)
+            with atomic_path(path) as part:  # A process that is killed here loses no line.
+                part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            self.file = open(path, "a", encoding="utf-8")
             self.bar = tqdm(total=self.num_steps, initial=self.start, desc=self.stage, unit="step", mininterval=2)
             self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.start)
         return self
