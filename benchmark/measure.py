@@ -16,9 +16,9 @@ from torch import Tensor
 from ..memory.fields import brief
 from ..memory.memory import Memory
 from ..model.device import is_out_of_memory
-from ..model.sampler import CausalSampler
+from ..model.sampler import MAX_SECONDS, CausalSampler
 from ..model.segment import generate_segment
-from ..model.units import FRAMES_PER_LATENT
+from ..model.units import FRAMES_PER_LATENT, latent_size
 from ..video.consistency import measure_consistency
 from ..video.frames import to_uint8
 from ..video.mp4 import default_scale, write_video
@@ -58,6 +58,9 @@ class Plan:
         for name in ("chunks", "warmup"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is below 1; give 1 or more")
+        if not 0 < self.seconds < MAX_SECONDS:
+            raise ValueError(f"seconds: {self.seconds} must be above 0 and below {MAX_SECONDS:g}")
+        latent_size(*self.size)
         if self.drift and len(self.setups) < 2:
             raise ValueError("drift: there is one setup; give --options with two values or more, the reference first")
 
@@ -69,7 +72,7 @@ class Plan:
 
 @torch.inference_mode()
 def measure(subject: Subject, plan: Plan, say: Callable[[str], None] = log.info) -> Result:
-    """Measure what a plan asks for. Raises ValueError if no setup runs on this machine."""
+    """Measure what a plan asks for. Raises ValueError if no setup runs on this machine, and for a drift of one."""
     bench = _Bench(subject, plan, say)
     ours = bench.our_loops()
     return Result(
@@ -105,7 +108,7 @@ class _Bench:
             self.say(f"{name}: not run: {self.not_run[name]}")
 
     def our_loops(self) -> list[OurLoop]:
-        """A loop for every setup that runs here. Raises ValueError if there is none."""
+        """A loop for every setup that runs here. Raises ValueError if there are too few, before anything is timed."""
         loops = []
         for setup in self.plan.setups:
             name = setup.differences(Setup()) or "default"
@@ -116,6 +119,8 @@ class _Bench:
         if not loops:
             reason = next(iter(self.not_run.values()))
             raise ValueError(f"options: no setup runs on this machine ({reason}); give others")
+        if self.plan.drift and len(loops) < 2:
+            raise ValueError(f"drift: only {loops[0].name} runs on this machine; there is nothing to compare it with")
         return loops
 
     def _memory(self, setup: Setup) -> Memory:
@@ -288,8 +293,6 @@ class _Bench:
 
     def drift(self, loops: Sequence[OurLoop]) -> tuple[Drift, ...]:
         """The same video under every setup, from an empty memory, compared chunk by chunk with the first one."""
-        if len(loops) < 2:
-            raise ValueError(f"drift: only {loops[0].name} runs on this machine; there is nothing to compare it with")
         made = {loop.name: self._video(loop) for loop in loops}
         (reference, reference_motion), *others = made.values()
         return tuple(

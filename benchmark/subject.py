@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from .random_net import random_net
 PROMPT = "A meadow under a clear sky by day. The camera pans right."
 RANDOM_ROWS = 100
 """Rows of the random text embedding, about those of an extended prompt."""
+MAX_SETUPS = 1000
 SWITCH = {"off": False, "on": True}
 
 
@@ -76,6 +78,8 @@ def parse_setups(options: Sequence[str]) -> list[Setup]:
         if name in choices:
             raise ValueError(f"options: {name} is given twice; give its values once, with commas between them")
         choices[name] = values.split(",")
+    if (count := math.prod(map(len, choices.values()))) > MAX_SETUPS:
+        raise ValueError(f"options: {count} combinations are too many; give values for {MAX_SETUPS} at most")
     return [Setup(**dict(zip(choices, values))) for values in itertools.product(*choices.values())]
 
 

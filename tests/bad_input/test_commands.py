@@ -5,12 +5,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 import yaml
 from hypothesis import strategies as st
 from PIL import Image
 
 from context_forcing import cli
+from context_forcing.benchmark import measure as measuring
+from context_forcing.benchmark import subject, tables
 from context_forcing.memory import MemoryConfig, empty_memory
 from context_forcing.memory.snapshot import save_memory
 from context_forcing.train import loop, presets
@@ -30,23 +33,23 @@ GIVEN = {
     "evaluate": ["-o", "results", "--student", "STUDENT", "--gaps", "4"],
     "batch": ["jobs.yaml"],
     "convert": ["STUDENT", "-o", "converted.safetensors"],
+    "bench": ["--student", "STUDENT", "--chunks", "1", "--no-ports"],
     "doctor": [],
 }
 """Arguments with which a command succeeds."""
-COMMANDS = {name: command for name, command in typer.main.get_command(cli.app).commands.items() if name in GIVEN}
-"""All but `bench`, whose work begins before its last check."""
-FILES = ("story.yaml", "jobs.yaml", "kept.memory", "start.png", "prompts.txt", "folder", "nothing", "folder/x.mp4",
-    "STUDENT",
-    "x.mp4", "x.png",
-         "x.safetensors", "nothing/x.mp4", "nothing/x.png", "empty", "noise.mp4", "noise.safetensors",
-         "noise.txt")  # fmt: skip
-WORDS = ("x", "0", "-1", "99999999999999999999", "2", "0.5", "nan", "inf", "1e400", "1,2", "8,8", ",", "auto", "cpu",
-    "cuda", "fp32",
-         "bf16", "released", "recall", "none", "oracle", "demo=", "demo=clean,clean", "novel:slow=2", "novel:slow=",
-         "9,18",
-         "16x16", "65536x65536", "0x0", "17x16", "steps=1", "shift=", "a=b=c", "STUDENT:1", "STUDENT=clean", "export",
-         "vae",
-         "run=folder", "steps=0", "from RAM", "fast only", "x:y:z", "1000000")  # fmt: skip
+COMMANDS = typer.main.get_command(cli.app).commands
+FILES = (
+    "story.yaml", "jobs.yaml", "kept.memory", "start.png", "prompts.txt", "folder", "nothing", "folder/x.mp4",
+    "STUDENT", "x.mp4", "x.png", "x.safetensors", "nothing/x.mp4", "nothing/x.png", "empty", "noise.mp4",
+    "noise.safetensors", "noise.txt",
+)  # fmt: skip
+WORDS = (
+    "x", "0", "-1", "99999999999999999999", "2", "0.5", "nan", "inf", "1e400", "1,2", "8,8", ",", "auto", "cpu", "cuda",
+    "fp32", "bf16", "released", "recall", "none", "oracle", "demo=", "demo=clean,clean", "novel:slow=2", "novel:slow=",
+    "9,18", "16x16", "65536x65536", "0x0", "17x16", "steps=1", "shift=", "a=b=c", "STUDENT:1", "STUDENT=clean",
+    "export", "vae", "run=folder", "steps=0", "from RAM", "fast only", "x:y:z", "1000000", "48x32", "dtype=bf16,fp32",
+    "attention=sdpa,x", "policy=recall,x compile=on",
+)  # fmt: skip
 ARGUMENTS = (
     st.sampled_from((*FILES, *WORDS))
     | st.sampled_from(TEXTS)
@@ -101,6 +104,13 @@ def command(run, workplace, student, monkeypatch):
     monkeypatch.setattr(evaluate, "_run_long", lambda *_: [])
     monkeypatch.setattr(evaluate.Results, "add", lambda *_: None)
     monkeypatch.setattr(evaluate, "_report", lambda *_: [])
+    monkeypatch.setattr(measuring, "filled", lambda sampler, memory, seed: memory)
+    monkeypatch.setattr(measuring._Bench, "_warm_up", lambda *_: None)
+    for name in ("speed", "film", "growth", "drift"):
+        monkeypatch.setattr(measuring._Bench, name, lambda *_: ())
+    monkeypatch.setattr(subject, "WanVAE", torch.nn.Identity)
+    monkeypatch.setattr(tables, "tables_of", lambda *_: [])
+    monkeypatch.setattr(tables, "write_json", lambda *_: None)
 
     def command(*arguments):
         return run(*(text.replace("STUDENT", str(student)) for text in arguments))

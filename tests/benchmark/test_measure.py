@@ -38,6 +38,7 @@ def test_options_are_combined_in_order():
         ("dtype=fp32 dtype=bf16", "^options: dtype is given twice"),
         ("compile=maybe", "^compile: 'maybe' is not one of off, on"),
         ("compile=on offload=on", "^compile: on has no effect with offload=on"),
+        (f"policy={'x,' * 999}x memory=a,b", "^options: 2000 combinations are too many; give values for 1000 at most"),
     ],
 )
 def test_options_that_cannot_be(options, message):
@@ -145,6 +146,19 @@ def test_plans_that_cannot_be():
         Plan(setups=(Setup(),), size=TINY, drift=True)
     with pytest.raises(ValueError, match="^warmup: 0 is below 1"):
         Plan(setups=(Setup(),), size=TINY, warmup=0)
+    with pytest.raises(ValueError, match="^seconds: nan must be above 0"):
+        Plan(setups=(Setup(),), size=TINY, seconds=float("nan"))
+    with pytest.raises(ValueError, match="^size: 65536x65536 is more than"):
+        Plan(setups=(Setup(),), size=(65536, 65536))
+
+
+def test_a_drift_of_one_is_refused_before_anything_is_timed(subject, monkeypatch):
+    monkeypatch.setattr(measuring, "filled", lambda sampler, memory, seed: memory)
+    monkeypatch.setattr(measuring.OurLoop, "chunk", lambda loop: torch.zeros(1))
+    plan = Plan(setups=tuple(parse_setups(["attention=sdpa,nothing"])), size=TINY, drift=True)
+    monkeypatch.setattr(measuring._Bench, "speed", lambda *_: pytest.fail("timed"))
+    with pytest.raises(ValueError, match="^drift: only default runs"):
+        measure(subject, plan, lambda note: None)
 
 
 @pytest.mark.parametrize("size, layers, message", [("huge", 1, "^size: 'huge'"), ("demo", 9, "^layers: 9; demo has 6")])
