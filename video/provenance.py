@@ -38,7 +38,8 @@ def git_revision() -> str:
     """The revision of the code, with `+` if the working tree differs from it; `unknown` outside a checkout."""
     if not (ROOT / ".git").exists():  # The folder may lie in the checkout of another project.
         return "unknown"
-    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    # Without locks: git, killed or on a full disk, would leave one in the checkout.
+    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
