@@ -20,6 +20,7 @@ except ImportError as error:
     ) from None
 
 from ..memory.fields import brief, one_line
+from ..memory.files import of_disk
 from .batch import batch
 from .bench import bench
 from .console import console
@@ -88,7 +89,7 @@ def _run() -> NoReturn:
     except typer.Abort:  # an interrupt, of older typer
         sys.exit(130)
     except OSError as error:
-        _fail(f"{error.filename or 'file'}: {error.strerror or error}; check the name and the disk", 2)
+        _fail(of_disk(error), 2)
     except (ValueError, FloatingPointError) as error:
         _fail(str(error), 2 if isinstance(error, ValueError) else 1)
     except (MemoryError, RuntimeError) as error:

@@ -40,6 +40,11 @@ class HeldError(OSError):
         return self.holder
 
 
+def of_disk(error: OSError) -> str:
+    """What a user reads of an error of the system that nothing else explains."""
+    return f"{error.filename or 'file'}: {error.strerror or error}; check the name and the disk"
+
+
 def read_text(path: Path, encoding: str = "utf-8", most: int = MAX_TEXT) -> str:
     """The text of a file. Raises ValueError, one line, for other files, and for one of more than `most` bytes."""
     try:

@@ -1,5 +1,6 @@
 """Many videos on many workers: one after the other in each, tried again if a worker dies."""
 
+import contextlib
 import logging
 import time
 from collections import deque
@@ -7,8 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..memory.files import lock_name
 from .jobs import VideoJob
-from .journal import num_kept
+from .journal import journal_path, num_kept, remove_journal
+from .mp4 import hold_output, part_name
 from .workers import Death, Outcome, Workers
 
 log = logging.getLogger("context_forcing")
@@ -71,11 +74,12 @@ class Batch:
 
     @classmethod
     def of(cls, jobs: Sequence[VideoJob]) -> "Batch":
-        """Videos that are there are not made again."""
+        """Videos that are there are not made again; what a killed process left beside them is deleted."""
         videos = [Progress(job=job, kept=num_kept(job.output)) for job in jobs]
         for video in videos:
             if video.job.is_made:
                 video.state, video.kept = THERE, video.job.num_chunks
+                _tidy(video.job.output)
         return cls(videos=videos)
 
     def count(self, state: str) -> int:
@@ -134,6 +138,14 @@ def _log(video: Progress, outcome: Outcome) -> None:
         log.info("%s: %s", video.job.output.name, message)
     if outcome.problem:
         log.error("%s: %s", video.job.output, outcome.problem)
+
+
+def _tidy(output: Path) -> None:
+    """Delete what a killed process left beside a whole video, unless another process has it or it cannot be deleted."""
+    journal = journal_path(output)
+    if any(path.exists() for path in (journal, lock_name(output), part_name(output))):
+        with contextlib.suppress(ValueError, OSError), hold_output(output):
+            remove_journal(journal)
 
 
 def _make_folder(folder: Path) -> None:

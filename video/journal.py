@@ -91,9 +91,19 @@ def has_journal(video: Path) -> bool:
 
 
 def num_kept(video: Path) -> int:
-    """Chunks in the journal of a video; 0 without one. Another process may write it."""
-    folder = journal_path(video)
-    return sum(1 for path in folder.iterdir() if CHUNK_FILE.fullmatch(path.name)) if folder.is_dir() else 0
+    """Chunks in the journal of a video; 0 without one. Another process may write or delete it."""
+    try:
+        return sum(1 for path in journal_path(video).iterdir() if CHUNK_FILE.fullmatch(path.name))
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+
+
+def remove_journal(folder: Path) -> None:
+    """Delete a journal, if it is there. Raises ValueError for a folder that is none, and OSError."""
+    if folder.exists():
+        if not folder.is_dir() or any(not JOURNAL_FILE.fullmatch(path.name) for path in folder.iterdir()):
+            raise ValueError(f"{folder}: is not a journal, but has the name of this video's; move or delete it")
+        shutil.rmtree(folder)
 
 
 def _chunk_path(folder: Path, number: int) -> Path:
@@ -150,10 +160,7 @@ class Journal:
                 f"{folder}: holds an unfinished video; continue it with --resume, or delete the folder to begin again"
             )
         try:
-            if folder.exists():
-                if not folder.is_dir() or any(not JOURNAL_FILE.fullmatch(path.name) for path in folder.iterdir()):
-                    raise ValueError(f"{folder}: is not a journal, but has the name of this video's; move or delete it")
-                shutil.rmtree(folder)
+            remove_journal(folder)
             folder.mkdir()
             with atomic_path(header) as part:
                 part.write_bytes(json.dumps({"format": FORMAT, **inputs}, indent=1).encode())

@@ -112,7 +112,8 @@ def write_video(
         except OSError as error:
             raise _not_whole(path, error.strerror) from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that has become read-only; the next process deletes it
+            part.unlink(missing_ok=True)
     return count
 
 

@@ -6,16 +6,20 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import connection as pipes
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess, parent_process
 from typing import Any, Protocol
 
 import torch
 
 from ..memory.fields import one_line
+from ..memory.files import of_disk
 from ..model.checkpoints.student import StudentFile
 from ..model.codecs.backbone import Codecs
 from ..model.device import pick_device
@@ -76,9 +80,10 @@ class VideoMaker:
         with _collected() as messages:
             try:
                 with open_job(request, self._load) as job:
-                    num_frames = job.run(_end_with_parent)
-            except (ValueError, FloatingPointError) as error:
-                return Outcome(problem=one_line(error), messages=tuple(messages))
+                    num_frames = job.run()
+            except (ValueError, FloatingPointError, OSError) as error:
+                problem = of_disk(error) if isinstance(error, OSError) else str(error)
+                return Outcome(problem=one_line(problem), messages=tuple(messages))
         return Outcome(num_frames=num_frames, seconds=time.monotonic() - began, messages=tuple(messages))
 
     def _load(
@@ -90,12 +95,6 @@ class VideoMaker:
             self._loaded = None  # The one before is freed first.
             self._loaded = key, Pipeline.load(student, device, dtype, codecs, offload)
         return dataclasses.replace(self._loaded[1], text_encoder=codecs.text_encoder, vae=codecs.vae)
-
-
-def _end_with_parent(finished: int, note: str) -> None:
-    parent = parent_process()
-    if parent is not None and not parent.is_alive():
-        raise SystemExit(f"the process that asked for the video is gone; {finished} chunks are kept")
 
 
 @contextlib.contextmanager
@@ -134,7 +133,8 @@ class LocalWorkers:
             environment = {DEVICES: self._devices[place]} if self._devices else {}
             threads = max(1, (os.cpu_count() or 1) // self.count)
             process = self._context.Process(target=_work, args=(there, environment, threads), daemon=True)
-            process.start()
+            with _interrupts_blocked():
+                process.start()
             there.close()
             self._places[place] = process, here
         self._busy.add(place)
@@ -199,6 +199,7 @@ def _work(connection: pipes.Connection, environment: dict[str, str], threads: in
     """The main function of a worker: a request comes in, an outcome goes out, until the pipe is closed."""
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # An interrupt is for the parent, which ends the workers.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     maker = VideoMaker()
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
@@ -206,3 +207,25 @@ def _work(connection: pipes.Connection, environment: dict[str, str], threads: in
             if "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(threads)
             connection.send(maker.make(request))
+
+
+def _end_with_parent() -> None:
+    """End this worker as soon as its parent is gone: the next one could not write the same video before."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """A process that is started inside never meets Ctrl-C, also while it imports; this one meets it afterwards."""
+    if sys.platform == "win32":
+        yield
+        return
+    resource_tracker.ensure_running()  # Else `start` starts it, which ends the blocking.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

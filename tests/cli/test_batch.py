@@ -7,11 +7,13 @@ import signal
 import pytest
 import yaml
 
+from context_forcing.memory.files import lock_name
 from context_forcing.video import batch as scheduling
 from context_forcing.video.batch import MADE, RUNNING, THERE, Batch
 from context_forcing.video.generate import open_job
 from context_forcing.video.jobs import read_jobs
-from context_forcing.video.journal import num_kept
+from context_forcing.video.journal import journal_path, num_kept
+from context_forcing.video.mp4 import part_name
 from context_forcing.video.workers import LocalWorkers
 
 PROMPTS = ("A meadow by day. The camera pans right.", "A desert at night. The camera pans left.")
@@ -110,6 +112,25 @@ def test_a_video_that_is_there_must_be_the_one_asked_for(tmp_path, student, run,
     job.output.write_bytes(b"")
     path.write_text(yaml.safe_dump(settings))
     refused(run("batch", path), job.output.name)
+
+
+def test_what_a_killed_process_left_beside_a_whole_video_is_deleted(tmp_path, student, run):
+    path = write_jobs(tmp_path, student, 2, seconds=1.5)
+    jobs = read_jobs(path, "cpu")
+    for job in jobs:
+        job.output.parent.mkdir(exist_ok=True)
+        with open_job(job.request) as made:
+            made.run()
+        journal_path(job.output).mkdir()
+        (journal_path(job.output) / "chunk-000001.safetensors").touch()
+        part_name(job.output).touch()
+        lock_name(job.output).touch()
+    mine = journal_path(jobs[1].output) / "notes.txt"
+    mine.touch()
+    code, err = run("batch", path, "--device", "cpu")
+    assert code == 0 and "0 made, 2 was there, 0 failed" in err
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {"story0.mp4", "story1.mp4", "story1.mp4.journal"} and mine.exists(), "that folder is not ours"
 
 
 def test_a_story_that_changed_under_its_journal_fails_alone(tmp_path, student, run, caplog):

@@ -9,7 +9,7 @@ from context_forcing.model.config import StudentCard
 
 from ..cli.conftest import refused, run, save_tiny_student, student, succeeded  # noqa: F401
 from ..train.videos import film, world_frames
-from .drill import COMMANDS, Place, Reference, Zygote, write_story
+from .drill import COMMANDS, JOBS, SHORT, SOAK, STORY, Place, Reference, Zygote, write_yaml
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +31,8 @@ def inputs(tmp_path_factory, make_net, save_student, student, save_tiny_student)
     for number, length in enumerate((30, 41, 13)):
         film(folder / f"videos/{number}.mp4", world_frames(number, length))
     return {
-        "story": write_story(folder / "story.yaml"),
+        "story": write_yaml(folder / "story.yaml", STORY),
+        "jobs": write_yaml(folder / "jobs.yaml", JOBS),
         "student": student,
         "world student": folder / "world.safetensors",
         "big student": save_tiny_student(folder / "big.safetensors", num_layers=6, dim=256, ffn_dim=1024),
@@ -59,7 +60,7 @@ def place(zygote, inputs, tmp_path):
     return lambda name, folder="here": Place.of(zygote, name, tmp_path / folder, inputs)
 
 
-@pytest.fixture(params=COMMANDS)
+@pytest.fixture(params=COMMANDS if SOAK else SHORT)
 def name(request):
-    """Every command that writes."""
+    """Every command that writes; in the short form one of each kind."""
     return request.param

@@ -1,7 +1,9 @@
 """What the drills share: commands that write, how they are started, and what a finished one has made."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +29,10 @@ STORY = {
         {"prompt": "a meadow by day, the camera pans right", "seconds": 6},
         {"prompt": "a desert", "seconds": 6, "change": "recache"},
     ],
+}  # fmt: skip
+JOBS = {
+    "output": "out/{story}-{seed}.mp4", "stories": ["story.yaml"], "seeds": [4, 5],
+    "students": ["student.safetensors"], "options": {"scale": 1},
 }  # fmt: skip
 STAGES = {
     "vae": "demo_codec", "pretrain": "student", "teacher": "teacher", "local": "student", "contextual": "student"
@@ -92,12 +98,26 @@ class Started:
 
     zygote: Zygote
     pid: int
+    folder: Path
     stderr: Path
     began: float = field(default_factory=time.monotonic)
 
     def send(self, number: int) -> None:
-        """A signal; a process that has ended waits for `end`, so its id is no other's."""
-        os.kill(self.pid, number)
+        """A signal; Ctrl-C goes to all that the command has started, as in a terminal.
+
+        A process that has ended waits for `end`, so its id is no other's.
+        """
+        (os.killpg if number == signal.SIGINT and os.getsid(self.pid) == self.pid else os.kill)(self.pid, number)
+
+    def kill_worker(self) -> bool:
+        """End a process that holds a file for this command, if there is one."""
+        for lock in self.folder.rglob("*.lock"):
+            with contextlib.suppress(OSError):
+                holder = re.match(r"pid (\d+) ", lock.read_text())
+                if holder and int(holder[1]) != self.pid and os.getsid(int(holder[1])) == self.pid:
+                    os.kill(int(holder[1]), signal.SIGKILL)
+                    return True
+        return False
 
     def end(self) -> Ended:
         status = os.waitstatus_to_exitcode(self.zygote.ask(wait=self.pid))
@@ -120,6 +140,8 @@ class Command:
     inputs: Mapping[str, str] = field(default_factory=dict)
     """Names in the folder and what is copied there: keys of the fixture `inputs`."""
     tiny: bool = False
+    lists_failures: bool = False
+    """Whether what cannot be made is listed, with exit code 1, and all else is made."""
 
 
 def tensors_of(path: Path) -> dict[str, bytes]:
@@ -161,6 +183,13 @@ COMMANDS = {
         readable={"film.memory": load_memory},
         inputs={"story.yaml": "story", "student.safetensors": "student"},
     ),
+    "batch": Command(
+        arguments=lambda folder: ["batch", "jobs.yaml", "--workers", "1", "--device", "cpu"],
+        made=lambda folder: [path.read_bytes() for path in sorted((folder / "out").iterdir())],
+        same=tuple(f"out/story-{seed}.mp4" for seed in JOBS["seeds"]),
+        inputs={"jobs.yaml": "jobs", "story.yaml": "story", "student.safetensors": "student"},
+        lists_failures=True,
+    ),
     "encode": Command(
         arguments=lambda folder: ["encode", "videos", "-o", "set", "--frames", "4", "--shard-mb", "1"],
         made=encoded,
@@ -189,7 +218,8 @@ COMMANDS = {
         for stage, stem in STAGES.items()
     },
 }
-"""`context-forcing batch` belongs here when it exists."""
+SHORT = ("generate", "encode", "convert", "evaluate", "pretrain")
+"""Commands of the short form; a stage stands for all, which have one loop and one kind of checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +248,7 @@ class Place:
             folder=str(self.folder), arguments=list(self.command.arguments(self.folder)), stderr=str(stderr),
             tiny=self.command.tiny, **request,
         )  # fmt: skip
-        return Started(self.zygote, pid, stderr)
+        return Started(self.zygote, pid, self.folder, stderr)
 
     def run(self, **how) -> Ended:
         return self.start(**how).end()
@@ -235,9 +265,17 @@ class Place:
             if (self.folder / name).exists():
                 read(self.folder / name)
 
+    def check_end(self, ended: Ended) -> None:
+        """A command has made all, or says in one line why not."""
+        if ended.status == 1 and self.command.lists_failures:
+            assert "Traceback" not in ended.stderr and re.search(r" [1-9]\d* failed", ended.stderr), ended.stderr
+        elif ended.status:
+            assert ended.status == 2 and ended.error, ended.stderr
+
     def leftovers(self) -> list[str]:
         """Files that a finished command has no use for."""
-        return [path.name for path in self.folder.rglob("*") if ".part" in path.name or path.suffix == ".lock"]
+        rest = (".lock", ".journal")
+        return [path.name for path in self.folder.rglob("*") if ".part" in path.name or path.suffix in rest]
 
 
 @dataclass(frozen=True)
@@ -255,8 +293,8 @@ class Reference:
         return cls(place.made(), ended.seconds, files)
 
 
-def write_story(path: Path, story: Mapping = STORY) -> Path:
-    path.write_text(yaml.safe_dump(dict(story)))
+def write_yaml(path: Path, content: Mapping) -> Path:
+    path.write_text(yaml.safe_dump(dict(content)))
     return path
 
 

@@ -21,8 +21,7 @@ def test_a_full_disk(name, place, references):
     for number in range(SOAK or 1):
         there = place(name, f"round{number}")
         ended = there.run(most_bytes=rng.randrange(100, LARGEST.get(name, 200_000)))
-        if ended.status:
-            assert ended.status == 2 and ended.error, ended.stderr
+        there.check_end(ended)
         there.check_files(references(name))
         there.run().succeeded()
         assert there.made() == references(name).made, number
@@ -46,8 +45,7 @@ def test_a_read_only_folder(name, place, references):
     ended = started.end()
     for folder in folders:
         folder.chmod(0o755)
-    if ended.status:
-        assert ended.status == 2 and ended.error, ended.stderr
+    there.check_end(ended)
     there.check_files(references(name))
     there.run().succeeded()
     assert there.made() == references(name).made
@@ -63,8 +61,7 @@ def test_two_processes(name, place, references):
     first.send(signal.SIGCONT)
     both = [first.end(), second]
     for ended in both:
-        # Training refuses a run that is finished.
-        assert not ended.status or (ended.status == 2 and ended.error), ended.stderr
+        there.check_end(ended)  # Training refuses a run that is finished.
     assert not all(ended.status for ended in both)
     there.check_files(references(name))
     there.run().succeeded()

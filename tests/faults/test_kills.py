@@ -5,19 +5,21 @@ import time
 
 import pytest
 
-from .drill import MAX_MESSAGE, SEED, SIGNALS, SOAK
+from .drill import COMMANDS, MAX_MESSAGE, SEED, SHORT, SIGNALS, SOAK
 
 pytestmark = pytest.mark.slow
 
 
 def kill(place, rng, seconds) -> str:
-    """Start a command and end it at a random moment; returns what it printed."""
+    """Start a command and end it, or one of its workers, at a random moment; returns what it printed."""
     started = place.start()
     time.sleep(rng.uniform(0, seconds))
-    started.send(rng.choice(SIGNALS))
+    if rng.random() < 0.7 or not started.kill_worker():
+        started.send(rng.choice(SIGNALS))
     return started.end().stderr
 
 
+@pytest.mark.parametrize("name", COMMANDS if SOAK else (*SHORT, "contextual", "batch"))
 def test_a_killed_command_is_run_again(name, place, references):
     reference, rng = references(name), random.Random(f"{SEED} {name}")
     for number in range(SOAK or 1):

@@ -21,16 +21,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from context_forcing import cli
 from context_forcing.model.config import PRESETS, WanConfig
 
-for name in ("video.generate", "train.presets", "train.loop", "train.data.encode", "train.evaluation.evaluate"):
-    importlib.import_module(f"context_forcing.{name}")
-importlib.import_module("context_forcing.train.evaluation.plots")
-torch.set_num_threads(1)
+MODULES = (
+    "video.batch", "video.workers", "train.presets", "train.loop", "train.data.encode", "train.evaluation.evaluate",
+    "train.evaluation.plots",
+)  # fmt: skip
 TINY = WanConfig(dim=32, ffn_dim=64, num_heads=1, num_layers=2)
 
 
 def give_up_rights() -> None:
-    """Drop all capabilities: to root, too, a read-only folder is read-only then."""
+    """Drop all capabilities, also those of programs to be started: to root, too, a read-only folder is read-only."""
     libc = ctypes.CDLL(None, use_errno=True)
+    set_securebits, no_root = 28, 1
+    if os.geteuid() == 0 and libc.prctl(set_securebits, no_root, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl")
     version_3 = struct.pack("II", 0x20080522, 0)
     if libc.capset(version_3, struct.pack("6I", *[0] * 6)):
         raise OSError(ctypes.get_errno(), "capset")
@@ -57,7 +60,8 @@ def run(request: dict) -> int:
     os.setsid()
     with open(request["stderr"], "wb") as file:
         os.dup2(file.fileno(), 2)
-    os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+    for number in (0, 1):
+        os.dup2(os.open(os.devnull, os.O_RDWR), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     if request["tiny"]:
         PRESETS["demo"] = TINY
@@ -85,15 +89,23 @@ def run(request: dict) -> int:
     return 0
 
 
-for line in sys.stdin:
-    request = json.loads(line)
-    if "wait" in request:
-        answer = os.waitpid(request["wait"], 0)[1]
-    elif not (answer := os.fork()):
-        code = 71
-        try:
-            code = run(request)
-            sys.stderr.flush()
-        finally:
-            os._exit(code)
-    print(answer, flush=True)
+def main() -> None:
+    for name in MODULES:
+        importlib.import_module(f"context_forcing.{name}")
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer = os.waitpid(request["wait"], 0)[1]
+        elif not (answer := os.fork()):
+            code = 71
+            try:
+                code = run(request)
+                sys.stderr.flush()
+            finally:
+                os._exit(code)
+        print(answer, flush=True)
+
+
+if __name__ == "__main__":  # not in a worker of `batch`, which imports this file
+    main()

@@ -1,9 +1,20 @@
 """The order of videos and attempts, with workers that do nothing."""
 
+import contextlib
+import errno
+import os
+import select
+import signal
+import subprocess
+import sys
+
 import pytest
 import yaml
 
+from context_forcing.model.checkpoints.student import StudentSource
+from context_forcing.video import workers
 from context_forcing.video.batch import FAILED, MADE, WAITING, Batch
+from context_forcing.video.generate import GenerateRequest
 from context_forcing.video.jobs import read_jobs
 from context_forcing.video.workers import Death, LocalWorkers, Outcome
 
@@ -86,3 +97,54 @@ def test_an_interrupt_ends_the_workers(batch):
 def test_a_wrong_number_of_workers_is_refused():
     with pytest.raises(ValueError, match="--workers: 10000 is not from 1 to"):
         LocalWorkers(10_000, "cpu")
+
+
+def test_an_error_of_the_disk_is_a_problem_of_the_video(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "film.mp4")
+
+    monkeypatch.setattr(workers, "open_job", full)
+    request = GenerateRequest(story=tmp_path / "a.yaml", output=tmp_path / "film.mp4", student=StudentSource())
+    assert (
+        workers.VideoMaker().make(request).problem == "film.mp4: No space left on device; check the name and the disk"
+    )
+
+
+ENDLESS = """
+import multiprocessing, os, pathlib, signal, sys
+from context_forcing.video import workers
+
+def endless(maker, request):
+    print(os.getpid(), *map(int, signal.pthread_sigmask(signal.SIG_BLOCK, [])), flush=True)
+    while True:
+        signal.pause()
+
+workers.VideoMaker.make = endless
+workers.multiprocessing = type("Forking", (), {"get_context": lambda way: multiprocessing.get_context("fork")})
+place = workers.LocalWorkers(1, "cpu")
+place.give(0, None)
+sys.stdin.readline()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_worker_ends_with_its_parent_and_not_by_an_interrupt():
+    """Its output ends when no process has it open any more."""
+    pipe = subprocess.PIPE
+    parent = subprocess.Popen([sys.executable, "-c", ENDLESS], stdin=pipe, stdout=pipe, text=True)
+    assert parent.stdin and parent.stdout
+    pid, *blocked = map(int, parent.stdout.readline().split())
+    try:
+        assert blocked == [signal.SIGINT]
+        os.kill(pid, signal.SIGINT)
+        os.kill(pid, 0)
+        parent.stdin.write("\n")
+        parent.stdin.flush()
+        assert parent.wait(60) == -signal.SIGKILL
+        assert select.select([parent.stdout], [], [], 60)[0] and parent.stdout.read() == ""
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        parent.kill()
