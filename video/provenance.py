@@ -38,13 +38,18 @@ def git_revision() -> str:
     """The revision of the code, with `+` if the working tree differs from it; `unknown` outside a checkout."""
     if not (ROOT / ".git").exists():  # The folder may lie in the checkout of another project.
         return "unknown"
-    # Without locks: git, killed or on a full disk, would leave one in the checkout.
-    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        revision = _git("describe", "--always", "--abbrev=12", "--exclude=*")
+        changes = _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return done.stdout.strip()
+    return revision + ("+" if changes else "")
+
+
+def _git(*arguments: str) -> str:
+    """What git prints. It takes no lock: killed, or on a full disk, it would leave one in the checkout."""
+    command = ["git", "--no-optional-locks", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def machine_of(device: torch.device, num_processes: int = 1) -> str:
