@@ -40,9 +40,11 @@ def brief(text: object, most: int = MAX_BRIEF) -> str:
 def one_line(message: object) -> str:
     """A message as one printable line of at most MAX_MESSAGE characters.
 
-    If it is longer, paths and other long words lose their middle, and then the line its end.
+    It begins with a name; a name that is blank is written ''. If the line is longer, paths and other long words lose
+    their middle, and then the line its end.
     """
     line = " ".join(printable(str(message)).split())
+    line = f"''{line}" if line.startswith(":") else line
     if len(line) > MAX_MESSAGE:
         line = LONG_WORD.sub(lambda word: f"{word[0][:30]}...{word[0][-47:]}", line)
     return brief(line, MAX_MESSAGE)
@@ -73,7 +75,8 @@ def check_keys(cls: type, raw: object, where: str) -> Mapping:
     if not isinstance(raw, Mapping):
         raise ValueError(f"{where}: {quoted(raw)} is not a mapping; known keys are {known}")
     if unknown := [key for key in raw if key not in known.split(", ")]:
-        name = brief(unknown[0]) or quoted(unknown[0])
+        name = brief(unknown[0])
+        name = quoted(unknown[0]) if name[:1] in ("", ":") else name
         raise ValueError(f"{where}{'.' * bool(where)}{name}: unknown key; known keys are {known}")
     return raw
 

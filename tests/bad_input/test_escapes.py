@@ -4,6 +4,7 @@ import pytest
 
 from context_forcing.memory.fields import MAX_BRIEF, brief, one_line
 from context_forcing.memory.files import read_text
+from context_forcing.model.checkpoints.containers import open_container
 from context_forcing.train.data.sources import list_sources
 from context_forcing.train.evaluation.evaluate import MAX_GAP, MAX_ROLLOUTS, EvaluatedStudent, Plan
 from context_forcing.train.presets import load_config
@@ -26,8 +27,13 @@ def test_a_setting_that_contains_itself():
     assert line_of(lambda: load_config("pretrain", "smoke", ["batch=&a [*a]"])).startswith("batch: [[[")
 
 
-def test_a_setting_without_a_name():
-    assert line_of(lambda: load_config("pretrain", "smoke", ["=0"])).startswith("'': unknown key")
+@pytest.mark.parametrize("name", ["", ":"])
+def test_a_setting_without_a_name(name):
+    assert line_of(lambda: load_config("pretrain", "smoke", [f"{name}=0"])).startswith(f"'{name}': unknown key")
+
+
+def test_a_file_with_a_blank_name():
+    assert line_of(lambda: open_container(" ")) == "'': no such file"
 
 
 @pytest.mark.parametrize("spec", [".99999999f", "9999999999", ">{seed}", "c", "%"])
