@@ -32,8 +32,11 @@ def pick_device(device: str, dtype: str = "auto") -> tuple[torch.device, torch.d
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the memory of a device or of the machine is at its end."""
-    # torch has no class of its own for the CPU.
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    # torch has no class of its own for the CPU and for MPS, and `load_state_dict` tells of errors in its own.
+    texts = "DefaultCPUAllocator", "out of memory"
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def dtype_named(name: str, choices: Sequence[str] = tuple(DTYPES)) -> torch.dtype:

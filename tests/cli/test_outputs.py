@@ -95,6 +95,8 @@ def test_a_disk_that_fills_up_at_the_end_costs_no_film(generate, succeeded, tmp_
 ERRORS = {
     "CUDA": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\n" + "x" * 1000),
     "CPU": RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory"),
+    "MPS": RuntimeError("MPS backend out of memory (MPS allocated: 9.07 GB)"),
+    "load_state_dict": RuntimeError("Error(s) in loading state_dict for Net: ... ('CUDA out of memory.',)."),
     "Python": MemoryError(),
 }
 
