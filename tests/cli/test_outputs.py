@@ -224,8 +224,9 @@ cli.main()
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_before_the_command_begins_prints_no_traceback(number):
     script = f"""
-import os, sys, typer.main
+import os, signal, sys, typer.main
 from context_forcing import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background commands ignore it
 typer.main.get_group = lambda app: os.kill(os.getpid(), {int(number)})
 sys.argv = ["context-forcing", "doctor"]
 cli.main()
