@@ -1,4 +1,4 @@
-"""The measurements of `context-forcing bench`: loops in turn, a film end to end, growth, drift."""
+"""The measurements of `context-forcing bench` at each size: loops in turn, a film end to end, growth, drift."""
 
 import contextlib
 import dataclasses
@@ -40,8 +40,8 @@ class Plan:
 
     setups: tuple[Setup, ...]
     """The first one is what the others are compared with."""
-    size: tuple[int, int]
-    """Width and height in pixels."""
+    sizes: tuple[tuple[int, int], ...]
+    """Width and height in pixels, each measured; the loops of all sizes are timed in turn."""
     chunks: int = 5
     """Timed chunks of every loop."""
     warmup: int = 2
@@ -60,7 +60,10 @@ class Plan:
                 raise ValueError(f"{name}: {getattr(self, name)} is below 1; give 1 or more")
         if not 0 < self.seconds < MAX_SECONDS:
             raise ValueError(f"seconds: {self.seconds} must be above 0 and below {MAX_SECONDS:g}")
-        latent_size(*self.size)
+        for size in self.sizes:
+            latent_size(*size)
+        if not self.sizes or len({*self.sizes}) < len(self.sizes):
+            raise ValueError(f"size: {self.sizes} must be one size or more, each once")
         if self.drift and len(self.setups) < 2:
             raise ValueError("drift: there is one setup; give --options with two values or more, the reference first")
 
@@ -71,24 +74,39 @@ class Plan:
 
 
 @torch.inference_mode()
-def measure(subject: Subject, plan: Plan, say: Callable[[str], None] = log.info) -> Result:
-    """Measure what a plan asks for. Raises ValueError if no setup runs on this machine, and for a drift of one."""
-    bench = _Bench(subject, plan, say)
-    ours = bench.our_loops()
-    return Result(
-        speed=bench.speed(ours),
-        films=tuple(bench.film(loop) for loop in ours if plan.film),
-        growth=tuple(bench.growth(loop) for loop in ours[:1] if plan.growth),
-        drift=bench.drift(ours) if plan.drift else (),
-        not_run=bench.not_run,
-    )
+def measure(subject: Subject, plan: Plan, say: Callable[[str], None] = log.info) -> list[Result]:
+    """Measure what a plan asks for, a result for each size.
+
+    Raises ValueError if no setup runs on this machine, and for a drift of one.
+    """
+    benches = [_Bench(subject, plan, size, say) for size in plan.sizes]
+    for bench in benches:
+        bench.begin()
+    _time(benches, plan, say)
+    return [bench.result() for bench in benches]
+
+
+def _time(benches: Sequence["_Bench"], plan: Plan, say: Callable[[str], None]) -> None:
+    """All loops in turn, chunk by chunk; another one begins every round."""
+    timed = [(bench, loop) for bench in benches for loop in (*bench.ours, *bench.ports)]
+    for number in range(plan.num_chunks):
+        shift = number % len(timed)
+        for bench, loop in timed[shift:] + timed[:shift]:
+            spent = bench.timed(loop)
+            if number >= plan.warmup:
+                bench.rounds.setdefault(loop.name, []).append(spent)
+        say(f"round {number + 1} of {plan.num_chunks}")
 
 
 class _Bench:
-    """The measurements of one plan."""
+    """The measurements of one plan at one size."""
 
-    def __init__(self, subject: Subject, plan: Plan, say: Callable[[str], None]):
-        self.subject, self.plan, self.say = subject, plan, say
+    def __init__(self, subject: Subject, plan: Plan, size: tuple[int, int], say: Callable[[str], None]):
+        self.subject, self.plan, self.size = subject, plan, size
+        self.say = say if len(plan.sizes) == 1 else lambda note: say(f"{size[0]}x{size[1]}: {note}")
+        self.ours: list[OurLoop] = []
+        self.ports: list[Loop] = []
+        self.rounds: dict[str, list[Spent]] = {}
         self.clock = PartClock(subject.device)
         self.not_run: dict[str, str] = {}
         self.memories: dict[object, Memory] = {}
@@ -107,25 +125,41 @@ class _Bench:
             self.not_run[name] = brief(error, 200)
             self.say(f"{name}: not run: {self.not_run[name]}")
 
-    def our_loops(self) -> list[OurLoop]:
-        """A loop for every setup that runs here. Raises ValueError if there are too few, before anything is timed."""
-        loops = []
+    def begin(self) -> None:
+        """Warm up every loop that runs here. Raises ValueError if there are too few of ours."""
         for setup in self.plan.setups:
             name = setup.differences(Setup()) or "default"
             with self._trying(name):
                 loop = OurLoop(name, self.subject, setup, self._memory(setup), self.plan.seed)
                 self._warm_up(loop)
-                loops.append(loop)
-        if not loops:
+                self.ours.append(loop)
+        if not self.ours:
             reason = next(iter(self.not_run.values()))
             raise ValueError(f"options: no setup runs on this machine ({reason}); give others")
-        if self.plan.drift and len(loops) < 2:
-            raise ValueError(f"drift: only {loops[0].name} runs on this machine; there is nothing to compare it with")
-        return loops
+        if self.plan.drift and len(self.ours) < 2:
+            only = self.ours[0].name
+            raise ValueError(f"drift: only {only} runs on this machine; there is nothing to compare it with")
+        for kind in PORTS if self.plan.ports else ():
+            with self._trying(kind.name):
+                port = make_port(kind, self.ours[0], self.subject)
+                self._warm_up(port)
+                self.ports.append(port)
+
+    def result(self) -> Result:
+        """What was timed, and the films, growth and drift of the plan."""
+        plan = self.plan
+        return Result(
+            size=self.size,
+            speed=self._speed(),
+            films=tuple(self.film(loop) for loop in self.ours if plan.film),
+            growth=tuple(self.growth(loop) for loop in self.ours[:1] if plan.growth),
+            drift=self.drift(self.ours) if plan.drift else (),
+            not_run=self.not_run,
+        )
 
     def _memory(self, setup: Setup) -> Memory:
         """A full memory; setups that differ in nothing that it depends on share it."""
-        empty = self.subject.empty_memory(setup, self.plan.size)
+        empty = self.subject.empty_memory(setup, self.size)
         pipeline = self.subject.pipeline(setup)
         key = (
             empty.config,
@@ -148,34 +182,19 @@ class _Bench:
         held = loop.held_bytes()
         self.measured_bytes[loop.name] = held + peak_bytes(self.subject.device, loop.chunk)
 
-    def speed(self, ours: Sequence[OurLoop]) -> tuple[Speed, ...]:
-        """All loops in turn, chunk by chunk; another one begins every round."""
-        loops: list[Loop] = list(ours)
-        for kind in PORTS if self.plan.ports else ():
-            with self._trying(kind.name):
-                port = make_port(kind, ours[0], self.subject)
-                self._warm_up(port)
-                loops.append(port)
-        rounds: dict[str, list[Spent]] = {loop.name: [] for loop in loops}
-        for number in range(self.plan.num_chunks):
-            shift = number % len(loops)
-            for loop in loops[shift:] + loops[:shift]:
-                spent = self.timed(loop)
-                if number >= self.plan.warmup:
-                    rounds[loop.name].append(spent)
-            self.say(f"round {number + 1} of {self.plan.num_chunks}")
-        reference = self.first_x0[loops[0].name]
+    def _speed(self) -> tuple[Speed, ...]:
+        reference, ours = self.first_x0[self.ours[0].name], self.ours
         return tuple(
             Speed(
                 name=loop.name,
-                rounds=tuple(rounds[loop.name]),
+                rounds=tuple(self.rounds[loop.name]),
                 frames=_chunk_frames(ours[0].memory),
                 weights_bytes=self._weights_bytes(loop.setup if isinstance(loop, OurLoop) else ours[0].setup),
                 predicted_bytes=loop.predicted_bytes() if isinstance(loop, OurLoop) else None,
                 measured_bytes=self.measured_bytes[loop.name],
                 difference=relative_difference(self.first_x0[loop.name], reference),
             )
-            for loop in loops
+            for loop in (*ours, *self.ports)
         )
 
     def timed(self, loop: Loop) -> Spent:
@@ -255,7 +274,7 @@ class _Bench:
     def _film_file(self) -> Iterator[Callable[..., int]]:
         """`write_video` to a file that is deleted."""
         with tempfile.TemporaryDirectory() as folder:
-            how = dict(fps=self.subject.card.fps, scale=default_scale(*self.plan.size))
+            how = dict(fps=self.subject.card.fps, scale=default_scale(*self.size))
             yield functools.partial(write_video, Path(folder) / "film.mp4", **how)
 
     def _segment(
@@ -277,7 +296,7 @@ class _Bench:
     def growth(self, loop: OurLoop) -> Growth:
         """The chunk after EARLY chunks and the one after LATE, in turn."""
         self.say(f"{loop.name}: memories of {EARLY} and {LATE} chunks")
-        empty = self.subject.empty_memory(loop.setup, self.plan.size)
+        empty = self.subject.empty_memory(loop.setup, self.size)
         early = filled(loop.sampler, empty, self.plan.seed, EARLY)
         late = filled(loop.sampler, early, self.plan.seed, LATE - EARLY)
         spent: dict[int, list[Spent]] = {EARLY: [], LATE: []}
@@ -311,7 +330,7 @@ class _Bench:
         fps, pipeline = self.subject.card.fps, self.subject.pipeline(loop.setup)
         frames = _chunk_frames(loop.memory)
         num_chunks = max(2, round(self.plan.seconds * fps / frames))
-        memory = self.subject.empty_memory(loop.setup, self.plan.size)
+        memory = self.subject.empty_memory(loop.setup, self.size)
         for memory in self._segment(loop, memory, num_chunks):
             pass
         pixels = (frame for run in pipeline.decode(memory.latent_chunks) for frame in to_uint8(run))

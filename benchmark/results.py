@@ -75,8 +75,10 @@ class Drift:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """All that was measured."""
+    """All that was measured at one size."""
 
+    size: tuple[int, int]
+    """Width and height in pixels."""
     speed: tuple[Speed, ...]
     films: tuple[Film, ...]
     growth: tuple[Growth, ...]
@@ -85,13 +87,13 @@ class Result:
     """Loops that this machine cannot run, each with the reason."""
 
 
-def ratios(ones: Sequence[Spent], others: Sequence[Spent]) -> tuple[float, float]:
+def ratios(ones: Sequence[Spent], others: Sequence[Spent], without: str = "") -> tuple[float, float]:
     """Median over the rounds of one loop's time as a share of another's in the same round: wall clock, CPU seconds.
 
-    The text does not count: it takes the same time however many layers a network is cut to.
+    A part can be left out, as the text for networks cut to a few layers: it takes the same time in all of them.
     """
     pairs = zip(ones, others, strict=True)
-    shares = [[a / max(1e-9, b) for a, b in zip(one.without("text"), other.without("text"))] for one, other in pairs]
+    shares = [[a / max(1e-9, b) for a, b in zip(one.without(without), other.without(without))] for one, other in pairs]
     wall, cpu = map(statistics.median, zip(*shares))
     return wall, cpu
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,9 +24,10 @@ def header(subject: Subject, plan: Plan) -> dict[str, str]:
     """What was measured, on what, and how."""
     setup = plan.setups[0]
     network = subject.pipeline(setup).network
-    memory = subject.empty_memory(setup, plan.size)
-    config = memory.config
-    rows, columns = network.grid(memory.latent_size)
+    memories = [subject.empty_memory(setup, size) for size in plan.sizes]
+    config = memories[0].config
+    tokens = [math.prod(network.grid(memory.latent_size)) for memory in memories]
+    sizes = (f"{_size(size)}, {count} tokens a latent frame" for size, count in zip(plan.sizes, tokens))
     text = subject.pipeline(setup).text_encoder.encode(PROMPT)
     warmup = f"{plan.chunks} chunks of every loop, in turn, after a first one and {plan.warmup} that are not counted"
     return {
@@ -33,7 +35,7 @@ def header(subject: Subject, plan: Plan) -> dict[str, str]:
         "machine": machine_of(subject.device),
         "libraries": ", ".join(dict.fromkeys(part for each in plan.setups for part in _libraries(each))),
         "student": f"{subject.name}: {network.num_layers} layers, width {network.num_heads * network.head_dim}",
-        "size": f"{plan.size[0]}x{plan.size[1]}, {rows * columns} tokens a latent frame, chunk {config.chunk}",
+        "size": f"{'; '.join(sizes)}; chunk {config.chunk}",
         "window": f"{config.num_slots}: {config.sink} sink, {config.slow} slow, {config.fast} fast ({config.policy})",
         "steps": f"{len(subject.card.sigmas)} and the commit pass; text of {text.shape[1]} rows",
         "device": f"{subject.device.type} {name_of_dtype(network.dtype)}",
@@ -48,33 +50,40 @@ def _libraries(setup: Setup) -> list[str]:
     return libraries(setup.attention).split(", ")
 
 
-def tables_of(subject: Subject, plan: Plan, result: Result) -> Iterator[Table]:
+def tables_of(subject: Subject, plan: Plan, results: Sequence[Result]) -> Iterator[Table]:
     """Everything as tables, those of what was not measured left out."""
     table = Table(title="context-forcing bench", show_header=False)
     for name, value in header(subject, plan).items():
         table.add_row(name, value)
-    for name, reason in result.not_run.items():
-        table.add_row(f"not run: {name}", reason)
+    for result in results:
+        for name, reason in result.not_run.items():
+            table.add_row(f"not run at {_size(result.size)}: {name}", reason)
     if rss := peak_rss():
         table.add_row("peak RAM", f"{rss / 1e9:.2f} GB of this process, all loops together")
     yield table
-    yield _speed_table(result.speed)
-    if result.films:
-        yield _film_table(result.films)
-    if result.growth:
-        yield _growth_table(result.growth)
-    if result.drift:
-        yield _drift_table(result.drift)
+    for result in results:
+        at = _size(result.size)
+        yield _speed_table(result.speed, at)
+        if result.films:
+            yield _film_table(result.films, at)
+        if result.growth:
+            yield _growth_table(result.growth, at)
+        if result.drift:
+            yield _drift_table(result.drift, at)
 
 
-def _speed_table(speed: Sequence[Speed]) -> Table:
-    title = (
-        f"in turn; the ratio is {speed[0].name} to each without text, median of the rounds (wall clock, CPU seconds)"
-    )
-    columns = ("loop", "text s", "denoise s", "commit s", "frames/s", "ratio", "ratio CPU", "difference")
-    table = Table(*columns, "weights GB", "peak GB predicted", "measured", "predicted/measured", title=title)
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _speed_table(speed: Sequence[Speed], at: str) -> Table:
+    title = f"{at}, in turn; the ratio is {speed[0].name} to each, median of the rounds (wall clock, CPU seconds)"
+    seconds = ("loop", "text s", "denoise s", "commit s", "frames/s")
+    compared = ("ratio", "CPU", "without text", "CPU", "difference")
+    memory = ("weights GB", "peak GB predicted", "measured", "predicted/measured")
+    table = Table(*seconds, *compared, *memory, title=title)
     for loop in speed:
-        wall, cpu = ratios(speed[0].rounds, loop.rounds)
+        shares = (*ratios(speed[0].rounds, loop.rounds), *ratios(speed[0].rounds, loop.rounds, without="text"))
         predicted = loop.predicted_bytes
         table.add_row(
             loop.name,
@@ -82,8 +91,7 @@ def _speed_table(speed: Sequence[Speed]) -> Table:
             _seconds(median_of(loop.rounds, "denoise")),
             _seconds(median_of(loop.rounds, "commit")),
             f"{loop.frames_per_second:.3g}",
-            f"{wall:.3f}",
-            f"{cpu:.3f}",
+            *(f"{share:.3f}" for share in shares),
             f"{loop.difference:.1e}",
             _gigabytes(loop.weights_bytes),
             "-" if predicted is None else _gigabytes(predicted),
@@ -93,8 +101,8 @@ def _speed_table(speed: Sequence[Speed]) -> Table:
     return table
 
 
-def _film_table(films: Sequence[Film]) -> Table:
-    title = "a film end to end: median seconds of a chunk by parts, and on two threads as generate runs it"
+def _film_table(films: Sequence[Film], at: str) -> Table:
+    title = f"{at}, a film end to end: median seconds of a chunk by parts, and on two threads as generate runs it"
     columns = (
         "setup",
         "text s (once)",
@@ -111,9 +119,9 @@ def _film_table(films: Sequence[Film]) -> Table:
     return table
 
 
-def _growth_table(growth: Sequence[Growth]) -> Table:
+def _growth_table(growth: Sequence[Growth], at: str) -> Table:
     columns = ("setup", f"after {EARLY} chunks s", f"after {LATE} s", "ratio", "ratio CPU")
-    table = Table(*columns, title="the same chunk after a short and a long video, in turn")
+    table = Table(*columns, title=f"{at}, the same chunk after a short and a long video, in turn")
     for each in growth:
         wall, cpu = ratios(each.late, each.early)
         early, late = (statistics.median(spent.seconds for spent in spents) for spents in (each.early, each.late))
@@ -121,8 +129,8 @@ def _growth_table(growth: Sequence[Growth]) -> Table:
     return table
 
 
-def _drift_table(drifts: Sequence[Drift]) -> Table:
-    title = "drift: difference of the latents to the first setup, and motion (% change frame to frame) of both"
+def _drift_table(drifts: Sequence[Drift], at: str) -> Table:
+    title = f"{at}, drift: difference of the latents to the first setup, and motion (% change frame to frame) of both"
     table = Table("setup", "chunk 1", "first quarter", "last quarter", "motion", "motion of the first", title=title)
     for drift in drifts:
         quarter = max(1, len(drift.difference) // 4)
@@ -137,28 +145,36 @@ def _drift_table(drifts: Sequence[Drift]) -> Table:
     return table
 
 
-def write_json(path: Path, subject: Subject, plan: Plan, result: Result) -> None:
+def write_json(path: Path, subject: Subject, plan: Plan, results: Sequence[Result]) -> None:
     """Every round of every loop, and what they give. Raises ValueError if the file cannot be written."""
-    speed = [
-        _plain(loop) | dict(zip(("ratio", "ratio_cpu"), ratios(result.speed[0].rounds, loop.rounds)))
-        for loop in result.speed
-    ]
-    growth = [_plain(each) | dict(zip(("ratio", "ratio_cpu"), ratios(each.late, each.early))) for each in result.growth]
     content = {
         **header(subject, plan),
         "setups": [dataclasses.asdict(setup) for setup in plan.setups],
-        "not_run": result.not_run,
         "peak_rss_bytes": peak_rss(),
-        "speed": speed,
-        "films": [_plain(film) for film in result.films],
-        "growth": growth,
-        "drift": [_plain(drift) for drift in result.drift],
+        "sizes": [_result(result) for result in results],
     }
     try:
         with atomic_path(path) as part:
             part.write_text(json.dumps(content, indent=1), encoding="utf-8")
     except OSError as error:
         raise ValueError(f"--json: {path} cannot be written ({error.strerror or error})") from None
+
+
+def _result(result: Result) -> dict:
+    first = result.speed[0].rounds
+    of = lambda kind, rounds, others, **how: dict(zip((kind, f"{kind}_cpu"), ratios(rounds, others, **how)))
+    speed = [
+        _plain(loop) | of("ratio", first, loop.rounds) | of("ratio_without_text", first, loop.rounds, without="text")
+        for loop in result.speed
+    ]
+    return {
+        "size": _size(result.size),
+        "not_run": result.not_run,
+        "speed": speed,
+        "films": [_plain(film) for film in result.films],
+        "growth": [_plain(each) | of("ratio", each.late, each.early) for each in result.growth],
+        "drift": [_plain(drift) for drift in result.drift],
+    }
 
 
 def _plain(measured: Speed | Film | Growth | Drift) -> dict:

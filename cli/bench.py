@@ -11,7 +11,7 @@ from .console import console, say
 from .options import Card, Decoder, Loras, ModelsDir, Settings, Student, TextEncoder, Vae, Weights
 
 SIZE = "Random weights instead of a student: demo, wan2.1-1.3b, wan2.1-14b."
-FRAME = "Width and height in pixels, 832x480. Default: the student's."
+FRAME = "Width and height in pixels, 832x480; several as 832x480,416x240. Default: the student's."
 OPTIONS = """Options to compare, "attention=sdpa,flash dtype=bf16,fp32": every combination, in turn. Of attention,
 dtype, kv_placement, kv_dtype, compile, offload, memory, policy, commit_attends. Repeatable."""
 PORTS = "Time ports of ComfyUI's ar_video and of Self-Forcing's loop beside ours."
@@ -67,19 +67,21 @@ def bench(
         )
     else:
         subject = random_subject(size, layers, where, seed)
+    sizes = _sizes(frame) if frame else (subject.card.size,)
     plan = Plan(
-        setups=setups, size=_size(frame) if frame else subject.card.size, chunks=chunks, warmup=warmup, ports=ports,
-        film=film, growth=growth, drift=drift, seconds=seconds, seed=seed,
+        setups=setups, sizes=sizes, chunks=chunks, warmup=warmup, ports=ports, film=film, growth=growth, drift=drift,
+        seconds=seconds, seed=seed,
     )  # fmt: skip
-    result = measure(subject, plan, say)
+    results = measure(subject, plan, say)
     if json is not None:
-        write_json(json, subject, plan, result)
-    for table in tables_of(subject, plan, result):
+        write_json(json, subject, plan, results)
+    for table in tables_of(subject, plan, results):
         Console(width=max(200, console.width)).print(table, highlight=False)
 
 
-def _size(text: str) -> tuple[int, int]:
-    """`832x480` -> (832, 480). Raises ValueError."""
-    if not (match := re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)):
-        raise ValueError(f"--frame: {text!r} is not WIDTHxHEIGHT in pixels, for example 832x480")
-    return int(match[1]), int(match[2])
+def _sizes(text: str) -> tuple[tuple[int, int], ...]:
+    """`832x480,416x240` -> ((832, 480), (416, 240)). Raises ValueError."""
+    matches = [re.fullmatch(r"(\d{1,5})x(\d{1,5})", part) for part in text.split(",")]
+    if not all(matches):
+        raise ValueError(f"--frame: {text!r} is not WIDTHxHEIGHT in pixels, for example 832x480 or 832x480,416x240")
+    return tuple((int(match[1]), int(match[2])) for match in matches if match)

@@ -63,7 +63,8 @@ def test_ratios_are_of_the_same_round():
     fast, slow = [spent(1.0), spent(10.0), spent(1.0)], [spent(2.0), spent(20.0), spent(2.0)]
     assert ratios(fast, slow) == (0.5, 0.5)
     with_text = [Spent(wall={**each.wall, "text": 9.0}, cpu={**each.cpu, "text": 9.0}) for each in slow]
-    assert ratios(fast, with_text) == (0.5, 0.5), "the text is not compared"
+    assert ratios(fast, with_text, without="text") == (0.5, 0.5)
+    assert ratios(fast, with_text) == (1 / 11, 2 / 13)
 
 
 def test_peak_is_what_is_held_at_once():
@@ -118,8 +119,8 @@ def test_what_does_not_run_is_named_and_the_rest_is_measured(subject, monkeypatc
     monkeypatch.setattr(measuring, "LATE", 9)
     setups = tuple(parse_setups(["dtype=fp32,bf16 attention=sdpa,nothing"]))
     said = []
-    plan = Plan(setups=setups, size=TINY, chunks=2, warmup=1, film=False, growth=True)
-    result = measure(subject, plan, said.append)
+    plan = Plan(setups=setups, sizes=(TINY,), chunks=2, warmup=1, film=False, growth=True)
+    (result,) = measure(subject, plan, said.append)
     names = [loop.name for loop in result.speed]
     assert names == ["dtype=fp32", "dtype=bf16", "ComfyUI ar_video", "Self-Forcing"]
     assert [*result.not_run] == ["attention=nothing dtype=fp32", "attention=nothing dtype=bf16"]
@@ -135,28 +136,44 @@ def test_what_does_not_run_is_named_and_the_rest_is_measured(subject, monkeypatc
     assert result.films == () and result.drift == () and said
 
 
+def test_sizes_are_timed_in_turn(subject, monkeypatch):
+    order, timed = [], measuring._Bench.timed
+    monkeypatch.setattr(measuring._Bench, "timed", lambda bench, loop: order.append(bench.size) or timed(bench, loop))
+    plan = Plan(setups=(Setup(),), sizes=((32, 32), (48, 32)), chunks=2, warmup=1, film=False)
+    small, large = measure(subject, plan, lambda note: None)
+    assert small.size == (32, 32) and large.size == (48, 32)
+    assert [order[first : first + 6].count((32, 32)) for first in (0, 6, 12)] == [3, 3, 3]
+    assert order[0] == (32, 32) and order[8] == (48, 32), "another loop begins every round"
+    for result in (small, large):
+        assert [len(loop.rounds) for loop in result.speed] == [2, 2, 2]
+        assert all(loop.difference < 1e-5 for loop in result.speed)
+    assert large.speed[0].measured_bytes > small.speed[0].measured_bytes
+
+
 def test_no_setup_runs(subject):
-    plan = Plan(setups=(Setup(attention="nothing"),), size=TINY)
+    plan = Plan(setups=(Setup(attention="nothing"),), sizes=(TINY,))
     with pytest.raises(ValueError, match=r"^options: no setup runs on this machine \(attention: 'nothing' is not"):
         measure(subject, plan, lambda note: None)
 
 
 def test_plans_that_cannot_be():
     with pytest.raises(ValueError, match="^drift: there is one setup"):
-        Plan(setups=(Setup(),), size=TINY, drift=True)
+        Plan(setups=(Setup(),), sizes=(TINY,), drift=True)
     with pytest.raises(ValueError, match="^warmup: 0 is below 1"):
-        Plan(setups=(Setup(),), size=TINY, warmup=0)
+        Plan(setups=(Setup(),), sizes=(TINY,), warmup=0)
     with pytest.raises(ValueError, match="^seconds: nan must be above 0"):
-        Plan(setups=(Setup(),), size=TINY, seconds=float("nan"))
+        Plan(setups=(Setup(),), sizes=(TINY,), seconds=float("nan"))
+    with pytest.raises(ValueError, match=r"^size: \(\(32, 32\), \(32, 32\)\) must be one size or more, each once"):
+        Plan(setups=(Setup(),), sizes=(TINY, TINY))
     with pytest.raises(ValueError, match="^size: 65536x65536 is more than"):
-        Plan(setups=(Setup(),), size=(65536, 65536))
+        Plan(setups=(Setup(),), sizes=((65536, 65536),))
 
 
 def test_a_drift_of_one_is_refused_before_anything_is_timed(subject, monkeypatch):
     monkeypatch.setattr(measuring, "filled", lambda sampler, memory, seed: memory)
     monkeypatch.setattr(measuring.OurLoop, "chunk", lambda loop: torch.zeros(1))
-    plan = Plan(setups=tuple(parse_setups(["attention=sdpa,nothing"])), size=TINY, drift=True)
-    monkeypatch.setattr(measuring._Bench, "speed", lambda *_: pytest.fail("timed"))
+    plan = Plan(setups=tuple(parse_setups(["attention=sdpa,nothing"])), sizes=(TINY,), drift=True)
+    monkeypatch.setattr(measuring, "_time", lambda *_: pytest.fail("timed"))
     with pytest.raises(ValueError, match="^drift: only default runs"):
         measure(subject, plan, lambda note: None)
 

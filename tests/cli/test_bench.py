@@ -11,7 +11,7 @@ def test_a_student_is_measured(run, succeeded, student, tmp_path):
     succeeded(run("bench", "--student", student, *options, "--json", path))
     for words in ("dtype=bf16", "48x32", "13: 3 sink, 4 slow, 6 fast", "sdpa", "end to end", "drift"):
         assert words in run.out, words
-    found = json.loads(path.read_text())
+    (found,) = json.loads(path.read_text())["sizes"]
     film, _ = found["films"]
     assert film["frames"] == 12 and len(film["chunks"]) == 2 and film["text_seconds"] > 0
     assert len(film["overlapped"]) == 2 and min(film["overlapped"]) > 0 and film["end_seconds"] > 0
@@ -26,7 +26,7 @@ def test_a_student_is_measured(run, succeeded, student, tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (("--frame", "wide"), "--frame: 'wide' is not WIDTHxHEIGHT"),
+        (("--frame", "32x32,wide"), "--frame: '32x32,wide' is not WIDTHxHEIGHT"),
         (("--layers", 2), "--layers: a student has all of its layers"),
         (("--device", "tpu"), "device: 'tpu' is not one of auto, cuda, cpu"),
         (("--drift",), "drift: there is one setup"),
