@@ -16,7 +16,7 @@ COLUMNS = "Columns from the landmarks to elsewhere; multiples of 3 from 9 to 33.
 POLICIES = (
     "novel, cover, recall, clean, fifo, uniform, released, none (no slow memory); for comparison only: oracle (knows"
     " the camera path), rag, tether. A policy can have settings, as in"
-    " novel:recache=8:commit_attends=itself (also match_sink, sink, slow, fast, eviction)."
+    " novel:recache=8:commit_attends=itself (also match_sink, sink, slow, fast, eviction, kv_dtype)."
 )
 VIDEO = "Measure this video by --clip and --dino; no option above applies. Repeatable."
 

@@ -3,8 +3,10 @@
 import dataclasses
 
 import pytest
+import torch
 
 from context_forcing.memory import MemoryConfig
+from context_forcing.memory.packed import TYPES
 from context_forcing.model.config import StudentCard
 from context_forcing.model.sampler import CausalSampler
 from context_forcing.train.evaluation.evaluate import Plan, evaluate, parse_students
@@ -46,6 +48,19 @@ def test_a_row_is_recached_every_so_many_chunks(pipeline, same_memory, monkeypat
     assert not same_memory(memory, once.move(before, 1))
 
 
+@pytest.mark.parametrize("row", ["recall:kv_dtype=int8", "oracle:kv_dtype=fp8"])
+def test_a_row_stores_sink_and_slow_in_eight_bits(pipeline, row):
+    row = Variant.parse(row)
+    memory, camera = row.empty_memory(pipeline), row.camera(pipeline, ALL_STYLES[0], 3)
+    for move in (1, 1, 0, -1, -1):
+        memory = camera.move(memory, move)
+    assert memory.slots.slow and memory.slots.fast
+    packed = {*memory.slots.sink, *memory.slots.slow}
+    for frame, kv in memory.store.frame_kvs():
+        keys, *_ = kv.tensors()
+        assert keys.dtype == (TYPES[row.kv_dtype] if frame in packed else torch.float32)
+
+
 @pytest.mark.parametrize(
     "policies, match",
     [
@@ -54,6 +69,7 @@ def test_a_row_is_recached_every_so_many_chunks(pipeline, same_memory, monkeypat
         ("novel:slow=2:slow=3", "'slow' in .* each once"),
         ("novel:recache=often", "recache 'often' is not a whole number"),
         ("novel:commit_attends=most", "commit_attends 'most' is not one of all"),
+        ("recall:kv_dtype=int4", "policies: kv_dtype 'int4' is not one of auto, int8, fp8"),
         ("novel:match_sink=1.5", "match_sink '1.5' is not a share; it must be a number in"),
         ("novel,nvel", "policies: 'nvel' is not one of none, novel, .*oracle, rag, tether"),
     ],
@@ -72,10 +88,12 @@ def without_slow(make_net, tmp_path, save_student):
 
 
 def test_policies_that_a_student_cannot_use_are_left_out(without_slow, tmp_path, caplog):
-    plan = Plan(students=parse_students(without_slow, [], "oracle,fifo"), gaps=(0,), columns=(9,), rollouts=2)
+    students = parse_students(without_slow, [], "oracle,released:kv_dtype=int8,fifo")
+    plan = Plan(students=students, gaps=(0,), columns=(9,), rollouts=2)
     cells, _ = evaluate(plan, "cpu", "fp32", tmp_path / "out")
     shown = {column.header: list(column.cells) for column in cells.columns}
     assert shown["who"] == ["fifo", "fifo"] and all(shown["motion"])
     assert "without_slow cannot be measured under policy oracle: slow: 0 latent frames" in caplog.text
+    assert "under policy released:kv_dtype=int8: kv_dtype: with policy released" in caplog.text
     with pytest.raises(ValueError, match="policies: the students can use none of them"):
         evaluate(dataclasses.replace(plan, students=parse_students(without_slow, [], "rag")), "cpu", "fp32", tmp_path)

@@ -9,6 +9,7 @@ from typing import Any
 from ...memory.config import EVICTIONS, POLICIES
 from ...memory.fields import quoted
 from ...memory.memory import Memory
+from ...memory.packed import KV_DTYPES
 from ...memory.view import ATTENDS
 from ...model.sampler import SamplerOptions
 from ...video.pipeline import Pipeline
@@ -19,7 +20,7 @@ from .rollout import Camera
 NO_SLOW = "none"
 """The name of no slow memory among policies."""
 _SIZES = ("sink", "slow", "fast")
-_WORDS = {"commit_attends": ATTENDS, "eviction": EVICTIONS}
+_WORDS = {"commit_attends": ATTENDS, "eviction": EVICTIONS, "kv_dtype": KV_DTYPES}
 SETTINGS = ("recache", "match_sink", *_SIZES, *_WORDS)
 
 
@@ -32,6 +33,8 @@ class Variant:
     memory: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the memory's config that differ from the card."""
     commit_attends: str | None = None
+    kv_dtype: str = "auto"
+    """How sink and slow frames are stored: one of packed.KV_DTYPES."""
     match_sink: float | None = None
     """StudentCard.match_sink; None: that of the card."""
     recache: int = 0
@@ -71,6 +74,8 @@ class Variant:
             memory = pipeline.empty_memory(**self.memory, policy=self.policy)
         if self.recache:
             memory.check_supports("recache")
+        if self.kv_dtype != "auto":
+            memory.check_supports("eight bits")
         return memory
 
     def camera(self, pipeline: Pipeline, style: Style, seed: int) -> Camera:
@@ -78,7 +83,7 @@ class Variant:
         if self.match_sink is not None:
             card = dataclasses.replace(pipeline.card, match_sink=self.match_sink)
             pipeline = dataclasses.replace(pipeline, card=card)
-        options = SamplerOptions(commit_attends=self.commit_attends)
+        options = SamplerOptions(commit_attends=self.commit_attends, kv_dtype=self.kv_dtype)
         if self.policy in CHOOSERS:
             return ChoosingCamera(pipeline, style, seed, CHOOSERS[self.policy], options, self.recache)
         return Camera(pipeline, style, seed, options, self.recache)
