@@ -60,7 +60,7 @@ def generate(
     start: Annotated[Path | None, Option(help="Picture or video to begin with; 1 + 4k frames are used.")] = None,
     resume: Annotated[bool, Option("--resume", help="Continue an interrupted video, to the identical file.")] = False,
     report: Annotated[Path | None, Option(help="Picture of the memory at the end, .png.")] = None,
-    scale: Annotated[int | None, Option(min=1, max=64, help=SCALE)] = None,
+    scale: Annotated[int | None, Option(help=SCALE)] = None,
 ) -> None:
     """Generate a video from a story, or one again from what its file says (--like)."""
     from ..model.checkpoints.locate import locate_student

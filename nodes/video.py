@@ -17,7 +17,7 @@ from ..model.codecs.demo_vae import DemoCodec
 from ..model.codecs.tiny import decode_tiny_stream
 from ..model.codecs.wan_vae import decode_wan_stream
 from ..model.units import LATENT_CHANNELS, pixel_frames, pixel_size
-from ..video.mp4 import default_scale, hold_output, write_video
+from ..video.mp4 import MAX_SCALE, default_scale, hold_output, write_video
 from .handle import MemoryHandle, MemoryType
 from .output_files import PREFIX_TOOLTIP, Prompt, new_file, validate_prefix
 from .shared import ADVANCED, CATEGORY, named_as
@@ -83,7 +83,7 @@ class ContextForcingSaveVideo(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The demo codec, a Wan 2.1 VAE, or its tiny decoder lighttaew2_1."),
                 io.String.Input("filename_prefix", default="video/context_forcing", tooltip=PREFIX_TOOLTIP),
                 io.Float.Input("fps", default=16.0, min=1.0, max=240.0, step=1.0, tooltip="Frames per second."),
-                io.Int.Input("scale", default=0, min=0, max=64, advanced=True,
+                io.Int.Input("scale", default=0, min=0, max=MAX_SCALE, advanced=True,
                     tooltip="Nearest-neighbour enlargement for pixel art. 0: until the shorter side has 360 pixels."),
                 io.Int.Input("crf", default=16, min=0, max=51, **ADVANCED,
                     tooltip="H.264 quality. 0: lossless. 16: visually lossless. 28: a small file."),

@@ -30,7 +30,7 @@ from ..model.sequence import Processes, joined
 from ..model.units import FRAMES_PER_LATENT
 from .frames import save_picture, thumbnails
 from .journal import Journal, journal_inputs, journal_path
-from .mp4 import default_scale, hold_output, write_video
+from .mp4 import check_scale, default_scale, hold_output, write_video
 from .pipeline import Pipeline
 from .provenance import (  # fmt: skip
     GivenFile,
@@ -91,8 +91,8 @@ class GenerateRequest:
     report: Path | None = None
     scale: int | None = None
 
-    def check_paths(self) -> None:
-        """Raises ValueError if a file cannot be written where it is requested, or one excludes another."""
+    def check(self) -> None:
+        """Raises ValueError if a file cannot be written where it is requested, or an option excludes another."""
         if (self.story is None) == (self.like is None):
             raise ValueError("story: give either a STORY, or --like with a video that is made again")
         if self.references and self.like is None:
@@ -100,6 +100,8 @@ class GenerateRequest:
         for option, path in (("--memory-out", self.memory_out), ("--report", self.report)):
             if path is not None:
                 check_writable(option, path)
+        if self.scale is not None:
+            check_scale("--scale", self.scale)
         if self.report is not None and self.report.suffix.lower() != ".png":
             raise ValueError(f"--report: {self.report} does not end in .png; give a name that does")
         if self.compact and self.memory_out is None:
@@ -255,7 +257,7 @@ def open_job(request: GenerateRequest, load: Load | None = None) -> Iterator[Gen
 
     Raises ValueError, one line, for anything that cannot work; then nothing is written.
     """
-    request.check_paths()
+    request.check()
     like = None if request.like is None else read_provenance(request.like)
     request = request if like is None else request.filled(like)
     options = SamplerOptions(
@@ -332,7 +334,7 @@ def _story(request: GenerateRequest, card: StudentCard, like: Provenance | None)
         references = tuple(dataclasses.replace(spec, image=str(path)) for spec, path in pictures)
         story = dataclasses.replace(like.story, references=references)
     else:
-        assert request.story is not None, "check_paths"
+        assert request.story is not None, "check"
         story = read_story(request.story, card.fps, card.memory.chunk)
     return story if request.seed is None else story.with_seed(request.seed)
 

@@ -23,7 +23,8 @@ from ..model.settings import read_yaml
 from ..model.units import FRAMES_PER_LATENT
 from .generate import GenerateRequest
 from .journal import has_journal
-from .provenance import MAX_SCALE, Provenance, read_provenance
+from .mp4 import check_scale
+from .provenance import Provenance, read_provenance
 from .story import MAX_SEED, Story
 from .storyboard import read_story
 
@@ -190,8 +191,7 @@ def _jobs(file: JobsFile, folder: Path, device: str) -> Iterable[VideoJob]:
     )
     if "dtype" in options and options["dtype"] != "auto":
         dtype_named(options["dtype"])
-    if not 1 <= options.get("scale", 1) <= MAX_SCALE:
-        raise ValueError(f"options.scale: {options['scale']} is not from 1 to {MAX_SCALE}")
+    check_scale("options.scale", options.get("scale", 1))
     names: dict[Path, str] = {}
     number = 0
     if (count := len(file.stories) * len(file.students) * len(file.seeds)) > MAX_JOBS:

@@ -30,8 +30,17 @@ Decoding = Callable[[Iterable[Tensor]], contextlib.AbstractContextManager[Iterab
 MIN_SIDE = 360
 """Small videos are enlarged until the shorter side has at least this many pixels."""
 
+MAX_SCALE = 64
+"""Largest enlargement: a video has a size that players open."""
+
 SPECIAL = re.compile(r"[=;#\\\n]")
 """Characters that ffmpeg's metadata files need a backslash before."""
+
+
+def check_scale(name: str, scale: int) -> None:
+    """Raises ValueError for an enlargement that is out of range, named as the user wrote it."""
+    if not 1 <= scale <= MAX_SCALE:
+        raise ValueError(f"{name}: {scale} is not from 1 to {MAX_SCALE}")
 
 
 def default_scale(width: int, height: int) -> int:
@@ -89,8 +98,7 @@ def write_video(
     The file has a temporary name until ffmpeg has ended without an error, every frame decodes, and all of it is on the
     disk. Raises ValueError if that fails; then no file is left.
     """
-    if scale < 1:
-        raise ValueError(f"scale: {scale} is below 1; give 1 or more")
+    check_scale("scale", scale)
     path = Path(path)
     part = part_name(path)
 

@@ -19,6 +19,7 @@ from ..memory.config import MemoryConfig
 from ..memory.fields import MAX_MESSAGE, checked_fields, json_object, one_line, printable, quoted
 from ..model.attention import BACKENDS
 from ..model.config import StudentCard
+from .mp4 import check_scale
 from .reading import read_tags
 from .story import Story, parse_story, plain_story
 
@@ -31,7 +32,6 @@ GRAPH_TAGS = ("workflow", "prompt")
 IN_COMFYUI = "made in ComfyUI, its graph is in the file; drop the file on ComfyUI's page to open the graph"
 MAX_TEXT = 200
 """Characters of a name or a setting in a tag."""
-MAX_SCALE = 64
 
 
 def git_revision() -> str:
@@ -164,8 +164,9 @@ class Provenance:
         }
         values |= {name: _text(name, raw[name]) for name in raw if name not in values}
         made = cls(**values)
-        if type(made.scale) is not int or not 1 <= made.scale <= MAX_SCALE:
-            raise ValueError(f"scale: {quoted(made.scale)} is not a whole number from 1 to {MAX_SCALE}")
+        if type(made.scale) is not int:
+            raise ValueError(f"scale: {quoted(made.scale)} is not a whole number")
+        check_scale("scale", made.scale)
         if len(made.references) != len(made.story.references):
             raise ValueError(f"references: {len(made.references)} digests, the story has {len(made.story.references)}")
         return made

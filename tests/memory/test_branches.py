@@ -42,4 +42,4 @@ def test_three_futures_hold_the_past_once():
     trunk, new, grown = map(int, done.stdout.split())
     assert trunk == 18 * 8 * 2**20
     assert new == 3 * 9 * 8 * 2**20, "nine new frames each, all else shared"
-    assert grown < 1.2 * new, "and nothing beside it"
+    assert grown < 1.5 * new, "and nothing beside it; three copies of the past would be 2.9 times that"

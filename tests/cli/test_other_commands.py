@@ -1,0 +1,28 @@
+"""Help, doctor and train before it begins."""
+
+import pytest
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["train"], ["evaluate"], ["doctor"]], ids=str)
+def test_help(run, command):
+    code, _ = run(*command, "--help")
+    assert code == 0 and "Usage" in run.out
+
+
+def test_doctor(run, succeeded):
+    err = succeeded(run("doctor"))
+    assert "torch" in err and "ffmpeg" in err and "demo student" in err
+
+
+def test_unknown_stage_config_and_key(run, tmp_path, refused):
+    refused(run("train", "polish"), "stage", "polish")
+    refused(run("train", "vae", "--config", "huge"), "config", "huge")
+    refused(run("train", "vae", "depth=3"), "depth")
+    refused(run("train", "pretrain", "--config", "smoke", f"out={tmp_path / 'none'}", "--resume"), "resume")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_prints_settings_and_costs_as_they_are(run, tmp_path, succeeded):
+    succeeded(run("train", "contextual", "--config", "wan2.1-1.3b", "--dry-run", f"out={tmp_path / 'none'}"))
+    assert "self_attn.q" in run.out and "total" in run.out and "[bold]" not in run.out
+    assert not list(tmp_path.iterdir())
