@@ -80,10 +80,15 @@ BACKENDS = {
 ATTENTIONS = ("sdpa", *BACKENDS)
 
 
-def find_attention(name: str) -> Attention:
-    """An attention function by name, not tested. Raises ValueError for an unknown name or a package that is missing."""
+def check_attention_name(name: str) -> None:
+    """Raises ValueError for an unknown name. Whether the package is here is not asked."""
     if name not in ATTENTIONS:
         raise ValueError(f"attention: {quoted(name)} is not one of {', '.join(ATTENTIONS)}")
+
+
+def find_attention(name: str) -> Attention:
+    """An attention function by name, not tested. Raises ValueError for an unknown name or a package that is missing."""
+    check_attention_name(name)
     if name == "sdpa":
         return sdpa
     backend = BACKENDS[name]

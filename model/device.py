@@ -10,6 +10,9 @@ from ..memory.fields import quoted
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
+COMPUTE_DTYPES = ("bf16", "fp32")
+"""Those that a student computes in."""
+
 SMALL_NETWORK = 50_000_000
 """Parameters of a network below which several CPU threads spend more time waiting for each other than computing."""
 
@@ -27,7 +30,7 @@ def pick_device(device: str, dtype: str = "auto") -> tuple[torch.device, torch.d
     chosen = torch.device("cuda" if has_cuda and device != "cpu" else "cpu")
     if dtype == "auto":
         return chosen, DTYPES["bf16" if chosen.type == "cuda" else "fp32"]
-    return chosen, dtype_named(dtype, ("bf16", "fp32"))
+    return chosen, dtype_named(dtype, COMPUTE_DTYPES)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -35,7 +38,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     # torch has no class of its own for the CPU and for MPS, and `load_state_dict` tells of errors in its own.
-    texts = "DefaultCPUAllocator", "out of memory"
+    # CUDA's libraries have error codes of theirs for what they cannot allocate.
+    texts = "DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED"
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 

@@ -32,9 +32,9 @@ def in_background(items: Iterable[T], work: Callable[[Iterator[T], AtStop], R], 
     """
     queue = _Queue[T](room)
     with ThreadPoolExecutor(1, "context_forcing-background") as thread:
-        result: Future[R] = thread.submit(lambda: work(queue.taken(), queue.at_stop))
-        result.add_done_callback(lambda _: queue.stop())
         try:
+            result: Future[R] = thread.submit(lambda: work(queue.taken(), queue.at_stop))
+            result.add_done_callback(lambda _: queue.stop())
             for item in items:
                 if not queue.put(item):
                     break

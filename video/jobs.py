@@ -14,10 +14,11 @@ from typing import Any
 from ..memory.config import MemoryConfig
 from ..memory.fields import brief, checked_fields, one_line, quoted
 from ..memory.files import read_text
+from ..model.attention import check_attention_name
 from ..model.checkpoints.locate import BUILT_IN, default_models_dir, locate_student
 from ..model.checkpoints.student import StudentFile, StudentSource
 from ..model.config import StudentCard
-from ..model.device import dtype_named
+from ..model.device import COMPUTE_DTYPES, dtype_named
 from ..model.sampler import SamplerOptions, chunks_for
 from ..model.settings import read_yaml
 from ..model.units import FRAMES_PER_LATENT
@@ -189,8 +190,10 @@ def _jobs(file: JobsFile, folder: Path, device: str) -> Iterable[VideoJob]:
         kv_placement=options.get("kv_placement", "at once"),
         kv_dtype=options.get("kv_dtype", "auto"),
     )
-    if "dtype" in options and options["dtype"] != "auto":
-        dtype_named(options["dtype"])
+    # A worker on another machine can have packages that this one has not: only the name is checked.
+    check_attention_name(options.get("attention", "sdpa"))
+    if options.get("dtype", "auto") != "auto":
+        dtype_named(options["dtype"], COMPUTE_DTYPES)
     check_scale("options.scale", options.get("scale", 1))
     names: dict[Path, str] = {}
     number = 0

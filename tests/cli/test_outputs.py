@@ -96,6 +96,7 @@ ERRORS = {
     "CUDA": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\n" + "x" * 1000),
     "CPU": RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory"),
     "MPS": RuntimeError("MPS backend out of memory (MPS allocated: 9.07 GB)"),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     "load_state_dict": RuntimeError("Error(s) in loading state_dict for Net: ... ('CUDA out of memory.',)."),
     "Python": MemoryError(),
 }

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 import weakref
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -138,6 +139,24 @@ def test_an_interrupt_ends_work_that_waits_for_something_else():
     with interrupted(once=reached.is_set):
         in_background(range(100), work)
     assert ended.is_set()
+
+
+def test_an_interrupt_before_the_first_item_ends_the_second_thread(monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Future, "add_done_callback", interrupt)
+    ended = []
+
+    def run():
+        with pytest.raises(KeyboardInterrupt):
+            in_background(range(3), lambda items, at_stop: list(items))
+        ended.append(True)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert ended
 
 
 def chunks(num_chunks=8, size=(32, 48)):

@@ -79,6 +79,8 @@ def test_what_differs_between_videos_is_no_option():
         ({"options": {"threshold": float("nan")}}, "options.threshold: nan is not a number"),
         ({"options": {"scale": 65}}, "options.scale: 65 is not from 1 to 64"),
         ({"options": {"dtype": "fp8"}}, "dtype: 'fp8'"),
+        ({"options": {"dtype": "fp16"}}, "dtype: 'fp16' is not one of bf16, fp32"),
+        ({"options": {"attention": "foo"}}, "attention: 'foo' is not one of sdpa, flash"),
         ({"options": {"kv_placement": "far"}}, "kv_placement: 'far'"),
         ({"options": {"memory": "elephant"}}, "memory: 'elephant'"),
         ({"options": {"slow": -1}}, "slow: -1"),
