@@ -21,7 +21,8 @@ LISTS_OF_ALL = ("host.py", "test_schemas.py")
 """Files of tests/nodes that name every node and run none."""
 HEAD = """# Nodes: what each one has
 
-Written by `scripts/describe_nodes.py`; a test fails where something is missing. *zh help* is the Chinese help page.
+Written by `scripts/describe_nodes.py`; a test fails where something is missing. *zh help* is the Chinese help page,
+whose picture is shown in ComfyUI only.
 *tooltips* counts inputs and outputs that have one, *templates* the templates and blueprints with the node, *tests* the
 files of tests that run it.
 
