@@ -22,7 +22,7 @@ from .patches import attention_of, ignored_patches
 from .progress import SegmentProgress, preview_of
 from .save_load import keep_memory, write_autosave
 from .segment_ui import segment_ui
-from .shared import ADVANCED, CATEGORY, attention_input, log, seed_input, storage_inputs
+from .shared import ADVANCED, CATEGORY, attention_input, kv_dtype_input, log, seed_input, storage_inputs
 
 AS_CARD = "card"
 
@@ -41,10 +41,10 @@ def text_of(positive: io.Conditioning.Type) -> Tensor:
     return text
 
 
-def make_room(student: StudentModel, memory: Memory, layout: str) -> None:
+def make_room(student: StudentModel, memory: Memory, layout: str, kv_dtype: str) -> None:
     """Load the student, with device memory free for keys, values and activations of a rollout."""
     network = student.network
-    needed = {name: working_bytes(network, memory, name) for name in KV_PLACEMENTS}
+    needed = {name: working_bytes(network, memory, name, kv_dtype=kv_dtype) for name in KV_PLACEMENTS}
     total = mm.get_total_memory(network.device)
     if needed[layout] > total:
         sizes = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in needed.items())
@@ -56,27 +56,27 @@ def make_room(student: StudentModel, memory: Memory, layout: str) -> None:
     mm.load_models_gpu([student.model, *student.commit], memory_required=needed[layout] - present)
 
 
-def fallback_of(student: StudentModel, layout: str) -> Fallback:
+def fallback_of(student: StudentModel, layout: str, kv_dtype: str) -> Fallback:
     """What an out-of-memory does: ComfyUI frees its caches and makes room for the next layout."""
 
     def make_room_again(memory: Memory, layout: str) -> None:
         mm.soft_empty_cache()
-        make_room(student, memory, layout)
+        make_room(student, memory, layout, kv_dtype)
 
     return Fallback(layout, "layout", make_room_again)
 
 
 def prepare_sampler(
     student: StudentModel, memory: Memory, attention: str = "sdpa", layout: str = "at once",
-    commit_attends: str = AS_CARD,
+    commit_attends: str = AS_CARD, kv_dtype: str = "auto",
 ) -> Callable[[Tensor], CausalSampler]:  # fmt: skip
     """Load the student for a memory. The result makes a sampler of a prompt's embedding (SamplerOptions)."""
     if ignored := sorted(set(ignored_patches(student.model))):
         log.warning("model: these patches have no effect in this sampler: %s", ", ".join(ignored))
-    make_room(student, memory, layout)
+    make_room(student, memory, layout, kv_dtype)
     function = attention_of(student.model, attention, student.network)
     attends = None if commit_attends == AS_CARD else commit_attends
-    options = SamplerOptions(attention=function, commit_attends=attends, kv_placement=layout)
+    options = SamplerOptions(attention=function, commit_attends=attends, kv_placement=layout, kv_dtype=kv_dtype)
     return lambda text: make_sampler(student.network, student.card, text, options, student.fingerprint)
 
 
@@ -108,6 +108,7 @@ class ContextForcingSampler(io.ComfyNode):
                     tooltip="Chunks (0.75 s at 16 frames per second) over which the old prompt fades into this one, at"
                     " most all but the last of the segment. 0: at once."),
                 *storage_inputs(),
+                kv_dtype_input(),
             ],
             outputs=[
                 MemoryType.Output("memory", tooltip="The video so far and the remembered frames."),
@@ -124,7 +125,7 @@ class ContextForcingSampler(io.ComfyNode):
     def execute(
         cls, model: io.Model.Type, positive: io.Conditioning.Type, memory: MemoryHandle, seconds: float, seed: int,
         attention: str = "sdpa", commit_attends: str = AS_CARD, change: str = "keep", blend: int = 0,
-        keep_in: str = "RAM", autosave: bool = False, layout: str = "at once",
+        keep_in: str = "RAM", autosave: bool = False, layout: str = "at once", kv_dtype: str = "auto",
     ) -> io.NodeOutput:  # fmt: skip
         student, text, before = StudentModel.of(model), text_of(positive), memory.memory
         card, chunk = student.card, before.config.chunk
@@ -138,7 +139,7 @@ class ContextForcingSampler(io.ComfyNode):
             "prompt": positive[0][1].get(WORDS, ""), "seed": seed, "num_chunks": num_chunks, "change": change,
             "blend": blend,
         }  # fmt: skip
-        kept = {"commit_attends": commit_attends, "keep_in": keep_in, "autosave": autosave}
+        kept = {"commit_attends": commit_attends, "keep_in": keep_in, "autosave": autosave, "kv_dtype": kv_dtype}
         settings = segment | kept | {"attention": attention, "layout": layout}
         inputs = Inputs(model=weakref.ref(model), text=text, settings=settings)
         if found := memory.find(inputs):
@@ -146,10 +147,10 @@ class ContextForcingSampler(io.ComfyNode):
             handle, samples, shown = found
             return io.NodeOutput(handle, {"samples": samples}, ui=shown)
 
-        sampler_of = prepare_sampler(student, before, attention, layout, commit_attends)
+        sampler_of = prepare_sampler(student, before, attention, layout, commit_attends, kv_dtype)
         progress = SegmentProgress(before, num_chunks, card.fps, preview_of(backbone_of(card.base).preview_vae))
         chunks = generate_segment(
-            sampler_of, before, text, sigmas=card.sigmas, fallback=fallback_of(student, layout), **segment
+            sampler_of, before, text, sigmas=card.sigmas, fallback=fallback_of(student, layout, kv_dtype), **segment
         )
         after, picture, clips, finished = before, None, memory.clips, 0
         try:

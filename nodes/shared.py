@@ -11,6 +11,7 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..memory.fields import one_line
+from ..memory.packed import KV_DTYPES
 from ..memory.stores import KV_PLACEMENTS
 
 log = logging.getLogger("context_forcing")
@@ -62,6 +63,15 @@ def storage_inputs() -> list[io.Input]:
             tooltip="Where keys and values are during sampling; the video is the same. at once: fastest, twice the"
             " memory's size in video memory. by layer: once its size, slower. from RAM: least, slow."),
     ]  # fmt: skip
+
+
+def kv_dtype_input() -> io.Input:
+    """Apart from storage_inputs, because it is newer: inputs are only appended."""
+    tooltip = (
+        "How keys and values of sink and slow frames are stored. auto: as computed. int8, fp8: one byte a number, a"
+        " smaller memory and another video; not with policy released."
+    )
+    return io.Combo.Input("kv_dtype", options=list(KV_DTYPES), default="auto", tooltip=tooltip, **ADVANCED)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from comfy_execution.graph_utils import GraphBuilder
 from ..video.storyboard import chunk_story, parse_storyboard, write_storyboard
 from .handle import MemoryHandle, MemoryType
 from .model_access import StudentModel
-from .shared import ADVANCED, CATEGORY, attention_input, seed_input, storage_inputs
+from .shared import ADVANCED, CATEGORY, attention_input, kv_dtype_input, seed_input, storage_inputs
 
 EXAMPLE = """\
 # when a segment begins, [how its prompt takes over], its prompt
@@ -43,6 +43,7 @@ class ContextForcingStoryboard(io.ComfyNode):
                 *storage_inputs(),
                 io.Int.Input("branch_after", default=0, min=0, max=1000, **ADVANCED,
                     tooltip="Number of the segment, from 1, whose memory the output branch has. 0: the last segment."),
+                kv_dtype_input(),
             ],
             outputs=[
                 MemoryType.Output("memory", tooltip="The memory after the last segment."),

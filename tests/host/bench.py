@@ -54,15 +54,18 @@ class Bench:
         after, latent = ContextForcingSampler.execute(model, positive, memory, 0.75 * chunks, 5, **options).result
         return latent["samples"], after
 
-    def headless(self, state: dict, dtype=torch.float32, shift=5.0, commit: dict | None = None):
-        """(latents, memory) of three chunks, by the headless sampler. `commit` are weights for the commit pass."""
+    def headless(self, state: dict, dtype=torch.float32, shift=5.0, commit: dict | None = None, **options):
+        """(latents, memory) of three chunks, by the headless sampler. `commit` are weights for the commit pass.
+
+        `options` are those of the sampler (SamplerOptions).
+        """
         from context_forcing.memory import empty_memory
         from context_forcing.memory.config import MemoryConfig
         from context_forcing.model.codecs.base import denormalise
         from context_forcing.model.config import StudentCard
         from context_forcing.model.fingerprint import fingerprint
         from context_forcing.model.network import Network
-        from context_forcing.model.sampler import make_sampler
+        from context_forcing.model.sampler import SamplerOptions, make_sampler
         from context_forcing.model.segment import generate_segment
 
         def network_of(state, commit=None):
@@ -73,7 +76,7 @@ class Bench:
         second = network_of(commit) if commit else None
         network, card = network_of(state, second), StudentCard(shift=shift)
         student = fingerprint(network.net, commit=second and second.net)
-        sampler_of = lambda text: make_sampler(network, card, text, student=student)
+        sampler_of = lambda text: make_sampler(network, card, text, SamplerOptions(**options), student)
         *_, memory = generate_segment(
             sampler_of, empty_memory(MemoryConfig(sink=1, slow=2, fast=4), (16, 4, 6)), self.positive[0][0], prompt="",
             seed=5, num_chunks=3, sigmas=card.sigmas,

@@ -12,7 +12,9 @@ from comfy_extras.nodes_model_advanced import ModelComputeDtype, ModelSamplingSD
 from comfy_extras.nodes_rope import ScaleROPE
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from context_forcing.memory.packed import Packed
 from context_forcing.model.network import Network
+from context_forcing.nodes.memory import ContextForcingMemory
 from context_forcing.nodes.sampler import ContextForcingSampler
 
 
@@ -124,6 +126,28 @@ def test_layouts_give_the_same_bits(bench, layout):
     latents, after = bench.run(model, chunks=4, layout=layout)
     assert torch.equal(latents, expected)
     assert all(map(torch.equal, memory.memory.tensors(), after.memory.tensors()))
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_eight_bits_are_those_of_the_headless_sampler(bench, kv_dtype):
+    """And `auto` leaves what is stored so as it is."""
+    model = bench.load()
+    expected, memory = bench.headless(bench.state, kv_dtype=kv_dtype)
+    latents, after = bench.run(model, kv_dtype=kv_dtype)
+    assert torch.equal(latents, expected) and not torch.equal(latents, bench.plain)
+    assert all(map(torch.equal, memory.tensors(), after.memory.tensors()))
+    packed = {frame for frame, kv in after.memory.store.frame_kvs() if isinstance(kv.keys, Packed)}
+    assert packed == {*after.memory.slots.sink, *after.memory.slots.slow}
+    _, later = bench.run(model, after, chunks=1)
+    frames = later.memory.store.frames
+    assert {frame for frame, kv in frames.items() if isinstance(kv.keys, Packed)} == packed & {*frames}
+
+
+def test_eight_bits_are_refused_with_policy_released(bench):
+    model = bench.load()
+    memory = ContextForcingMemory.execute(model, 48, 32, "released", -1, -1, -1, -1.0).result[0]
+    with pytest.raises(ValueError, match="^kv_dtype: with policy released .*; use auto, or another policy$"):
+        bench.run(model, memory, chunks=1, kv_dtype="int8")
 
 
 def test_out_of_memory_makes_room_for_the_next_layout(bench, caplog, monkeypatch):

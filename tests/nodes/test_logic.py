@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from context_forcing.memory import MemoryConfig
+from context_forcing.memory.packed import KV_DTYPES
 from context_forcing.model.config import StudentCard
 from context_forcing.model.fingerprint import fingerprint
 from context_forcing.model.sampler import COMMIT_ATTENDS, KV_PLACEMENTS, seeded_noise, working_bytes
@@ -134,8 +135,9 @@ def test_its_fingerprint_is_that_of_the_weights_before_loras(node_module, fake_m
 
 @pytest.mark.parametrize("policy", ["novel", "released"])
 @pytest.mark.parametrize("layout", KV_PLACEMENTS)
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
 def test_what_the_memory_has_on_the_device_is_not_asked_for_again(
-    node_module, fake_model, net, empty_memory, rollout, monkeypatch, policy, layout
+    node_module, fake_model, net, empty_memory, rollout, monkeypatch, policy, layout, kv_dtype
 ):
     sampler, student = (
         node_module("sampler"),
@@ -147,8 +149,8 @@ def test_what_the_memory_has_on_the_device_is_not_asked_for_again(
     monkeypatch.setattr(sampler.mm, "get_total_memory", lambda device: 1e12)
     memory = rollout(empty_memory(policy=policy), 2)
     assert memory.num_bytes > 0
-    sampler.make_room(student, memory, layout)
-    needed = working_bytes(student.network, memory, layout)
+    sampler.make_room(student, memory, layout, kv_dtype)
+    needed = working_bytes(student.network, memory, layout, kv_dtype=kv_dtype)
     assert requests == [needed - (0 if layout == "from RAM" else memory.num_bytes)]
 
 
@@ -158,25 +160,38 @@ def test_too_little_memory_is_logged(node_module, fake_model, empty_memory, monk
         node_module("model_access").StudentModel.of(fake_model(StudentCard())),
     )
     monkeypatch.setattr(sampler.mm, "get_total_memory", lambda device: 1e3)
-    sampler.make_room(student, empty_memory(), "at once")
+    sampler.make_room(student, empty_memory(), "at once", "auto")
     assert "from RAM" in caplog.text
 
 
-def test_the_card_says_what_the_commit_pass_attends_to_unless_the_node_does(
-    node_module, net, empty_memory, fake_model, make_sampler, monkeypatch
-):
-    sampler, card = node_module("sampler"), StudentCard(commit_attends="fast only")
-    monkeypatch.setattr(sampler, "make_room", lambda *_: None)
+@pytest.fixture
+def prepared(node_module, net, empty_memory, fake_model, make_sampler, monkeypatch):
+    """(card, **inputs) -> the sampler that the node prepares."""
+    monkeypatch.setattr(node_module("sampler"), "make_room", lambda *_: None)
     network = make_sampler(net).network
-    student = SimpleNamespace(model=fake_model(card), commit=[], network=network, card=card, fingerprint="me")
 
-    def attends(**given):
-        return sampler.prepare_sampler(student, empty_memory(), **given)(torch.ones(1, 5, 32)).commit_attends
+    def prepare(card, **given):
+        student = SimpleNamespace(model=fake_model(card), commit=[], network=network, card=card, fingerprint="me")
+        return node_module("sampler").prepare_sampler(student, empty_memory(), **given)(torch.ones(1, 5, 32))
 
-    (choice,) = (e for e in sampler.ContextForcingSampler.define_schema().inputs if e.id == "commit_attends")
+    return prepare
+
+
+def test_the_card_says_what_the_commit_pass_attends_to_unless_the_node_does(node_module, prepared):
+    attends = lambda **given: prepared(StudentCard(commit_attends="fast only"), **given).commit_attends
+    inputs = node_module("sampler").ContextForcingSampler.define_schema().inputs
+    (choice,) = (e for e in inputs if e.id == "commit_attends")
     assert attends() == attends(commit_attends=choice.default) == "fast only"
     saved = [attends(commit_attends=option) for option in choice.options if option != choice.default]
     assert saved == list(COMMIT_ATTENDS), "a saved graph with a value keeps it"
+
+
+def test_frames_are_stored_as_the_node_says(node_module, prepared):
+    for node in (node_module("sampler").ContextForcingSampler, node_module("storyboard").ContextForcingStoryboard):
+        choice = node.define_schema().inputs[-1]
+        assert (choice.id, tuple(choice.options), choice.default) == ("kv_dtype", KV_DTYPES, "auto")
+    stored = lambda **given: prepared(StudentCard(), **given).options.kv_dtype
+    assert stored() == "auto" and [stored(kv_dtype=name) for name in KV_DTYPES] == list(KV_DTYPES)
 
 
 TEXT = torch.ones(1, 5, 4096)

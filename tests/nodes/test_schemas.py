@@ -15,8 +15,9 @@ INPUTS = {
     "ContextForcingRemember": "memory vae? images? latent?",
     "ContextForcingReference": "memory vae images positive?",
     "ContextForcingSampler": "model positive memory seconds=3.0 seed=0 attention=sdpa? commit_attends=card?"
-    f" change=keep? blend=0? {STORAGE}",
-    "ContextForcingStoryboard": f"model clip memory text=EXAMPLE seed=0 attention=sdpa? {STORAGE} branch_after=0?",
+    f" change=keep? blend=0? {STORAGE} kv_dtype=auto?",
+    "ContextForcingStoryboard": "model clip memory text=EXAMPLE seed=0 attention=sdpa?"
+    f" {STORAGE} branch_after=0? kv_dtype=auto?",
     "ContextForcingSaveVideo": "memory vae filename_prefix=video/context_forcing fps=16.0 scale=0 crf=16?",
     "ContextForcingMemoryReport": "memory vae fps=16.0 model?",
     "ContextForcingConsistency": "memory? vae? images? clip_vision? every=1.0 fps=16.0",

@@ -47,6 +47,7 @@ def test_it_equals_a_chain(host, graph, demo):
         graph,
         demo,
         f"0 {PROMPTS[0]}\n2.1 [recache blend=2] {PROMPTS[1]}\n0:05.3 [cut seed=9] {PROMPTS[2]}\n0:07",
+        kv_dtype="int8",
     )
     saved, text = graph.save_memory(board), graph.show_text(board)
     run = succeeded(host.run(graph.prompt))
@@ -59,7 +60,9 @@ def test_it_equals_a_chain(host, graph, demo):
     ]
 
     host.post("/free", {"unload_models": True, "free_memory": True})
-    chain, again = Graph(), {"layout": "by layer"}  # so that no sampler finds the storyboard's segments
+    chain = Graph()
+    # Another layout, so that no sampler finds the storyboard's segments.
+    again = {"kv_dtype": "int8", "layout": "by layer"}
     demo = chain.add("ContextForcingLoadDemo")
     memory = chain.memory(demo)
     for prompt, seconds, seed, change, blend in (
@@ -73,6 +76,7 @@ def test_it_equals_a_chain(host, graph, demo):
     expected = tensors(host, succeeded(host.run(chain.prompt)), saved)
     assert expected["film"].shape[2] == 27 and result.keys() == expected.keys()
     assert all(torch.equal(result[name], expected[name]) for name in expected)
+    assert torch.int8 in {tensor.dtype for tensor in result.values()}
 
 
 def test_an_edited_line_runs_with_the_later_ones_alone(host, graph, demo):
