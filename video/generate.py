@@ -32,15 +32,7 @@ from .frames import save_picture, thumbnails
 from .journal import Journal, journal_inputs, journal_path
 from .mp4 import check_scale, default_scale, hold_output, write_video
 from .pipeline import Pipeline
-from .provenance import (  # fmt: skip
-    GivenFile,
-    Provenance,
-    git_revision,
-    libraries,
-    machine_of,
-    not_the_same,
-    read_provenance,
-)
+from .provenance import GivenFile, Provenance, git_revision, libraries, machine_of, not_the_same, read_provenance
 from .report import draw_report, summary
 from .story import ResolvedStory, Story
 from .storyboard import read_story
