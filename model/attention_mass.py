@@ -62,7 +62,7 @@ def attention_mass(
     sampler = sampler_of(memory.text)
     memory = sampler.prepare(memory)
     if memory.is_compact:
-        memory = sampler.recache(memory)
+        memory = sampler.restore(memory)  # as before the next chunk (model/segment.py)
     network, num_frames = sampler.network, len(memory.slots.all) + memory.config.chunk
     recorder = AttentionRecorder(network.attention, sampler.text, num_frames)
     recording = dataclasses.replace(sampler, network=dataclasses.replace(network, attention=recorder))

@@ -99,6 +99,8 @@ class ContextForcingMemoryReport(io.ComfyNode):
             log.warning("memory report: attention is not shown for policy released, whose layers remember other frames")
         elif model is not None:
             student = StudentModel.of(model)
-            mass = attention_mass(prepare_sampler(student, value), value, student.card.sigmas)
+            # The layout with the least video memory: these are the passes of one chunk, with no fallback.
+            sampler_of = prepare_sampler(student, value, layout="from RAM")
+            mass = attention_mass(sampler_of, value, student.card.sigmas)
         pictures = thumbnails(value, lambda chunks: decode_stream(vae, chunks))
         return picture_output(draw_report(value, pictures, fps, mass), summary(value, fps, mass), cls)

@@ -1,6 +1,6 @@
 """The page that runs a prompt: what it shows on a node while the node runs, and what follows in its graph."""
 
-from collections.abc import Iterator
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,22 +43,49 @@ class Page:
 
     def users(self, node: str) -> list[str]:
         """Nodes that take the first output of a node. The last segment's of a storyboard is the storyboard's."""
-        users = [user for user in sorted(self.graph.all_node_ids()) if [node, 0] in self._inputs(user).values()]
-        parent = self.graph.get_parent_node_id(node)
-        return self.users(parent) if not users and parent is not None else users
+        parent: str | None = node
+        while parent is not None:
+            if users := self._users.get(parent):
+                return users
+            parent = self.graph.get_parent_node_id(parent)
+        return []
 
     def seconds_after(self, node: str) -> float:
         """Seconds of the samplers that continue the memory of a node, along the longest branch."""
-        samplers = [user for user in self.users(node) if self._type(user) == SAMPLER]
-        return max((self._seconds(sampler) + self.seconds_after(sampler) for sampler in samplers), default=0.0)
+        seconds, waiting = {node: 0.0}, [node]
+        while waiting:  # no recursion: a storyboard may have more segments than Python has calls in calls
+            before = waiting.pop()
+            for user in self.users(before):
+                if self._type(user) == SAMPLER:
+                    after = seconds[before] + self._seconds(user)
+                    if after > seconds.get(user, -1.0):
+                        seconds[user] = after
+                        waiting.append(user)
+        return max(seconds.values())
 
-    def save_nodes(self, node: str) -> Iterator[str]:
+    def save_nodes(self, node: str) -> list[str]:
         """The Save Long Video nodes that will write the memory of a node, or one that continues it."""
-        for user in self.users(node):
-            if self._type(user) == SAVE_VIDEO:
-                yield user
-            elif self._type(user) in (SAMPLER, STORYBOARD):
-                yield from self.save_nodes(user)
+        found, seen, waiting = [], {node}, [node]
+        while waiting:
+            for user in self.users(waiting.pop()):
+                if user in seen:
+                    continue
+                seen.add(user)
+                if self._type(user) == SAVE_VIDEO:
+                    found.append(user)
+                elif self._type(user) in (SAMPLER, STORYBOARD):
+                    waiting.append(user)
+        return found
+
+    @functools.cached_property
+    def _users(self) -> dict[str, list[str]]:
+        """The users of the first output of every node, as the graph is when this is first asked."""
+        users: dict[str, list[str]] = {}
+        for user in sorted(self.graph.all_node_ids()):
+            links = (value for value in self._inputs(user).values() if isinstance(value, list) and len(value) == 2)
+            for source in {source for source, output in links if isinstance(source, str) and output == 0}:
+                users.setdefault(source, []).append(user)
+        return users
 
     def _seconds(self, sampler: str) -> float:
         seconds = self._inputs(sampler)["seconds"]

@@ -89,7 +89,7 @@ class SegmentProgress:
         self._pictures: list[np.ndarray] = []
         after = self._page.seconds_after(self._page.node) if self._page else 0.0
         self._total = latent_seconds(before.num_frames + num_chunks * before.config.chunk, fps) + after
-        self._viewers = list(self._page.save_nodes(self._page.node)) if self._page else []
+        self._viewers = self._page.save_nodes(self._page.node) if self._page else []
         self._is_last = not after
 
     def show(self, memory: Memory, finished: int) -> tuple[str, Image.Image, int] | None:

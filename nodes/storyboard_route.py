@@ -6,7 +6,7 @@ from typing import Any
 from aiohttp import web
 from server import PromptServer
 
-from ..memory.fields import quoted
+from ..memory.fields import json_object, quoted
 from ..memory.memory import CHANGES
 from ..model.checkpoints.published import PUBLISHED
 from ..model.config import StudentCard
@@ -25,14 +25,12 @@ def outline(request: Mapping[str, Any]) -> dict[str, Any]:
     text, fps, chunk = request.get("text"), request.get("fps"), request.get("chunk")
     if not isinstance(text, str):
         raise ValueError("text: it is not a text; send the storyboard")
-    for name, value in (("fps", fps), ("chunk", chunk)):
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e4
-        ):
-            raise ValueError(f"{name}: {quoted(value)} is not a number above 0 and below 10000")
+    for name, value, types, kind in (("fps", fps, (int, float), "number"), ("chunk", chunk, int, "whole number")):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, types) or not 0 < value < 1e4):
+            raise ValueError(f"{name}: {quoted(value)} is not a {kind} above 0 and below 10000")
     known = PUBLISHED.get(str(request.get("card")))
     card = known.card if known else StudentCard()
-    fps, chunk = fps or card.fps, int(chunk or card.memory.chunk)
+    fps, chunk = fps or card.fps, chunk or card.memory.chunk
     chunk_seconds = latent_seconds(chunk, fps)
     try:
         storyboard = parse_storyboard(text)
@@ -57,8 +55,8 @@ def outline(request: Mapping[str, Any]) -> dict[str, Any]:
 async def answer(request: web.Request) -> web.Response:
     """`outline` as JSON; status 400 for a request that is not understood."""
     try:
-        return web.json_response(outline(await request.json()))
-    except ValueError as error:  # also what is not JSON
+        return web.json_response(outline(json_object((await request.read()).decode(), "storyboard")))
+    except ValueError as error:  # also what is not UTF-8
         return web.json_response({"error": str(error)}, status=400)
 
 

@@ -111,6 +111,19 @@ def test_a_compact_memory_is_made_whole_first(sampler_of, begun):
     assert len(compact) == len(exact) and sum(compact) == pytest.approx(1, abs=1e-5)
 
 
+def test_a_compact_memory_of_several_prompts_is_made_whole_as_before_the_next_chunk(sampler_of, empty_memory):
+    """Policy recall computes the keys of each frame under the frame's own prompt."""
+    memory = empty_memory(**{**SIZES, "policy": "recall"})
+    for seed in (100, 101):
+        text = 3 * torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(seed))
+        *_, memory = generate_segment(sampler_of, memory, text, prompt="", seed=3, num_chunks=3, sigmas=SIGMAS)
+    compact = memory.compact()
+    expected = attention_mass(sampler_of, sampler_of(memory.text).restore(compact), SIGMAS)
+    assert attention_mass(sampler_of, compact, SIGMAS) == expected
+    recached = attention_mass(sampler_of, sampler_of(memory.text).recache(compact), SIGMAS)
+    assert recached != expected
+
+
 def test_a_memory_with_nothing_on_it_is_refused(sampler_of, empty_memory):
     with pytest.raises(ValueError, match="memory: it has no segment"):
         attention_mass(sampler_of, empty_memory(**SIZES), SIGMAS)

@@ -1,5 +1,6 @@
 """What the page shows of a run, without ComfyUI: texts, and where in a graph the film will be saved."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -50,8 +51,20 @@ def test_seconds_that_follow(page):
 
 
 def test_where_a_memory_is_saved(page):
-    assert set(page.save_nodes("1")) == {"5", "7"} and list(page.save_nodes("2")) == ["5"]
-    assert set(page.save_nodes("6.1")) == set(page.save_nodes("6.2")) == {"7"} and not list(page.save_nodes("8"))
+    assert set(page.save_nodes("1")) == {"5", "7"} and page.save_nodes("2") == ["5"]
+    assert set(page.save_nodes("6.1")) == set(page.save_nodes("6.2")) == {"7"} and not page.save_nodes("8")
+
+
+def test_a_storyboard_of_1200_segments(node_module):
+    """In less time than a look at all nodes for each of them takes."""
+    ids = [f"2.{number}" for number in range(1200)]
+    chain = {node: (SAMPLER, before, {"seconds": 0.75}) for before, node in zip(["1", *ids], ids)}
+    nodes = {"2": (BOARD, "1", {"text": ""}), **chain, "3": (SAVE, "2", {})}
+    graph = Prompt({"1": ("ContextForcingMemory", None, {"width": 0}), **nodes})
+    began = time.process_time()
+    page = node_module("page").Page("prompt", ids[0], graph)
+    assert page.seconds_after(ids[0]) == 1199 * 0.75 and page.save_nodes(ids[0]) == ["3"]
+    assert time.process_time() - began < 0.5
 
 
 @pytest.mark.parametrize(

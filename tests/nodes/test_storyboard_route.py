@@ -1,5 +1,8 @@
 """What the page is told about a storyboard: segments in whole chunks, or each wrong line with its reason."""
 
+import asyncio
+from types import SimpleNamespace
+
 import pytest
 
 TEXT = "# a comment\n0:00 A meadow.\n0:06 [recache blend=2 seed=7] Dusk.\n\n0:12"
@@ -49,8 +52,38 @@ def test_no_line_is_wrong_where_there_is_none(outline):
 
 
 @pytest.mark.parametrize(
-    "request_, name", [({}, "text"), ({"text": TEXT, "fps": "x"}, "fps"), ({"text": TEXT, "chunk": 0}, "chunk")]
+    "request_, name",
+    [
+        ({}, "text"),
+        ({"text": TEXT, "fps": "x"}, "fps"),
+        ({"text": TEXT, "chunk": 0}, "chunk"),
+        ({"text": TEXT, "chunk": 0.5}, "chunk"),
+        ({"text": TEXT, "chunk": 2.5}, "chunk"),
+        ({"text": TEXT, "chunk": True}, "chunk"),
+    ],
 )
 def test_other_values_are_refused(outline, request_, name):
     with pytest.raises(ValueError, match=f"^{name}: "):
         outline(request_)
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        (b'["0:00 A meadow."]', "storyboard: not a JSON object"),
+        (b"0:00 A meadow.", "storyboard: not JSON ("),
+        (b"[" * 100_000, "storyboard: not JSON ("),
+        (b"\xff", "'utf-8' codec can't decode"),
+        (b'{"text": "0:06", "chunk": 0.5}', "chunk: 0.5 is not a whole number above 0 and below 10000"),
+    ],
+)
+def test_a_body_that_is_not_understood_has_status_400(node_module, monkeypatch, body, message):
+    module = node_module("storyboard_route")
+    reply = SimpleNamespace(json_response=lambda data, status=200: (data, status))
+    monkeypatch.setattr(module, "web", reply)
+
+    async def read():
+        return body
+
+    (data, status) = asyncio.run(module.answer(SimpleNamespace(read=read)))
+    assert status == 400 and data["error"].startswith(message)
