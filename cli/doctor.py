@@ -71,12 +71,12 @@ def _optional(name: str, packages: list[str], remedy: str) -> Finding:
 
 
 def _ffmpeg() -> Finding:
-    try:
-        import imageio_ffmpeg
+    from ..video.reading import ffmpeg_program, ffmpeg_version
 
-        return Finding("ffmpeg", f"{imageio_ffmpeg.get_ffmpeg_version()} ({imageio_ffmpeg.get_ffmpeg_exe()})")
-    except (ImportError, RuntimeError) as error:
-        return Finding("ffmpeg", f"{error}; pip install imageio-ffmpeg", ok=False)
+    try:
+        return Finding("ffmpeg", f"{ffmpeg_version()} ({ffmpeg_program()})")
+    except ValueError as error:
+        return Finding("ffmpeg", str(error).removeprefix("ffmpeg: "), ok=False)
 
 
 def _file(name: str, path: Path) -> Finding:

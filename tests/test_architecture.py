@@ -29,7 +29,7 @@ PACKAGES = {
     "nodes/storyboard_route.py": {"aiohttp", "server"},
     "nodes/page.py": {"comfy_api", "comfy_execution", "server"},
     "nodes": {"torch", "numpy", "PIL", "comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview"},
-    "cli": {"typer", "rich", "torch", "imageio_ffmpeg", "yaml"},
+    "cli": {"typer", "rich", "torch", "yaml"},
     "__init__.py": set(),
 }
 """What a room may import: the entry of the file, of its folder, or of the room, the first there is."""

@@ -20,7 +20,7 @@ from ..memory.files import HeldError, lock, lock_name, settle
 from ..memory.memory import all_finite
 from .background import AtStop, in_background
 from .frames import to_uint8
-from .reading import VideoError, check_whole, first_line
+from .reading import VideoError, check_whole, ffmpeg_program, first_line
 
 log = logging.getLogger("context_forcing")
 
@@ -148,13 +148,11 @@ def _encode(
 
 def join_videos(paths: Sequence[str | Path], output: str | Path) -> None:
     """Write videos of one size and speed one after the other, without encoding them again. Raises ValueError."""
-    import imageio_ffmpeg
-
     with tempfile.TemporaryDirectory() as folder:
         names = Path(folder) / "names.txt"
         quoted = (str(Path(path).absolute()).replace("'", "'\\''") for path in paths)
         names.write_text("".join(f"file '{path}'\n" for path in quoted), encoding="utf-8")
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-y", "-v", "error", "-f", "concat", "-safe", "0"]
+        command = [ffmpeg_program(), "-nostdin", "-y", "-v", "error", "-f", "concat", "-safe", "0"]
         command += ["-i", f"file:{names}", "-c", "copy", "-movflags", "+faststart", f"file:{output}"]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
@@ -204,8 +202,6 @@ class _Encoder:
     def __init__(
         self, path: Path, size: tuple[int, ...], fps: float, crf: int, preset: str, stderr: IO[bytes], tags: Path | None
     ):  # fmt: skip
-        import imageio_ffmpeg
-
         self._path, self._stderr = path, stderr
         width, height = size
         tagging, movflags = [], "+faststart"
@@ -213,7 +209,7 @@ class _Encoder:
             tagging = ["-f", "ffmetadata", "-i", f"file:{tags}", "-map", "0:v", "-map_metadata", "1"]
             movflags += "+use_metadata_tags"  # else an mp4 keeps only the tags that ffmpeg knows
         command = [
-            imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-f", "rawvideo", "-vcodec", "rawvideo", "-s", f"{width}x{height}",
+            ffmpeg_program(), "-y", "-f", "rawvideo", "-vcodec", "rawvideo", "-s", f"{width}x{height}",
             "-pix_fmt", "rgb24", "-r", str(Fraction(fps).limit_denominator()), "-i", "-", *tagging, "-an", "-vcodec",
             "libx264", "-preset", preset, "-pix_fmt", "yuv420p", "-v", "error", "-crf", str(crf), "-movflags", movflags,
             f"file:{part_name(path)}",

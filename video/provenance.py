@@ -20,7 +20,7 @@ from ..memory.fields import MAX_MESSAGE, checked_fields, json_object, one_line, 
 from ..model.attention import BACKENDS
 from ..model.config import StudentCard
 from .mp4 import check_scale
-from .reading import read_tags
+from .reading import ffmpeg_version, read_tags
 from .story import Story, parse_story, plain_story
 
 ROOT = Path(__file__).parents[1]
@@ -71,9 +71,7 @@ def version_of(package: str) -> str:
 
 def libraries(attention: str) -> str:
     """The versions of torch, ffmpeg and an attention's package, and the cores that ffmpeg's encoder uses."""
-    import imageio_ffmpeg
-
-    named = [f"torch {torch.__version__}", f"ffmpeg {imageio_ffmpeg.get_ffmpeg_version()}", f"cores {os.cpu_count()}"]
+    named = [f"torch {torch.__version__}", f"ffmpeg {ffmpeg_version()}", f"cores {os.cpu_count()}"]
     if attention in BACKENDS:
         named.append(f"{BACKENDS[attention].package} {version_of(BACKENDS[attention].package)}")
     return ", ".join(named)

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -41,6 +42,31 @@ TAG_LINE = re.compile(r"((?:\\.|[^\\=\n])+)=((?:\\.|[^\\\n])*)\n", re.DOTALL)
 
 class VideoError(ValueError):
     """A video cannot be used. The message is the reason, without the name of the file."""
+
+
+def ffmpeg_program() -> str:
+    """The path of ffmpeg. Raises ValueError, one line, if this machine has none."""
+    remedy = "pip install --force-reinstall imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE to the path of an ffmpeg"
+    try:
+        import imageio_ffmpeg
+
+        path = imageio_ffmpeg.get_ffmpeg_exe()
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(f"ffmpeg: there is none ({brief(error)}); {remedy}") from None
+    if shutil.which(path) is None:
+        raise ValueError(f"ffmpeg: {path} is not a program; {remedy}")
+    return path
+
+
+def ffmpeg_version() -> str:
+    """Raises ValueError, one line, for an ffmpeg that does not tell it."""
+    path = ffmpeg_program()
+    import imageio_ffmpeg
+
+    try:
+        return imageio_ffmpeg.get_ffmpeg_version()
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ValueError(f"ffmpeg: {path} does not run ({brief(error)}); set IMAGEIO_FFMPEG_EXE to another") from None
 
 
 def check_video(path: str | Path, start: float = 0.0, end: float | None = None) -> None:
@@ -89,10 +115,11 @@ def read_tags(path: str | Path) -> dict[str, str]:
 
 def read_frames(path: str | Path) -> tuple[float, Iterator[np.ndarray]]:
     """Frames per second of a video, and every frame as a stream, uint8 [H, W, 3]. Raises VideoError for other files."""
-    import imageio_ffmpeg
-
     if not Path(path).is_file():
         raise VideoError("there is no such file")
+    ffmpeg_program()
+    import imageio_ffmpeg
+
     stream = imageio_ffmpeg.read_frames(f"file:{path}", pix_fmt="rgb24", input_params=list(INPUT_LIMITS))
     try:
         info = next(stream)
@@ -154,11 +181,9 @@ def _ffmpeg(
     `demuxer` is the only one that may read the file; by default ffmpeg chooses one by the contents.
     Raises VideoError if ffmpeg fails, before a last run that is shorter, and ValueError if another process ended it.
     """
-    import imageio_ffmpeg
-
     part = ["-ss", f"{start:.6f}"] if start else []
     part += ["-t", f"{end - start:.6f}"] if end is not None else []
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", *["-xerror"] * stop_at_errors, *part]
+    command = [ffmpeg_program(), "-nostdin", "-v", "error", *["-xerror"] * stop_at_errors, *part]
     command += [*INPUT_LIMITS, *(["-f", demuxer] if demuxer else [])]
     command += ["-i", f"file:{path}", "-map", "0:v:0", *options]
     with (

@@ -3,6 +3,8 @@
 import time
 from types import SimpleNamespace
 
+import imageio_ffmpeg
+import numpy as np
 import pytest
 
 SAMPLER, BOARD, SAVE = "ContextForcingSampler", "ContextForcingStoryboard", "ContextForcingSaveVideo"
@@ -88,3 +90,21 @@ def test_without_a_page_there_is_none(node_module, monkeypatch):
         assert module.Page.current() is None
     module.PromptServer.instance.client_id = "browser"
     assert module.Page.current().node == "1"
+
+
+def test_a_preview_without_ffmpeg_is_one_line_of_the_log(node_module, empty_memory, tmp_path, monkeypatch, caplog):
+    """A finished segment is not lost: ComfyUI would drop what a node raises an error after."""
+
+    def none_found():
+        raise RuntimeError("No ffmpeg exe could be found.")
+
+    module = node_module("progress")
+    monkeypatch.setattr(module.Page, "current", lambda: None)
+    progress = module.SegmentProgress(empty_memory(), 1, 16.0, None)
+    progress._page, progress._viewers, progress._is_last = SimpleNamespace(), ["3"], False
+    progress._pictures = [np.zeros((16, 16, 3), np.uint8)]
+    monkeypatch.setattr(module.folder_paths, "get_temp_directory", lambda: str(tmp_path))
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", none_found)
+    assert progress.show_film(("before.mp4",), is_finished=True) == ("before.mp4",)
+    assert [record.getMessage()[:45] for record in caplog.records] == ["preview of the film: ffmpeg: there is none (N"]
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 import subprocess
 
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from context_forcing.cli.doctor import examine
 from context_forcing.video.mp4 import hold_output, join_videos, part_name, write_video
+from context_forcing.video.provenance import libraries
 from context_forcing.video.reading import VideoError, check_whole, read_frames, read_runs, read_tags
 
 SHORT, LONG = 6, 150
@@ -129,10 +132,49 @@ def test_what_is_not_whole_does_not_get_its_name(tmp_path, ffmpeg_that, num_fram
     assert path.read_bytes() == b"the film of yesterday" and not part_name(path).exists()
 
 
-def test_no_ffmpeg_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "none"))
-    with pytest.raises(ValueError, match="none: No such file or directory"):
-        write(tmp_path / "film.mp4", SHORT)
+def none_found():
+    raise RuntimeError("No ffmpeg exe could be found.")
+
+
+@pytest.mark.parametrize(
+    "find, words",
+    [
+        (
+            none_found,
+            "ffmpeg: there is none (No ffmpeg exe could be found.); pip install",
+        ),
+        (lambda: "/nowhere/ffmpeg", "ffmpeg: /nowhere/ffmpeg is not a program; pip install"),
+    ],
+)
+def test_no_ffmpeg_is_one_line(tmp_path, monkeypatch, find, words):
+    """Whatever needs it; nothing is left."""
+    source = tmp_path / "film.mp4"
+    write(source, SHORT)
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", find)
+    (finding,) = (finding for finding in examine() if finding.name == "ffmpeg")
+    assert not finding.ok and finding.text == words.removeprefix("ffmpeg: ") + finding.text.partition("pip install")[2]
+    for work in (
+        lambda: write(tmp_path / "other.mp4", SHORT),
+        lambda: join_videos([source, source], tmp_path / "other.mp4"),
+        lambda: check_whole(source, SHORT, 16),
+        lambda: read_tags(source),
+        lambda: read_frames(source),
+        lambda: libraries("sdpa"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)) as error:
+            work()
+        assert type(error.value) is ValueError and "IMAGEIO_FFMPEG_EXE" in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["film.mp4"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a text file stands in for ffmpeg")
+def test_what_is_no_ffmpeg_is_one_line(tmp_path, monkeypatch):
+    other = tmp_path / "ffmpeg"
+    other.write_text("#!/bin/sh\nexit 3\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(other))
+    with pytest.raises(ValueError, match="^ffmpeg: .*ffmpeg does not run .*; set IMAGEIO_FFMPEG_EXE to another$"):
+        libraries("sdpa")
 
 
 def test_errors_of_the_source_are_its_own(tmp_path):
