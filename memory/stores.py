@@ -70,7 +70,10 @@ class FrameKV:
         return FrameKV(pack(self.keys, kv_dtype, True), pack(self.values, kv_dtype, False), self.written)
 
     def park(self, device: torch.device) -> None:
-        """Move keys and values to a device in place, for all that hold this object. Their values stay the same."""
+        """Move keys and values to a device in place, for all that hold this object; the numbers stay the same.
+
+        The tensors before are free unless someone holds them and not this object.
+        """
         for name in ("keys", "values"):
             object.__setattr__(self, name, getattr(self, name).to(device))
 
@@ -167,7 +170,10 @@ class KVStore(abc.ABC):
         return self.map(lambda kv: kv.to(device, dtype, existing.get(id(kv.written))))
 
     def park(self, device: torch.device) -> None:
-        """Move keys and values to a device in place, so that no other memory that shares them keeps them elsewhere."""
+        """Move keys and values to a device in place (FrameKV.park), also those of memories that share them.
+
+        Frames that only other memories have stay where they are.
+        """
         for _, kv in self.frame_kvs():
             kv.park(device)
 

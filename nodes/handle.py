@@ -52,8 +52,9 @@ class Continuation:
 class MemoryHandle(NamedTuple):
     """A memory between two nodes.
 
-    ComfyUI's cache measures CPU tensors in tuples. `tensors` has those that the memory does not share with the memory
-    before it, so that the handles of a chain have the true size in sum.
+    ComfyUI's cache measures CPU tensors in tuples, no others. `tensors` has those that the memory does not share with
+    the memory before it, so that the handles of a chain have the true size in sum. Tensors on a GPU are not in it: they
+    must be free after an out-of-memory has moved their values to RAM (KVStore.park).
     """
 
     memory: Memory
@@ -68,7 +69,8 @@ class MemoryHandle(NamedTuple):
     def of(cls, memory: Memory, before: Memory | None = None, clips: tuple[str, ...] = ()) -> "MemoryHandle":
         """The handle of a memory that continues the memory `before`."""
         shared = {id(tensor) for tensor in before.tensors()} if before else set()
-        return cls(memory, tuple(tensor for tensor in memory.tensors() if id(tensor) not in shared), [], clips)
+        in_ram = (tensor for tensor in memory.tensors() if tensor.device.type == "cpu")
+        return cls(memory, tuple(tensor for tensor in in_ram if id(tensor) not in shared), [], clips)
 
     def remember(self, inputs: Inputs, after: "MemoryHandle", samples: Tensor, ui: Mapping[str, Any]) -> None:
         """A sampler with these inputs made the memory `after` of this one."""

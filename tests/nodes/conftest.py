@@ -2,6 +2,8 @@ import asyncio
 
 import pytest
 
+from context_forcing.model.sampler import seeded_noise
+
 from .graph import Graph
 from .host import ComfyUI, Host, find_comfyui, template, to_api
 
@@ -50,3 +52,16 @@ def schemas(node_module) -> dict:
     nodes = asyncio.run(node_module("").ContextForcingExtension().get_node_list())
     schemas = [node.define_schema() for node in nodes]
     return {schema.node_id: schema for schema in schemas}
+
+
+@pytest.fixture
+def rollout(net, make_sampler):
+    """(memory, chunks) -> the memory continued."""
+
+    def run(memory, chunks=1):
+        *_, memory = make_sampler(net).rollout(
+            memory, chunks, sigmas=(1.0, 0.5), noise=seeded_noise(0, memory.latent_size)
+        )
+        return memory
+
+    return run

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +11,7 @@ from context_forcing.memory import MemoryConfig
 from context_forcing.memory.packed import KV_DTYPES
 from context_forcing.model.config import StudentCard
 from context_forcing.model.fingerprint import fingerprint
-from context_forcing.model.sampler import COMMIT_ATTENDS, KV_PLACEMENTS, seeded_noise, working_bytes
+from context_forcing.model.sampler import COMMIT_ATTENDS, KV_PLACEMENTS, working_bytes
 
 CPU = torch.device("cpu")
 
@@ -37,52 +36,6 @@ def fake_model(net):
         return SimpleNamespace(**fields | attributes)
 
     return make
-
-
-@pytest.fixture
-def rollout(net, make_sampler):
-    """(memory, chunks) -> the memory continued."""
-
-    def run(memory, chunks=1):
-        *_, memory = make_sampler(net).rollout(
-            memory, chunks, sigmas=(1.0, 0.5), noise=seeded_noise(0, memory.latent_size)
-        )
-        return memory
-
-    return run
-
-
-def test_handles_of_a_chain_have_the_size_of_what_they_keep(node_module, empty_memory, rollout):
-    handle = node_module("handle").MemoryHandle
-    first = rollout(empty_memory(), 2)
-    second = rollout(first)
-    handles = [handle.of(first), handle.of(second, before=first)]
-    kept = {id(tensor): tensor.nbytes for memory in (first, second) for tensor in memory.tensors()}
-    assert sum(tensor.nbytes for handle in handles for tensor in handle.tensors) == sum(kept.values())
-
-
-def test_a_result_is_found_by_the_same_inputs_while_it_is_there(node_module, empty_memory, rollout):
-    module = node_module("handle")
-
-    class Model:
-        pass
-
-    model, text, settings = Model(), torch.ones(1, 2, 4), {"seed": 7}
-    inputs = lambda model=model, text=text, **changed: module.Inputs(
-        model=weakref.ref(model), text=text, settings=settings | changed
-    )
-    before = module.MemoryHandle.of(empty_memory())
-    after, samples = module.MemoryHandle.of(rollout(before.memory)), torch.zeros(1)
-    before.remember(inputs(), after, samples, {"thumbnail": []})
-    found, latents, ui = before.find(inputs(text=text.clone()))
-    assert found.memory is after.memory and found.continuations is after.continuations
-    assert latents is samples and ui == {"thumbnail": []} and not found.tensors
-    assert before.find(inputs(seed=8)) is None and before.find(inputs(text=0 * text)) is None
-    assert before.find(inputs(model=Model())) is None and after.find(inputs()) is None
-    del found, after
-    assert before.find(inputs()) is None
-    before.remember(inputs(), before, samples, {})
-    assert len(before.continuations) == 1, "what is gone is dropped"
 
 
 def test_its_card(node_module, fake_model, caplog):
