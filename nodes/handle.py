@@ -41,6 +41,7 @@ class Continuation:
     samples: weakref.ref[Tensor]
     """Latents of the segment as ComfyUI has them, [1, C, T, H, W]."""
     clips: tuple[str, ...]
+    autosave: str
     continuations: "list[Continuation]"
     ui: Mapping[str, Any]
 
@@ -64,19 +65,23 @@ class MemoryHandle(NamedTuple):
     same segment in another storyboard, for example a branch, would be made again."""
     clips: tuple[str, ...] = ()
     """Previews of the video's segments in order, files of the temporary folder; a segment may have none."""
+    autosave: str = ""
+    """File of this memory, or of one before it, that the next segment's autosave replaces; "" if there is none."""
 
     @classmethod
-    def of(cls, memory: Memory, before: Memory | None = None, clips: tuple[str, ...] = ()) -> "MemoryHandle":
+    def of(
+        cls, memory: Memory, before: Memory | None = None, clips: tuple[str, ...] = (), autosave: str = ""
+    ) -> "MemoryHandle":
         """The handle of a memory that continues the memory `before`."""
         shared = {id(tensor) for tensor in before.tensors()} if before else set()
         in_ram = (tensor for tensor in memory.tensors() if tensor.device.type == "cpu")
-        return cls(memory, tuple(tensor for tensor in in_ram if id(tensor) not in shared), [], clips)
+        return cls(memory, tuple(tensor for tensor in in_ram if id(tensor) not in shared), [], clips, autosave)
 
     def remember(self, inputs: Inputs, after: "MemoryHandle", samples: Tensor, ui: Mapping[str, Any]) -> None:
         """A sampler with these inputs made the memory `after` of this one."""
         self.continuations[:] = [each for each in self.continuations if each.is_alive]
         refs = {"memory": weakref.ref(after.memory), "samples": weakref.ref(samples)}
-        more = {"clips": after.clips, "continuations": after.continuations, "ui": ui}
+        more = {"clips": after.clips, "autosave": after.autosave, "continuations": after.continuations, "ui": ui}
         self.continuations.append(Continuation(inputs=inputs, **refs, **more))
 
     def find(self, inputs: Inputs) -> "tuple[MemoryHandle, Tensor, Mapping[str, Any]] | None":
@@ -85,5 +90,6 @@ class MemoryHandle(NamedTuple):
             memory, samples = each.memory(), each.samples()
             if memory is not None and samples is not None and each.inputs == inputs:
                 # Its tensors count for the handle that was there first.
-                return MemoryHandle(memory, (), each.continuations, each.clips), samples, each.ui
+                handle = MemoryHandle(memory, (), each.continuations, each.clips, each.autosave)
+                return handle, samples, each.ui
         return None

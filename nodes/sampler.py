@@ -152,7 +152,7 @@ class ContextForcingSampler(io.ComfyNode):
         chunks = generate_segment(
             sampler_of, before, text, sigmas=card.sigmas, fallback=fallback_of(student, layout, kv_dtype), **segment
         )
-        after, picture, clips, finished = before, None, memory.clips, 0
+        after, picture, clips, saved, finished = before, None, memory.clips, memory.autosave, 0
         try:
             for finished, after in enumerate(chunks, 1):
                 picture = progress.show(after, finished)
@@ -160,10 +160,10 @@ class ContextForcingSampler(io.ComfyNode):
             # Also after an interrupt or an error.
             clips = progress.show_film(clips, is_finished=finished == num_chunks)
             if autosave and after is not before:
-                write_autosave(after)
+                saved = write_autosave(after, saved, is_finished=finished == num_chunks)
         latents = torch.cat(after.latent_chunks[-num_chunks:], dim=2)
         samples = model.model.process_latent_out(latents).to(mm.intermediate_device())
-        handle = MemoryHandle.of(keep_memory(after, keep_in, before), before, clips)
+        handle = MemoryHandle.of(keep_memory(after, keep_in, before), before, clips, saved)
         shown = segment_ui(after, num_chunks, card.fps, picture)
         memory.remember(inputs, handle, samples, shown)
         return io.NodeOutput(handle, {"samples": samples}, ui=shown)

@@ -1,6 +1,11 @@
 """Where memories are kept: between nodes, and in files of ComfyUI's folders."""
 
+import contextlib
+import functools
 import os
+import stat
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import comfy.model_management as mm
@@ -19,6 +24,8 @@ from .shared import CATEGORY, log, named_as
 FOLDER = "context_forcing"
 """Folder of memory files under ComfyUI's output folder."""
 SUFFIX = ".safetensors"
+PERIOD, TICK = 300.0, 2.0
+"""Seconds for which the list of a folder that did not change is kept, and those that two changes are apart at least."""
 
 
 def keep_memory(memory: Memory, place: str, before: Memory) -> Memory:
@@ -28,26 +35,80 @@ def keep_memory(memory: Memory, place: str, before: Memory) -> Memory:
     return memory if place == "GPU" else memory.to(mm.intermediate_device(), before=before)
 
 
-def write_autosave(memory: Memory) -> None:
-    """Write a memory to a new file, compact where it supports that. A failure is logged, not raised."""
+def write_autosave(memory: Memory, before: str, is_finished: bool) -> str:
+    """Write a memory to a new file, compact where it supports that. A failure is logged, not raised.
+
+    A file that is not compact has about 5 GB for a 1.3B student, so only the newest of a chain is kept: `before`, the
+    path of the segment before's file or "", is deleted when the segment is finished and the new file is whole. Returns
+    the path that the next segment has as `before`.
+    """
+    is_compact = memory.supports("compact")
     try:
         file = new_file(f"{FOLDER}/autosave", SUFFIX)
-        save_memory(file.path, memory.compact() if memory.supports("compact") else memory)
-        log.info("memory saved to %s", file.path)
+        save_memory(file.path, memory.compact() if is_compact else memory)
     except (ValueError, OSError) as error:
         log.warning("autosave: %s", error)
+        return before
+    list_again()
+    log.info("memory saved to %s", file.path)
+    if is_compact or not is_finished:
+        return before
+    if before:
+        try:
+            os.unlink(before)
+            log.info("the memory before it is deleted: %s", before)
+        except OSError as error:  # deleted by the user or a branch, or in use
+            log.info("the memory before it is not deleted: %s (%s)", before, error.strerror)
+    return file.path
+
+
+@functools.lru_cache(4096)
+def _entries(folder: str, time: float, period: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Paths of the folders in a folder, without links, and of the names in it that a memory can have.
+
+    The `time` of the folder and the number of a `period` are there so that a folder is read again after a change.
+    """
+    with os.scandir(folder) as found:
+        entries = list(found)
+    folders = (entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
+    return tuple(folders), tuple(entry.path for entry in entries if entry.name.endswith(SUFFIX))
+
+
+list_again = _entries.cache_clear
+"""For a file that this pack writes: some file systems do not change the time of a folder (FAT in Windows)."""
+
+
+def _files_under(root: str) -> Iterator[str]:
+    """Paths of possible memories under a folder.
+
+    ComfyUI asks for the list several times in every run, and 100,000 pictures may lie there. So a folder is not read
+    again while its time is the same, for PERIOD seconds at most; one that changed just now may change again in the
+    same tick of its clock.
+    """
+    waiting = [root]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            changed = os.stat(folder).st_mtime
+            read = _entries if time.time() - changed > TICK else _entries.__wrapped__
+            folders, files = read(folder, changed, time.monotonic() // PERIOD)
+        except OSError:  # deleted in the meantime, or not readable
+            continue
+        waiting += folders
+        yield from files
 
 
 def memory_files() -> list[str]:
     """Possible memories: in `context_forcing` of the output folder, latest first, then in the input folder."""
     files = []
     for root, kind in ((folder_paths.get_output_directory(), "output"), (folder_paths.get_input_directory(), "input")):
-        for folder, _, names in os.walk(root):
-            for path in (os.path.join(folder, name) for name in names if name.endswith(".safetensors")):
-                name = os.path.relpath(path, root)
+        for path in _files_under(root):
+            name = os.path.relpath(path, root)
+            if kind == "input" or FOLDER in name:
                 # A link may be broken, or the file deleted in the meantime.
-                if (kind == "input" or FOLDER in name) and os.path.isfile(path):
-                    files.append((kind == "input", -os.path.getmtime(path), f"{name} [{kind}]"))
+                with contextlib.suppress(OSError):
+                    if stat.S_ISREG((found := os.stat(path)).st_mode):
+                        files.append((kind == "input", -found.st_mtime, f"{name} [{kind}]"))
     return [name for *_, name in sorted(files)]
 
 
@@ -80,6 +141,7 @@ class ContextForcingSaveMemory(io.ComfyNode):
         file = new_file(filename_prefix, SUFFIX, cls.hidden.prompt)
         with named_as("output", file.path, file.relative):
             save_memory(file.path, kept)
+        list_again()
         written = f"{file.relative}, {os.path.getsize(file.path) / 1e6:.1f} MB"
         if page := Page.current():
             page.show_text(written)  # ComfyUI's page shows the text of a result on Preview as Text only

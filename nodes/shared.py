@@ -58,7 +58,8 @@ def storage_inputs() -> list[io.Input]:
             " memory. compact: no keys and values, smallest; the next sampler computes them again, not bit for bit."),
         io.Boolean.Input("autosave", default=False, **ADVANCED,
             tooltip="Also write the memory to output/context_forcing after every segment, and after an interrupt. Load"
-            " Memory continues from the file."),
+            " Memory continues from the file. Files are compact; with policy released they cannot be (about 5 GB), and"
+            " the file of the segment before is deleted."),
         io.Combo.Input("layout", options=list(KV_PLACEMENTS), default="at once", **ADVANCED,
             tooltip="Where keys and values are during sampling; the video is the same. at once: fastest, twice the"
             " memory's size in video memory. by layer: once its size, slower. from RAM: least, slow."),

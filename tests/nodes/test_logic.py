@@ -1,7 +1,6 @@
 """Logic of the nodes without ComfyUI, whose modules are stubs here."""
 
 import dataclasses
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -283,64 +282,6 @@ def test_settings_replace_single_fields(node_module):
 def test_wrong_steps_are_named(node_module):
     with pytest.raises(ValueError, match="^steps: '1000, abc' is not a list of numbers"):
         node_module("student_settings").with_settings(StudentCard(), **AS_IS | {"steps": "1000, abc"})
-
-
-@pytest.fixture
-def files(node_module, tmp_path, monkeypatch):
-    module = node_module("save_load")
-    for kind in ("output", "input"):
-        (tmp_path / kind).mkdir()
-        monkeypatch.setattr(module.folder_paths, f"get_{kind}_directory", lambda kind=kind: str(tmp_path / kind))
-    monkeypatch.setattr(
-        module.folder_paths,
-        "get_save_image_path",
-        lambda prefix, root, *size: (os.path.join(root, "a"), "b", 7, "a", prefix),
-    )
-    return module
-
-
-def test_the_latest_memories_come_first(files, tmp_path):
-    for age, name in enumerate(
-        ("output/context_forcing/new", "output/other", "output/context_forcing/old", "input/any")
-    ):
-        path = tmp_path / f"{name}.safetensors"
-        path.parent.mkdir(exist_ok=True)
-        path.touch()
-        os.utime(path, (1000 - age, 1000 - age))
-    (tmp_path / "input" / "broken.safetensors").symlink_to(tmp_path / "nowhere")
-    (tmp_path / "input" / "image.png").touch()
-    assert files.memory_files() == [
-        "context_forcing/new.safetensors [output]", "context_forcing/old.safetensors [output]",
-        "any.safetensors [input]",
-    ]  # fmt: skip
-
-
-def test_a_memory_is_kept_where_it_is_asked_for(files, empty_memory, rollout, monkeypatch):
-    monkeypatch.setattr(files.mm, "intermediate_device", lambda: CPU)
-    before = rollout(empty_memory())
-    after = rollout(before)
-    assert files.keep_memory(after, "GPU", before) is after
-    assert files.keep_memory(after, "compact", before).is_compact
-    shared = {id(tensor) for tensor in before.tensors()}
-    assert len([t for t in files.keep_memory(after, "RAM", before).tensors() if id(t) in shared]) > 2
-
-
-def test_autosave_is_compact_where_it_can_be(files, empty_memory, rollout, tmp_path):
-    (tmp_path / "output" / "a").mkdir()
-    for policy, compact in (("novel", True), ("released", False)):
-        files.write_autosave(rollout(empty_memory(policy=policy)))
-        path = tmp_path / "output" / "a" / "b_00007_.safetensors"
-        assert files.load_memory(path).is_compact == compact
-        path.unlink()
-
-
-def test_a_failed_autosave_is_logged(files, empty_memory, rollout, monkeypatch, caplog):
-    def refuse(path, memory):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(files, "save_memory", refuse)
-    files.write_autosave(rollout(empty_memory()))
-    assert "autosave: disk full" in caplog.text
 
 
 @pytest.mark.parametrize(
