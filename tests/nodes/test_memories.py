@@ -11,6 +11,7 @@ from context_forcing.memory.snapshot import load_memory as load_snapshot
 from context_forcing.model.codecs.base import normalise
 
 from .graph import (  # fmt: skip
+    CHUNK_FRAMES,
     CHUNK_SECONDS,
     FOLDER,
     PROMPTS,
@@ -187,6 +188,24 @@ def test_finished_chunks_of_an_interrupted_segment_are_saved(host, graph, demo):
     loaded = later.add("ContextForcingLoadMemory", file=load_memory_input(host, file))
     saved = later.save(later.sampler(demo, later.text(demo), loaded, seed=21))
     assert latents(host, succeeded(host.run(later.prompt)), saved).shape[2] == 3
+
+
+def test_of_exact_autosaves_of_a_chain_the_newest_stays(host, graph, demo):
+    """Policy released: three segments, one file, which has all of them and goes on bit for bit."""
+    memory = graph.memory(demo, policy="released")
+    for _ in range(3):
+        memory = graph.sampler(demo, graph.text(demo), memory, seed=23, autosave=True)
+    before = set((host.base / "output" / FOLDER).glob("autosave*"))
+    saved = graph.save(graph.sampler(demo, graph.text(demo), memory, seed=23))
+    expected = latents(host, succeeded(host.run(graph.prompt)), saved)
+    (file,) = set((host.base / "output" / FOLDER).glob("autosave*")) - before
+    assert load_file(file)["film"].shape[2] == 3 * CHUNK_FRAMES
+
+    later = Graph()
+    demo = later.add("ContextForcingLoadDemo")
+    loaded = later.add("ContextForcingLoadMemory", file=load_memory_input(host, file))
+    saved = later.save(later.sampler(demo, later.text(demo), loaded, seed=23))
+    assert torch.equal(latents(host, succeeded(host.run(later.prompt)), saved), expected)
 
 
 @pytest.fixture
