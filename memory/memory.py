@@ -19,7 +19,7 @@ from .config import MemoryConfig
 from .fields import quoted
 from .layer_store import LayerStore
 from .policy import Decision, Slots
-from .recall import MAX_READS, Archive, Recall
+from .recall import MAX_READS, Film, Recall
 from .references import Reference, reference_frames
 from .stores import AddUp, FrameKV, FrameStore, KVStore
 from .view import Rotate
@@ -67,6 +67,8 @@ class Memory:
     decisions: tuple[Decision, ...] = ()
     recalls: tuple[Recall, ...] = ()
     """What policy recall chose for every chunk."""
+    film: Film = dataclasses.field(default_factory=Film, repr=False, compare=False)
+    """The latent chunks described, for policy recall. A file does not have it: it is found again when it is needed."""
     segments: tuple[Segment, ...] = ()
     student: str = ""
     """Fingerprint of the network that computed the keys; empty while there are none."""
@@ -231,13 +233,17 @@ class Memory:
         num_new, start = latents_BCTHW.shape[2], self.start_latents
         frames = range(self.num_frames, self.num_frames + num_new)
         chunks = (*self.latent_chunks, latents_BCTHW.detach().to("cpu", copy=True))
-        choose = functools.partial(self._choose, chunks)
+        film = self.film
+        for chunk in chunks[len(film.starts) :] if self.config.recalls and self.config.slow else ():
+            film = film.extended(chunk)
+        choose = functools.partial(self._choose, film)
         store, decisions = self.store.append(self.config, frames, new_kv, choose, add_up)
         return dataclasses.replace(
             self,
             store=store,
             decisions=self.decisions + decisions,
             latent_chunks=chunks,
+            film=film,
             recalls=(*self.recalls, self._recalled(frames.stop, store)) if self.config.recalls else (),
             start_latents=start[:, :, num_new:] if start is not None and start.shape[2] > num_new else None,
             scene_begins=False,
@@ -252,15 +258,12 @@ class Memory:
         """The latent frames of every chunk."""
         return [range(first, end) for first, end in itertools.pairwise(self._ends)]
 
-    def _choose(
-        self, latent_chunks: Sequence[Tensor], held: tuple[int, ...], remembered: tuple[int, ...]
-    ) -> tuple[int, ...]:
-        """What policy recall chooses after a commit; `latent_chunks` include the new chunk."""
-        readable = [frames for frames in self.chunks() if frames.start >= self.first_recalled]
+    def _choose(self, film: Film, held: tuple[int, ...], remembered: tuple[int, ...]) -> tuple[int, ...]:
+        """What policy recall chooses after a commit; `film` includes the new chunk."""
         # A read for every chunk of the film, saved up while nothing has to be read.
-        reads = min(MAX_READS, len(latent_chunks) - sum(recall.num_reads for recall in self.recalls))
+        reads = min(MAX_READS, len(film.starts) - sum(recall.num_reads for recall in self.recalls))
         of_film = [frame for frame in remembered if frame >= 0]
-        return Archive(latent_chunks).choose(self.config.slow, held, of_film, readable, reads)
+        return film.choose(self.config.slow, held, of_film, range(self.first_recalled, self.num_frames), reads)
 
     @property
     def unread(self) -> tuple[int, ...]:

@@ -1,36 +1,35 @@
-"""Policy recall: before every chunk, slow frames are chosen anew from the whole film (docs/memory.md, Policies).
+"""Policy recall: before every chunk, slow frames are chosen anew from the film (docs/memory.md, Recall).
 
-A latent frame is described by its clean latents. The shift along the rows from each frame to the one a chunk later says
-how the camera moved, and the sum of shifts says where the view of every frame is. Frames are chosen by their distance
-to the coming view, and not by likeness alone: landmarks that look the same stand at many places.
+The shift along the rows from each frame to the one a chunk later says how the camera moved, and the sum of shifts says
+where the view of every frame is. Frames are chosen by their distance to the coming view, and not by likeness alone:
+landmarks that look the same stand at many places.
 
-Likeness of two tokens: 2 a.b / (|a|^2 + |b|^2), which is 1 for equal ones and less for another direction or length.
-
-Shapes: T latent frames, R C rows and columns of tokens, D values of a token.
+The work for a chunk does not grow with the film: the places of a chunk's frames are found when it is committed, and a
+choice looks at a bounded number of frames around the coming view. Of a short film these are all.
 """
 
-import itertools
+import dataclasses
+import heapq
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-MAX_TOKENS = 512
-"""Largest number of tokens of a descriptor: 64 KiB in float16 with 16 latent channels."""
-PATCH = 2
-"""Latent rows and columns of a token."""
+from .descriptors import Views, describe
+
 ALIKE = 0.65
 """Frames of a higher likeness, place by place, show the same: one of them is enough."""
 MAX_READS = 4
 """Chunks that are read again after one commit at most; on average one."""
 FITS = 0.1
 """Fit below which no shift says how the camera moved: the film was cut."""
-BLOCK = 256
-"""Frames compared at once; bounds the size of float32 copies."""
+LOOKED_AT = 256
+"""Frames that a choice looks at, about, besides those that are held. A film of so few is looked at whole."""
+OF_ONE_PLACE = 16
+"""Frames of one place that are looked at if there are as many, however many other places are near."""
 
 
 @dataclass(frozen=True)
@@ -47,138 +46,147 @@ class Recall:
 Choose = Callable[[tuple[int, ...], tuple[int, ...]], tuple[int, ...]]
 """(frames whose keys are held, frames in sink and fast) -> slow frames for the next chunk."""
 
-_DESCRIPTORS: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Descriptors of a chunk's latents, kept as long as the latents."""
 
+@dataclass(frozen=True, kw_only=True)
+class Film:
+    """The film so far, described: an immutable value, a function of the film's chunks, one after the other.
 
-def describe(latents_BCTHW: Tensor) -> Tensor:
-    """Descriptors of the frames of a chunk, [T, R, C, D], float16."""
-    if latents_BCTHW not in _DESCRIPTORS:
-        frames = latents_BCTHW[0].movedim(1, 0).float()
-        grids = (tuple(max(1, size // PATCH // n) for size in frames.shape[-2:]) for n in itertools.count(1))
-        rows, columns = next(grid for grid in grids if math.prod(grid) <= MAX_TOKENS)
-        patches = F.adaptive_avg_pool2d(frames, (rows * PATCH, columns * PATCH))
-        patches = patches.unflatten(-1, (-1, PATCH)).unflatten(-3, (-1, PATCH))
-        _DESCRIPTORS[latents_BCTHW] = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).half()
-    return _DESCRIPTORS[latents_BCTHW]
+    Values of tokens are relative to the film's mean token: for places, the mean when the chunk was committed.
+    """
 
+    starts: tuple[int, ...] = ()
+    """The first frame of every chunk."""
+    tokens: tuple[Tensor, ...] = ()
+    """The descriptor of every frame, [R, C, D], float16."""
+    total: Tensor | None = None
+    """Sum of all tokens, [D], float64."""
+    place: tuple[int, ...] = ()
+    """Of every frame: columns from the first frame of its stretch."""
+    stretch: tuple[int, ...] = ()
+    """Of every frame: the frame that its stretch begins with. Places of two stretches cannot be compared."""
+    at: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """The frames at every place of the latest stretch, oldest first."""
 
-class Archive:
-    """The film so far, described. Values of tokens are relative to the film's mean token."""
+    def extended(self, latents_BCTHW: Tensor) -> "Film":
+        """The film with one more chunk.
 
-    def __init__(self, chunks: Sequence[Tensor]):
-        self.tokens, self.last_chunk = torch.cat([describe(chunk) for chunk in chunks]), chunks[-1].shape[2]
-        sums = [block.double().sum((0, 1, 2)) for block in self.tokens.split(BLOCK)]
-        self.mean = (torch.stack(sums).sum(0) / self.tokens[..., 0].numel()).float()
-
-    def places(self) -> tuple[Tensor, Tensor]:
-        """The place of every frame, in columns from the first frame, and its stretch of the film, [T] each.
-
-        Where no shift fits two consecutive frames, a new stretch begins; places of two stretches cannot be compared.
-        Within a stretch a frame is compared with the one a chunk before.
+        Where no shift fits two consecutive frames, a new stretch begins. Within a stretch a frame is compared with the
+        one a chunk before.
         """
-        frames = torch.arange(len(self.tokens))
-        is_cut = self._step(frames, (frames - 1).clamp(min=0))[1] < FITS
-        begin = torch.where(is_cut, frames, 0).cummax(0).values
-        before = (frames - self.last_chunk).maximum(begin)
-        place, steps = [0] * len(frames), self._step(frames, before)[0].tolist()
-        for frame, earlier in enumerate(before.tolist()):
-            place[frame] = place[earlier] + steps[frame]
-        return torch.tensor(place), is_cut.long().cumsum(0)
+        new = describe(latents_BCTHW)
+        first, start = len(self.tokens), self.starts[-1] if self.starts else 0
+        film = dataclasses.replace(
+            self,
+            starts=(*self.starts, first),
+            tokens=(*self.tokens, *new.unbind()),
+            total=new.double().sum((0, 1, 2)) + (0 if self.total is None else self.total),
+        )
+        frames, views = range(first, first + len(new)), film._views(range(first, first + len(new)))
+        shift = lambda befores: views.shift_from(film._views(befores))
+        place, stretch = list(self.place), list(self.stretch)
+        for frame, fit in zip(frames, shift([max(0, frame - 1) for frame in frames])[1].tolist()):
+            stretch.append(frame if fit < FITS or not frame else stretch[-1])
+        befores = [max(start, stretch[frame], frame - len(new)) for frame in frames]
+        for frame, before, step in zip(frames, befores, shift(befores)[0].tolist()):
+            place.append(0 if before == frame else place[before] + step)
+        at = dict(self.at) if self.stretch[-1:] == (stretch[-1],) else {}
+        for frame in frames[max(0, stretch[-1] - first) :]:
+            at[place[frame]] = (*at.get(place[frame], ()), frame)
+        return dataclasses.replace(film, place=tuple(place), stretch=tuple(stretch), at=at)
 
-    def _step(self, frames: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-        """The best shift of every frame from another, in columns, and the fit there, [T] each."""
-        pairs = zip(before.split(BLOCK), frames.split(BLOCK))
-        fits = torch.cat([self._fit(self._centred(earlier), self._centred(later)) for earlier, later in pairs], dim=1)
-        fit, best = fits.max(dim=0)
-        return self._shifts()[best], fit
-
-    def resemblance(self, frame: int) -> Tensor:
-        """How well every frame fits a frame at its best shift, [T]."""
-        query = self._centred(slice(frame, frame + 1))
-        return torch.cat([self._fit(query, block).amax(0) for block in self._blocks()])
-
-    def similarity(self, frame: int) -> Tensor:
-        """Likeness with every frame, place by place, [T]."""
-        query = self._centred(slice(frame, frame + 1))
-        squares = lambda tokens: tokens.square().sum(-1)
-        likeness = lambda block: 2 * (query * block).sum(-1) / (squares(query) + squares(block)).clamp(min=1e-12)
-        return torch.cat([likeness(block).mean((1, 2)) for block in self._blocks()])
+    def run_of(self, frame: int) -> range:
+        """The chunk of a frame."""
+        chunk = bisect_right(self.starts, frame)
+        return range(self.starts[chunk - 1], (*self.starts[chunk : chunk + 1], len(self.tokens))[0])
 
     def choose(
-        self, count: int, held: Collection[int], remembered: Sequence[int], readable: Sequence[range], reads: int
+        self, count: int, held: Collection[int], remembered: Collection[int], readable: range, reads: int
     ) -> tuple[int, ...]:
         """The `count` frames whose views are nearest to the coming one, no two alike, oldest first.
 
         None is `remembered`. Of frames that show the same from the same place, the oldest is chosen: later ones are
-        copies of it. Frames that are not `held` are from `reads` of the `readable` runs at most.
+        copies of it. Frames that are not `held` are `readable`, and from `reads` chunks at most.
         """
         if not count:
             return ()
-        free = torch.zeros(len(self.tokens), dtype=torch.bool)
-        free[[*held, *itertools.chain(*readable)]] = True
-        free[list(remembered)] = False
-        place, stretch = self.places()
-        run_of = {frame: run for run in readable for frame in run}
-        is_held = torch.zeros_like(free)
-        is_held[list(held)] = True
-        can_be_had = torch.ones_like(free) if reads else is_held
-        chosen, read = [], set()
-        for frame in self._nearest(place, stretch):
+        middle = self._middle()
+        frames = sorted({*self._around(middle, readable), *held} - {*remembered})
+        if not frames:
+            return ()
+        views, where = self._views(frames), [(self.stretch[frame], self.place[frame]) for frame in frames]
+        same_place: dict[tuple[int, int], set[int]] = {}
+        for index, each in enumerate(where):
+            same_place.setdefault(each, set()).add(index)
+        free, chosen, read = {*range(len(frames))}, [], set()
+        is_held = frozenset(bisect_left(frames, frame) for frame in {*held} - {*remembered})
+        at_hand = {*is_held}
+        can_be_had = free if reads else at_hand
+        for index in self._nearest_first(middle, where, views):
             if len(chosen) == count:
                 break
-            candidates = free & can_be_had & (place == place[frame]) & (stretch == stretch[frame])
-            if not free[frame] or not candidates.any():
+            if index not in free or not (candidates := same_place[where[index]] & can_be_had & free):
                 continue
-            alike = self.similarity(frame) >= ALIKE
-            copies = (candidates & alike).nonzero()[:, 0].tolist()
-            if not copies:
+            alike = {*(views.likeness(index) >= ALIKE).nonzero()[:, 0].tolist()}
+            if not (copies := candidates & alike):
                 continue
-            chosen.append(copies[0])
-            free &= ~alike
-            if not is_held[copies[0]]:
-                read.add(run_of[copies[0]])
-            if len(read) == reads:
-                can_be_had = is_held.clone()
-                can_be_had[list(itertools.chain(*read))] = True
+            oldest = min(copies)
+            chosen.append(frames[oldest])
+            free -= alike
+            run = self.run_of(frames[oldest])
+            if oldest not in is_held and run not in read:
+                read.add(run)
+                at_hand |= {*range(bisect_left(frames, run.start), bisect_left(frames, run.stop))}
+                if len(read) == reads:
+                    can_be_had = at_hand
         return tuple(sorted(chosen))
 
-    def _nearest(self, place: Tensor, stretch: Tensor) -> list[int]:
-        """All frames, those nearest to the coming view first; frames of one place in the order of their resemblance.
+    def _middle(self) -> float:
+        """The place in the middle of the coming view, which is expected to go on as in the last chunk."""
+        latest, length = len(self.place) - 1, len(self.place) - self.starts[-1]
+        earlier = max(0, latest - length)
+        going = self.place[latest] - self.place[earlier] if self.stretch[latest] == self.stretch[earlier] else 0
+        return self.place[latest] + going * (length + 1) / (2 * length)
 
-        The view is expected to go on as in the last chunk. Frames of other stretches come last.
+    def _around(self, middle: float, readable: range) -> Iterator[int]:
+        """The readable frames that a choice looks at: at the places nearest to `middle`, and of earlier stretches.
+
+        Where there are more than LOOKED_AT, each place and the earlier stretches give frames spread over the film.
         """
-        latest = len(place) - 1
-        earlier = max(0, latest - self.last_chunk)
-        going = place[latest] - place[earlier] if stretch[latest] == stretch[earlier] else place.new_zeros(())
-        middle = place[latest] + going * (self.last_chunk + 1) / (2 * self.last_chunk)
-        away = torch.where(stretch == stretch[latest], (place - middle).abs(), torch.inf)
-        order = self.resemblance(latest).argsort(descending=True, stable=True)
-        return order[away[order].argsort(stable=True)].tolist()
+        places, groups, room = sorted(self.at), list[Sequence[int]](), LOOKED_AT
+        split = bisect_left(places, middle)
+        for place in heapq.merge(places[:split][::-1], places[split:], key=lambda place: abs(place - middle)):
+            frames = self.at[place]
+            frames = frames[bisect_left(frames, readable.start) : bisect_left(frames, readable.stop)]
+            groups.append(frames)
+            room -= min(len(frames), OF_ONE_PLACE)
+            if room <= 0:
+                break
+        groups.append(range(readable.start, min(readable.stop, self.stretch[-1])))
+        most = LOOKED_AT
+        while most > OF_ONE_PLACE and sum(len(_spread(frames, most)) for frames in groups) > LOOKED_AT:
+            most //= 2
+        for frames in groups:
+            yield from _spread(frames, most)
 
-    def _shifts(self) -> Tensor:
-        """The shifts at which frames are compared, in columns, [S]. At least two columns overlap."""
-        most = max(0, self.tokens.shape[2] - 2)
-        return torch.arange(-most, most + 1)
+    def _nearest_first(self, middle: float, where: Sequence[tuple[int, int]], views: Views) -> list[int]:
+        """The order of frames by the distance from `middle`, and at one place by how well they fit the latest frame.
 
-    def _fit(self, earlier: Tensor, later: Tensor) -> Tensor:
-        """How well frames fit others (one, or one each) whose view begins so many columns further right, [S, T].
-
-        The square of the likeness, times the root of the share of columns that overlap.
+        Frames of other stretches come last.
         """
-        likeness = 2 * torch.einsum("trcd,trkd->trck", earlier.expand_as(later), later)
-        squares = earlier.square().sum(-1)[..., :, None] + later.square().sum(-1)[..., None, :]
-        likeness = likeness / squares.clamp(min=1e-12)
-        columns = self.tokens.shape[2]
-        return torch.stack(
-            [
-                likeness.diagonal(-d, 2, 3).mean((1, 2)).clamp(min=0).square() * (1 - abs(d) / columns) ** 0.5
-                for d in self._shifts().tolist()
-            ]
-        )
+        away = [abs(place - middle) if stretch == self.stretch[-1] else math.inf for stretch, place in where]
+        fit = views.shift_from(self._views([len(self.tokens) - 1]))[1].tolist()
+        return sorted(range(len(where)), key=lambda index: (away[index], -fit[index]))
 
-    def _blocks(self) -> Iterator[Tensor]:
-        return (self._centred(slice(first, first + BLOCK)) for first in range(0, len(self.tokens), BLOCK))
+    def _views(self, frames: Sequence[int]) -> Views:
+        """Frames, relative to the mean token of the film."""
+        assert self.total is not None, "a film has a chunk"
+        mean = self.total / (len(self.tokens) * self.tokens[0][..., 0].numel())
+        return Views(torch.stack([self.tokens[frame] for frame in frames]) - mean.float())
 
-    def _centred(self, frames: slice | Tensor) -> Tensor:
-        return self.tokens[frames].float() - self.mean
+
+def _spread(frames: Sequence[int], most: int) -> Sequence[int]:
+    """At most so many of the frames, each the same number apart: a power of two, so that they seldom change."""
+    apart = 1
+    while len(frames) > most * apart:
+        apart *= 2
+    return frames[::apart]
