@@ -29,7 +29,7 @@ FITS = 0.1
 LOOKED_AT = 256
 """Frames that a choice looks at, about, besides those that are held. A film of so few is looked at whole."""
 OF_ONE_PLACE = 16
-"""Frames of one place that are looked at if there are as many, however many other places are near."""
+"""Frames of one place that are looked at, at most, where many places are near. Of more, at least half as many are."""
 
 
 @dataclass(frozen=True)
