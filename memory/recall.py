@@ -94,11 +94,6 @@ class Film:
             at[place[frame]] = (*at.get(place[frame], ()), frame)
         return dataclasses.replace(film, place=tuple(place), stretch=tuple(stretch), at=at)
 
-    def run_of(self, frame: int) -> range:
-        """The chunk of a frame."""
-        chunk = bisect_right(self.starts, frame)
-        return range(self.starts[chunk - 1], (*self.starts[chunk : chunk + 1], len(self.tokens))[0])
-
     def choose(
         self, count: int, held: Collection[int], remembered: Collection[int], readable: range, reads: int
     ) -> tuple[int, ...]:
@@ -132,10 +127,10 @@ class Film:
             oldest = min(copies)
             chosen.append(frames[oldest])
             free -= alike
-            run = self.run_of(frames[oldest])
-            if oldest not in is_held and run not in read:
-                read.add(run)
-                at_hand |= {*range(bisect_left(frames, run.start), bisect_left(frames, run.stop))}
+            chunk = bisect_right(self.starts, frames[oldest])
+            if oldest not in is_held and chunk not in read:
+                read.add(chunk)
+                at_hand |= {i for i, frame in enumerate(frames) if bisect_right(self.starts, frame) == chunk}
                 if len(read) == reads:
                     can_be_had = at_hand
         return tuple(sorted(chosen))
