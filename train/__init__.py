@@ -28,7 +28,7 @@ def _export(folder: Path, out: Path) -> Path:
     if path is None:
         raise ValueError(f"run: {folder} has no checkpoint; give the folder of a run")
     run = read_run(path)
-    stage = build_stage(run["stage"], config_from_json(run["stage"], run["config"]))
+    stage = build_stage(run["stage"], config_from_json(run["stage"], run["config"] | {"sequence": 1}))
     Checkpoints(folder, stage, run["stage"]).load(extra_state=False)
     return stage.export(out, run["step"], run["seconds"], run["revision"])
 
@@ -49,5 +49,7 @@ def plan_stage(stage: str, config_name: str, overrides: Sequence[str], tflops: f
     parts: list[Any] = [f"{stage}, {config_name}", yaml.safe_dump(values, sort_keys=False, default_flow_style=None)]
     if isinstance(settings, NetworkConfig):
         world_size = int(os.environ.get("WORLD_SIZE", 1))
-        parts.append(plan(settings, world_size).table(f"one of {world_size} processes, an iteration", tflops))
+        shared = f"{settings.sequence} for each sample, " if settings.sequence > 1 else ""
+        title = f"one of {world_size} processes, {shared}an iteration"
+        parts.append(plan(settings, world_size).table(title, tflops))
     return parts

@@ -29,6 +29,7 @@ from .stage import Stage
 
 MAY_CHANGE = (
     "steps",
+    "sequence",
     "checkpoint_every",
     "sample_every",
     "max_skipped",
@@ -169,7 +170,7 @@ class Checkpoints:
         self._check_config(run["config"], path)
         self._check_files(run.get(DIGESTS, {}), path)
         if extra_state:
-            self._load_extra_state(run["world_size"], path)
+            self._load_extra_state((run["world_size"], run["config"].get("sequence", 1)), path)
         tensors = self._tensors()
         try:
             load_tensors(tensors, storage_reader=_Reader(path), planner=_Planner())
@@ -198,17 +199,20 @@ class Checkpoints:
                     f"{name}: {value} now, {before.get(name)} when {path} was begun; resume with the same value"
                 )
 
-    def _load_extra_state(self, world_size: int, path: Path) -> None:
+    def _load_extra_state(self, written_by: tuple[int, int], path: Path) -> None:
+        """Each process has its own. `written_by` are the processes then, and those that shared a sample."""
         try:
-            states = [torch.load(path / f"rank{rank}.pt", weights_only=True) for rank in range(world_size)]
+            states = [torch.load(path / f"rank{rank}.pt", weights_only=True) for rank in range(written_by[0])]
         except LOAD_ERRORS as error:
             raise _damaged(path, brief(error)) from None
-        if world_size == self.parallel.world_size:
+        now = self.parallel.world_size, self.parallel.sequence
+        if written_by == now:
             self.stage.load_extra_state(states[self.parallel.rank])
         elif any(states):
+            then, now = (f"{count} processes" + f" with sequence={n}" * (n > 1) for count, n in (written_by, now))
             raise ValueError(
-                f"resume: {path} was written by {world_size} processes with error buffers or weights of their own;"
-                f" start {world_size} processes, not {self.parallel.world_size}"
+                f"resume: {path} was written by {then}, with error buffers or weights of their own; start {then}, not"
+                f" {now}"
             )
 
 

@@ -101,6 +101,8 @@ class LoopConfig:
     steps: int = 600
     batch: int = 64
     """Samples of an iteration over all processes. A process computes its samples one after the other."""
+    sequence: int = 1
+    """Processes that share each sample; each has a part of its tokens and heads (docs/training.md, Long clips)."""
     warmup: int = 0
     """Number of steps in which the learning rate rises."""
     decay: float = 0.0
@@ -115,7 +117,7 @@ class LoopConfig:
     out: str = ""
 
     def __post_init__(self):
-        check_range(self, "steps", "batch", "checkpoint_every", "sample_every", above=0)
+        check_range(self, "steps", "batch", "sequence", "checkpoint_every", "sample_every", above=0)
         check_range(self, "seed", "data_seed", least=0, most=2**31 - 1)
         check_range(self, "decay", least=0, most=1)
 
@@ -154,6 +156,16 @@ class NetworkConfig(LoopConfig):
         if len(self.size) != 2:
             raise ValueError(f"size: {self.size} must be a width and a height")
         check_size(*self.size)
+        self.check_sequence(self.preset)
+
+    def check_sequence(self, preset: str) -> None:
+        """Raises ValueError unless `sequence` divides heads of a preset and tokens of a latent frame."""
+        numbers = {f"heads of {preset}": PRESETS[preset].num_heads, "tokens of a latent frame": self.frame_tokens}
+        for name, number in numbers.items():
+            if number % self.sequence:
+                most = math.gcd(*numbers.values())
+                fitting = ", ".join(str(count) for count in range(1, most + 1) if most % count == 0)
+                raise ValueError(f"sequence: {self.sequence} does not divide {number} {name}; give one of {fitting}")
 
     @property
     def codec_path(self) -> str | None:

@@ -1,4 +1,8 @@
-"""One process or many: devices, sharded networks, sums over ranks. The code is the same with and without `torchrun`."""
+"""One process or many: devices, sharded networks, sums over ranks. The code is the same with and without `torchrun`.
+
+Processes are replicas of `sequence` processes each. Replicas have samples of their own; the processes of a replica share
+each of its samples (model/sequence.py). Weights are sharded over all processes.
+"""
 
 import os
 import warnings
@@ -16,31 +20,45 @@ from torch.utils.checkpoint import checkpoint
 
 from ..model.device import pick_device
 from ..model.network import ModuleRunner
+from ..model.sequence import Processes
 
 
 @dataclass(frozen=True)
 class ParallelState:
-    """This process's rank, device and mesh."""
+    """This process's rank, device and mesh, and the processes it shares samples with."""
 
     rank: int
     world_size: int
     device: torch.device
     mesh: DeviceMesh | None
-    """None if nothing is sharded: one process on the CPU."""
+    """All processes; None if nothing is sharded: one process on the CPU."""
+    processes: Processes | None = None
+    """Those of this replica; None: this one alone."""
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes logs, images and exports."""
         return self.rank == 0
 
+    @property
+    def sequence(self) -> int:
+        """Processes of a replica."""
+        return self.processes.count if self.processes else 1
+
+    @property
+    def num_replicas(self) -> int:
+        """Number of replicas."""
+        return num_replicas(self.world_size, self.sequence)
+
     def samples(self, global_batch: int) -> range:
-        """This rank's samples of a global batch. Raises ValueError unless all ranks have the same number."""
-        if global_batch % self.world_size:
-            raise ValueError(f"batch: {global_batch} samples do not divide by {self.world_size} processes")
-        return range(self.rank, global_batch, self.world_size)
+        """This replica's samples of a global batch. Raises ValueError unless all replicas have the same number."""
+        if global_batch % self.num_replicas:
+            shared = f" that share samples by {self.sequence}" if self.processes else ""
+            raise ValueError(f"batch: {global_batch} samples do not divide by {self.world_size} processes{shared}")
+        return range(self.rank // self.sequence, global_batch, self.num_replicas)
 
     def mean(self, value: float) -> float:
-        """Mean over all ranks, the same number on each."""
+        """Mean over all ranks, the same number on each. It is that over replicas, whose processes have one value."""
         if self.world_size == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64, device=self.device)
@@ -57,12 +75,24 @@ class ParallelState:
             dist.barrier()
 
 
-def start_parallel(device: str = "auto") -> ParallelState:
+def num_replicas(world_size: int, sequence: int) -> int:
+    """Number of replicas of `sequence` processes each. Raises ValueError unless they divide the processes."""
+    if world_size % sequence:
+        raise ValueError(
+            f"sequence: {sequence} does not divide {world_size} process{'es' * (world_size > 1)}; start a multiple of"
+            f" {sequence} (for a dry run WORLD_SIZE={sequence}), or give sequence=1"
+        )
+    return world_size // sequence
+
+
+def start_parallel(device: str = "auto", sequence: int = 1) -> ParallelState:
     """Join the processes that `torchrun` started, or run as one process. `device`: auto, cuda or cpu.
 
-    Raises ValueError for cuda without a CUDA device.
+    Successive ranks are a replica of `sequence` processes. Raises ValueError for cuda without a CUDA device, and for a
+    number of processes that `sequence` does not divide.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    num_replicas(world_size, sequence)
     chosen, _ = pick_device(device)
     if chosen.type == "cpu":
         if world_size == 1:
@@ -75,7 +105,11 @@ def start_parallel(device: str = "auto") -> ParallelState:
         if "RANK" not in os.environ:
             store = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", **store)
-    return ParallelState(rank, world_size, chosen, init_device_mesh(chosen.type, (world_size,)))
+    mesh, processes = init_device_mesh(chosen.type, (world_size,)), None
+    if sequence > 1:
+        group, _ = dist.new_subgroups(sequence)
+        processes = Processes(rank % sequence, sequence, group)
+    return ParallelState(rank, world_size, chosen, mesh, processes)
 
 
 def shard_network(net: nn.Module, parallel: ParallelState, dtype: torch.dtype) -> nn.Module:
@@ -95,6 +129,10 @@ def shard_network(net: nn.Module, parallel: ParallelState, dtype: torch.dtype) -
     for module in (*net.get_submodule("blocks").children(), net):
         sharded = fully_shard(module, mesh=parallel.mesh, mp_policy=policy, reshard_after_forward=False)
         sharded.set_reshard_after_backward(False)
+        if parallel.processes:
+            # A gradient is the sum over the processes of a replica and the mean over replicas, not the mean over all.
+            sharded.set_gradient_divide_factor(parallel.num_replicas)
+            sharded.set_force_sum_reduction_for_comms(True)  # gloo cannot divide while it adds
     return net
 
 

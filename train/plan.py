@@ -11,6 +11,7 @@ from ..model.config import PRESETS, WanConfig
 from ..model.wan import WanModel
 from .config import NetworkConfig, OptimConfig
 from .lora import add_lora
+from .parallel import num_replicas
 from .stages.distill import DistillConfig
 from .stages.pretrain import PretrainConfig
 from .stages.teacher import TeacherConfig
@@ -97,11 +98,14 @@ def block_flop(sizes: WanConfig, queries: int, keys: int) -> float:
 
 
 def plan(config: NetworkConfig, world_size: int) -> Plan:
-    """Costs of a stage. Memories count as full."""
+    """Costs of a stage. Memories count as full. Raises ValueError unless `sequence` divides the processes."""
     stages = {PretrainConfig: _pretrain, TeacherConfig: _teacher, DistillConfig: _distill}
     rows = stages.get(type(config), lambda *_: ())
-    samples = math.ceil(config.batch / world_size)
-    return Plan((*_weights(config, world_size), *rows(config, samples, world_size)), config.steps, world_size)
+    replicas = num_replicas(world_size, config.sequence)
+    share = lambda row: Row(row.kind, row.label, row.most / config.sequence, row.mean / config.sequence)
+    # The processes of a replica divide tokens and heads, and so all that a sample needs.
+    of_samples = map(share, rows(config, math.ceil(config.batch / replicas), replicas))
+    return Plan((*_weights(config, world_size), *of_samples), config.steps, world_size)
 
 
 def _weights(config: NetworkConfig, world_size: int) -> Iterator[Row]:
@@ -139,12 +143,12 @@ def _parameters(config: NetworkConfig, preset: str) -> tuple[int, int]:
     return total, sum(p.numel() for p in add_lora(net, config.lora, 0).parameters() if p.requires_grad)
 
 
-def _pretrain(config: PretrainConfig, samples: int, world_size: int) -> Iterator[Row]:
+def _pretrain(config: PretrainConfig, samples: int, replicas: int) -> Iterator[Row]:
     sizes, chunk = config.network, config.memory.chunk * config.frame_tokens
     clip = 2 * config.num_chunks * chunk  # clean and noisy frames
     together = min(samples, config.clips_per_pass or samples)
     passes = samples * block_flop(sizes, clip, config.memory.capacity * config.frame_tokens + chunk)
-    passes += config.openings / world_size * block_flop(sizes, 2 * chunk, chunk)
+    passes += config.openings / replicas * block_flop(sizes, 2 * chunk, chunk)
     # Each stream of a chunk has keys and values of its own.
     frames = 2 * together * config.num_chunks * config.memory.num_slots / (sizes.num_layers if config.recompute else 1)
     yield constant("bytes", "keys and values that chunks attend to", frames * _frame_bytes(config, sizes))
@@ -152,7 +156,7 @@ def _pretrain(config: PretrainConfig, samples: int, world_size: int) -> Iterator
     yield constant("flop", "forward and backward", _passes(config) * passes)
 
 
-def _teacher(config: TeacherConfig, samples: int, world_size: int) -> Iterator[Row]:
+def _teacher(config: TeacherConfig, samples: int, replicas: int) -> Iterator[Row]:
     sizes, capacity, target = config.network, config.memory.capacity, config.target_chunks
     yield constant(
         "bytes",
@@ -173,7 +177,7 @@ def _teacher(config: TeacherConfig, samples: int, world_size: int) -> Iterator[R
     )
 
 
-def _distill(config: DistillConfig, samples: int, world_size: int) -> Iterator[Row]:
+def _distill(config: DistillConfig, samples: int, replicas: int) -> Iterator[Row]:
     sizes, scored_by, capacity = config.network, PRESETS[config.scored_by], config.memory.capacity
     frame, target = _frame_bytes(config, sizes), config.target_chunks * config.memory.chunk
     # The memory before the target and all keys of the target stay until the backward pass.

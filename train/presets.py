@@ -129,4 +129,4 @@ def config_from_json(stage: str, raw: dict) -> StageConfig:
 
 def build_stage(stage: str, settings: Any) -> Stage:
     """A stage with its settings, on the device and among the processes of this run."""
-    return STAGES[stage](settings, start_parallel(settings.device))
+    return STAGES[stage](settings, start_parallel(settings.device, settings.sequence))

@@ -65,7 +65,8 @@ class Stage(ABC):
         if name == self.exported:
             self.init_card = card
         run = module_runner(net, config.recompute, self.gathered)
-        return Network(net, self.parallel.device, config.dtype, run=run, texts=None if optim else TextCache())
+        network = Network(net, self.parallel.device, config.dtype, run=run, texts=None if optim else TextCache())
+        return network.shared_by(self.parallel.processes) if self.parallel.processes else network
 
     @abstractmethod
     def step(self, step: int) -> dict[str, float]:

@@ -114,6 +114,7 @@ class DistillConfig(NetworkConfig):
         check_choice(self, "teacher_sees", TEACHER_SEES)
         check_choice(self, "commit_attends", ATTENDS)
         check_choice(self, "teacher_preset", ("", *PRESETS))
+        self.check_sequence(self.scored_by)
         if backbone_of(self.scored_by) is not backbone_of(self.preset):
             raise ValueError(
                 f"teacher_preset: {self.scored_by} and preset {self.preset} have different latents and texts; give two"

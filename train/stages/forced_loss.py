@@ -109,7 +109,7 @@ def training_loss(network: Network, config: ForcingConfig, batch: Batch, noise: 
 
 
 def passes(config: ForcingConfig, size: int, parallel: ParallelState) -> Iterator[range]:
-    """This rank's clips of `size` clips, in pieces of `clips_per_pass`."""
+    """This replica's clips of `size` clips, in pieces of `clips_per_pass`."""
     clips = parallel.samples(size)
     each = config.clips_per_pass or max(1, len(clips))
     yield from (clips[first : first + each] for first in range(0, len(clips), each))
@@ -123,15 +123,15 @@ def add_gradients(
     parallel: ParallelState,
     weight: float = 1.0,
 ) -> float:
-    """Add `weight` times the gradients of this rank's clips; returns the loss of the whole batch, not weighted."""
+    """Add `weight` times the gradients of this replica's clips; returns the loss of the whole batch, not weighted."""
     weights, total = column_weights(config, batch).sum(), 0.0
     for clips in passes(config, len(batch.latents), parallel):
         part = take(batch, clips, parallel.device)
         loss = training_loss(network, config, part, take(noise, clips, parallel.device))
-        # Gradients are averaged over ranks, and each rank has a part of the batch's mean.
-        (weight * loss * parallel.world_size / weights).backward()
+        # Gradients are averaged over replicas, and each has a part of the batch's mean.
+        (weight * loss * parallel.num_replicas / weights).backward()
         total += loss.item()
-    return parallel.mean(total * parallel.world_size / weights.item())
+    return parallel.mean(total * parallel.num_replicas / weights.item())
 
 
 def by_column(error_BCTHW: Tensor, batch: Batch) -> Tensor:
