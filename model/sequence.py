@@ -46,9 +46,9 @@ class Processes:
                 )
 
     def part(self, tokens: Tensor, dim: int) -> Tensor:
-        """This process's equal part of a dimension."""
+        """This process's equal part of a dimension, which does not hold the others in memory."""
         size = tokens.shape[dim] // self.count
-        return tokens.narrow(dim, self.rank * size, size)
+        return tokens.narrow(dim, self.rank * size, size).contiguous()
 
     def whole(self, part: Tensor, dim: int) -> Tensor:
         """The parts of all processes, in order."""

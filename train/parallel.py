@@ -1,7 +1,7 @@
 """One process or many: devices, sharded networks, sums over ranks. The code is the same with and without `torchrun`.
 
-Processes are replicas of `sequence` processes each. Replicas have samples of their own; the processes of a replica share
-each of its samples (model/sequence.py). Weights are sharded over all processes.
+`sequence` processes are a replica. Replicas have samples of their own; the processes of a replica share each of its
+samples (model/sequence.py). Weights are sharded over all processes.
 """
 
 import os

@@ -1,6 +1,7 @@
 """Processes that share samples (`sequence`) against one process that has them alone."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -10,11 +11,15 @@ import pytest
 import torch
 
 from context_forcing.model.config import PRESETS
+from context_forcing.model.sampler import seeded_generator
 from context_forcing.model.sequence import Processes
 from context_forcing.train import plan_stage, run_stage
+from context_forcing.train.checkpoints import Checkpoints, newest_checkpoint
 from context_forcing.train.parallel import start_parallel
 from context_forcing.train.plan import plan
 from context_forcing.train.presets import load_config
+from context_forcing.train.stages.pretrain import PretrainStage
+from context_forcing.train.stages.teacher import TeacherStage
 
 from .helpers import ALONE
 from .sequence_training import SIZES, compute
@@ -71,3 +76,87 @@ def test_two_processes_learn_what_one_learns(two_processes, alone, name):
     assert two["resumed"] == two["metrics"][2] and one["resumed"] == one["metrics"][2]
     assert two["extra"].keys() == one["extra"].keys()
     assert bool(two["extra"]) == (name != "pretrain")
+
+
+@pytest.mark.slow
+def test_two_replicas_of_two_processes_learn_what_one_process_learns(shared, alone):
+    """A mean over replicas of sums over their processes; each replica has one of the two samples."""
+    one, four = alone("contextual"), shared(4, 2, "contextual")["contextual"]
+    assert_same(one, four)
+    assert four["resumed"] == four["metrics"][2]
+
+
+def test_the_processes_of_a_replica_have_the_same_samples():
+    ranks = [dataclasses.replace(ALONE, rank=rank, world_size=4, processes=Processes(rank % 2, 2)) for rank in range(4)]
+    assert [list(parallel.samples(4)) for parallel in ranks] == [[0, 2], [0, 2], [1, 3], [1, 3]]
+    with pytest.raises(ValueError, match="batch: 3 samples do not divide by 4 processes that share samples by 2"):
+        ranks[0].samples(3)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (["sequence=5"], "sequence: 5 does not divide 12 heads of wan2.1-1.3b; give one of 1, 2, 3, 4, 6, 12"),
+        (["sequence=8", "preset=wan2.1-14b", "size=[16,48]"], "8 does not divide 3 tokens of a latent frame; .* 1$"),
+        (["sequence=12", "teacher_preset=wan2.1-14b"], "12 does not divide 40 heads of wan2.1-14b; .* 1, 2, 4, 5, 8,"),
+        (["sequence=0"], "sequence: 0 must be above 0"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        load_config("contextual", "wan2.1-1.3b", settings)
+
+
+def test_processes_that_do_not_divide_are_refused(monkeypatch):
+    message = r"sequence: 2 does not divide 3 processes; start a multiple of 2 \(for a dry run WORLD_SIZE=2\)"
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=message):
+        start_parallel("cpu", 2)
+    with pytest.raises(ValueError, match=message):
+        plan_stage("contextual", "wan2.1-1.3b", ["sequence=2"])
+
+
+@pytest.mark.parametrize("stage, settings", [("pretrain", ["num_chunks=80"]), ("teacher", []), ("contextual", [])])
+def test_processes_divide_what_a_sample_needs(stage, settings):
+    """On 16 GPUs, each pass has a quarter of the keys, activations and arithmetic; a process has four times the
+    samples. Weights are sharded over all processes in any case."""
+    alone, shared = (
+        plan(load_config(stage, "wan2.1-1.3b", [*settings, "batch=16", f"sequence={sequence}"]), 16)
+        for sequence in (1, 4)
+    )
+    assert shared.run_flop == pytest.approx(alone.run_flop)
+    assert shared.total("flop") == pytest.approx(alone.total("flop"))
+    for one, four in zip(alone.rows, shared.rows, strict=True):
+        if one.kind == "bytes":
+            divided = one.label.startswith(("keys", "for the backward"))
+            assert four.most == pytest.approx(one.most / 4 if divided else one.most), one.label
+
+
+def test_the_dry_run_names_the_processes_of_a_sample(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    *_, table = plan_stage("teacher", "wan2.1-1.3b", ["sequence=2"])
+    assert table.title == "one of 4 processes, 2 for each sample, an iteration"
+
+
+def test_a_run_that_shared_samples_can_be_exported_and_continued_alone(tmp_path):
+    """A checkpoint has whole weights; only error buffers and the weights of a gate belong to processes."""
+    config = load_config("pretrain", "smoke", [f"out={tmp_path}", "sequence=2"])
+    Checkpoints(tmp_path, PretrainStage(config, ALONE), "pretrain").save(3, 1.0, "r")
+    assert run_stage("export", "demo", [f"run={tmp_path}", f"out={tmp_path / 'export'}"], False).is_file()
+    stage = PretrainStage(dataclasses.replace(config, sequence=1), ALONE)
+    assert Checkpoints(tmp_path, stage, "pretrain").load()["step"] == 3
+
+
+def test_error_buffers_of_other_replicas_are_refused(tiny, tmp_path):
+    stage = TeacherStage(load_config("teacher", "smoke"), ALONE)
+    stage.errors.add(0.5, torch.ones(16, 3, 8, 16), 3, seeded_generator(0))
+    checkpoints = Checkpoints(tmp_path, stage, "teacher")
+    checkpoints.save(3, 1.0, "r")
+    path = newest_checkpoint(tmp_path)
+    torch.save(stage.extra_state(), path / "rank1.pt")
+    run = json.loads((path / "run.json").read_text()) | {"world_size": 2}
+    del run["sha256"]
+    (path / "run.json").write_text(json.dumps(run))
+    checkpoints.parallel = dataclasses.replace(ALONE, world_size=2, processes=Processes(0, 2))
+    with pytest.raises(ValueError, match="written by 2 processes, with .*; start 2 processes, not .* sequence=2"):
+        checkpoints.load()
