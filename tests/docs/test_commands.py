@@ -26,10 +26,11 @@ STORY = "size: [32, 32]\nseed: 4\nsegments:\n  - {prompt: A meadow by day. The c
 
 
 def commands_of(block):
-    """The commands of a block as lists of words, without comments and variables of the environment before them."""
+    """The variables of the environment and the words of each command of a block, without comments."""
     for line in block.text.replace("\\\n", " ").splitlines():
         if words := shlex.split(line.removeprefix("$ "), comments=True):
-            yield list(itertools.dropwhile(re.compile(r"[A-Z_]+=").match, words))
+            variables = list(itertools.takewhile(re.compile(r"[A-Z_]+=").match, words))
+            yield dict(each.split("=", 1) for each in variables), words[len(variables) :]
 
 
 def own_arguments(words):
@@ -75,7 +76,7 @@ def test_options_parse(page, documents):
         if block.language not in SHELL:
             continue
         assert block.kind in ("run", "smoke", "slow", "skip"), f"{block.where}: say how this block is tested"
-        for words in commands_of(block):
+        for _, words in commands_of(block):
             arguments = own_arguments(words)
             try:
                 check_other(words) if arguments is None else parse(arguments)
@@ -147,10 +148,13 @@ def run_blocks(blocks, run, kinds):
         if block.language not in SHELL or block.kind not in kinds:
             continue
         appended = shlex.split(block.rest) if block.kind != "run" else []
-        for words in commands_of(block):
+        for variables, words in commands_of(block):
             arguments = own_arguments(words)
             assert arguments is not None, f"{block.where}: only context-forcing is run by tests"
-            assert run(*arguments, *appended) == 0, f"{block.where}: {' '.join(words)}"
+            with pytest.MonkeyPatch.context() as patch:
+                for name, value in variables.items():
+                    patch.setenv(name, value)
+                assert run(*arguments, *appended) == 0, f"{block.where}: {' '.join(words)}"
 
 
 @pytest.mark.parametrize("page", PAGES)
