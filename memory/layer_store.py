@@ -121,7 +121,7 @@ class LayerStore(KVStore):
         return LayerStore(slots=slots, layers=tuple(new_kv)), (Decision(frames[0], frames[0] in slow, None),)
 
     def view(
-        self, config: MemoryConfig, next_frame: int, rotate: Rotate, device: torch.device, lazy: bool
+        self, config: MemoryConfig, next_frame: int, rotate: Rotate, device: torch.device, kv_placement: str
     ) -> LayerView:
         """Keys are rotated by the pass: their slots change in every pass."""
         return LayerView(dict(enumerate(self.layers)), config, next_frame)

@@ -301,9 +301,9 @@ class Memory:
         """The memory with sink and slow frames in one of packed.KV_DTYPES; those that are packed stay as they are."""
         return self if kv_dtype == "auto" else dataclasses.replace(self, store=self.store.packed(kv_dtype))
 
-    def view(self, rotate: Rotate, device: torch.device, lazy: bool = False) -> Any:
+    def view(self, rotate: Rotate, device: torch.device, kv_placement: str) -> Any:
         """What the next chunk attends to on a device (KVStore.view); `rotate` rotates raw keys to their ranks."""
-        view = self.store.view(self.config, self.num_frames, rotate, device, lazy)
+        view = self.store.view(self.config, self.num_frames, rotate, device, kv_placement)
         if not self.scene_begins:
             return view
         # The first chunk of a scene has the last positions of the window (docs/method.md, Prompt changes).
@@ -323,13 +323,17 @@ class Memory:
         return torch.cat([of_frame(frame) for frame in frames], dim=2)
 
     def to(
-        self, device: torch.device | str, dtype: torch.dtype | None = None, before: "Memory | None" = None
+        self,
+        device: torch.device | str,
+        dtype: torch.dtype | None = None,
+        before: "Memory | None" = None,
+        pinned: bool = False,
     ) -> "Memory":
-        """The memory with keys and values on a device. The latents stay on the CPU.
+        """The memory with keys and values on a device, `pinned` in RAM for copies to CUDA. The latents stay on the CPU.
 
         Keys and values that the memory `before` has there already are shared and not copied.
         """
-        store = self.store.to(torch.device(device), dtype, before.store if before else None)
+        store = self.store.to(torch.device(device), dtype, before.store if before else None, pinned)
         return dataclasses.replace(self, store=store)
 
 

@@ -6,6 +6,7 @@ that are far larger than the others (docs/performance.md, Eight bits).
 Shapes: B batch, P tokens per latent frame, N heads, E head dim. Leading dims, such as layers, are kept.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,12 +44,12 @@ class Packed:
         """Some of the first dimension."""
         return Packed(self.numbers[part], self.scales[part], self.dtype)
 
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Packed":
+    def to(self, device: torch.device, dtype: torch.dtype | None = None, non_blocking: bool = False) -> "Packed":
         """The same numbers on a device; `dtype` is that of `unpack`."""
-        dtype, numbers = dtype or self.dtype, self.numbers.to(device)
+        dtype, numbers = dtype or self.dtype, self.numbers.to(device, non_blocking=non_blocking)
         if numbers is self.numbers and dtype == self.dtype:
             return self
-        return Packed(numbers, self.scales.to(device), dtype)
+        return Packed(numbers, self.scales.to(device, non_blocking=non_blocking), dtype)
 
     def unpack(self) -> Tensor:
         """The tensor. An error is at most half a step of int8, scale / 2, and 1/16 of a number in fp8."""
@@ -61,7 +62,9 @@ def pack(x: Tensor, kv_dtype: str, per_channel: bool) -> Packed:
     parts = []
     for layer in x.unbind(0):
         wide = layer.float()
-        scales = wide.abs().amax(dims, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * largest) / largest
+        most = wide.abs().amax(dims, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * largest)
+        # CUDA divides by a tensor as the CPU does; by a number it does not, and frames are packed on either.
+        scales = most / torch.full_like(most, largest)
         scaled = (wide / scales).clamp(-largest, largest)
         parts.append(((scaled.round() if kv_dtype == "int8" else scaled).to(TYPES[kv_dtype]), scales))
     numbers, scales = (torch.stack(each) for each in zip(*parts))
@@ -71,6 +74,11 @@ def pack(x: Tensor, kv_dtype: str, per_channel: bool) -> Packed:
 def unpacked(x: Tensor | Packed) -> Tensor:
     """A tensor as it is, or out of one byte a number."""
     return x.unpack() if isinstance(x, Packed) else x
+
+
+def copied(x: Tensor | Packed, copy: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor | Packed:
+    """With its tensors copied; `dtype` is that of the tensor, or of `unpack`."""
+    return Packed(copy(x.numbers), copy(x.scales), dtype) if isinstance(x, Packed) else copy(x.to(dtype))
 
 
 def plain_tensors(x: Tensor | Packed) -> tuple[Tensor, ...]:

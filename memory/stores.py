@@ -16,14 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import MemoryConfig
-from .packed import TYPES, Packed, pack, plain_tensors, unpacked
+from .packed import TYPES, Packed, copied, pack, plain_tensors, unpacked
 from .policy import Decision, Slots, advance
+from .prefetch import in_pinned_ram
 from .recall import Choose
-from .view import KVBuffer, LazyLayers, MemoryView, Rotate, rotated_bytes
+from .view import KVBuffer, MemoryView, Rotate, laid_out, rotated_bytes
 
 KV_PLACEMENTS = ("at once", "by layer", "from RAM")
 """How keys and values are prepared for a chunk: all layers before it, the fastest; each layer in every pass, with half
-the memory; each layer in every pass from RAM, where they stay. The result is the same."""
+the memory; each layer in every pass from RAM, where they stay, copied while the layer before computes. The result is
+the same."""
 
 AddUp = Callable[[Tensor], Tensor]
 """The sum of a tensor over the processes of which each has a part of the heads."""
@@ -50,14 +52,22 @@ class FrameKV:
     values: Tensor | Packed
     written: object = field(default_factory=object, compare=False, repr=False)
     """Identity of the pass that computed them; the same in copies on other devices."""
+    pinned: bool = field(default=False, compare=False, repr=False, kw_only=True)
+    """Whether they are copies for prefetch.in_pinned_ram."""
 
-    def to(self, device: torch.device, dtype: torch.dtype | None, existing: "FrameKV | None") -> "FrameKV":
-        """A copy on a device; `existing` itself if it is such a copy."""
+    def to(
+        self, device: torch.device, dtype: torch.dtype | None, existing: "FrameKV | None", pinned: bool = False
+    ) -> "FrameKV":
+        """A copy on a device, `pinned` in RAM; `existing` itself if it is such a copy."""
         dtype = dtype or self.keys.dtype
-        if existing and existing.keys.device == device and existing.keys.dtype == dtype:
+        if existing and (existing.keys.device, existing.keys.dtype, existing.pinned) == (device, dtype, pinned):
             return existing
-        keys, values = self.keys.to(device, dtype), self.values.to(device, dtype)
-        return self if keys is self.keys else FrameKV(keys, values, self.written)
+        if pinned == self.pinned and (not pinned or dtype == self.keys.dtype):
+            keys, values = self.keys.to(device, dtype), self.values.to(device, dtype)
+            return self if keys is self.keys else FrameKV(keys, values, self.written, pinned=pinned)
+        copy = in_pinned_ram if pinned else lambda tensor: tensor.to(device, copy=True)
+        keys, values = (copied(part, copy, dtype) for part in (self.keys, self.values))
+        return FrameKV(keys, values, self.written, pinned=pinned)
 
     def tensors(self) -> list[Tensor]:
         """What is stored: keys, then values."""
@@ -74,8 +84,9 @@ class FrameKV:
 
         The tensors before are free unless someone holds them and not this object.
         """
-        for name in ("keys", "values"):
-            object.__setattr__(self, name, getattr(self, name).to(device))
+        moved = self.to(device, None, None)
+        for name in ("keys", "values", "pinned"):
+            object.__setattr__(self, name, getattr(moved, name))
 
 
 class NewFrames:
@@ -120,10 +131,12 @@ class KVStore(abc.ABC):
         """
 
     @abc.abstractmethod
-    def view(self, config: MemoryConfig, next_frame: int, rotate: Rotate, device: torch.device, lazy: bool) -> Any:
+    def view(
+        self, config: MemoryConfig, next_frame: int, rotate: Rotate, device: torch.device, kv_placement: str
+    ) -> Any:
         """What the chunk that begins at latent frame `next_frame` attends to on a device (model/memory_attention.py).
 
-        A `lazy` view holds no copy of the store but one layer's.
+        But for "at once" it holds copies of one layer or two.
         """
 
     @abc.abstractmethod
@@ -164,10 +177,12 @@ class KVStore(abc.ABC):
         assert kv_dtype == "auto", "Memory.check_supports"
         return self
 
-    def to(self, device: torch.device, dtype: torch.dtype | None, before: "KVStore | None") -> "KVStore":
-        """The same keys and values on a device. Those that `before` has there already are shared."""
+    def to(
+        self, device: torch.device, dtype: torch.dtype | None, before: "KVStore | None", pinned: bool = False
+    ) -> "KVStore":
+        """The same keys and values on a device, `pinned` in RAM. Those that `before` has there already are shared."""
         existing = {id(kv.written): kv for _, kv in before.frame_kvs()} if before else {}
-        return self.map(lambda kv: kv.to(device, dtype, existing.get(id(kv.written))))
+        return self.map(lambda kv: kv.to(device, dtype, existing.get(id(kv.written)), pinned))
 
     def park(self, device: torch.device) -> None:
         """Move keys and values to a device in place (FrameKV.park), also those of memories that share them.
@@ -245,24 +260,19 @@ class FrameStore(KVStore):
         return store, decisions
 
     def view(
-        self, config: MemoryConfig, next_frame: int, rotate: Rotate, device: torch.device, lazy: bool
+        self, config: MemoryConfig, next_frame: int, rotate: Rotate, device: torch.device, kv_placement: str
     ) -> MemoryView:
         kvs = [self.frames[frame] for frame in self.slots.all]
         if not kvs:
             return MemoryView()
-
-        def fill(buffer: KVBuffer, layer: int) -> None:
-            buffer.fill([kv.keys[layer] for kv in kvs], [kv.values[layer] for kv in kvs], rotate)
-
-        num_layers, keys = len(kvs[0].keys), kvs[0].keys
-        buffers = [
-            KVBuffer.empty(len(kvs) + config.chunk, keys.shape[1:], keys.dtype, device)
-            for _ in range(1 if lazy else num_layers)
-        ]
-        if not lazy:
-            for layer, buffer in enumerate(buffers):
-                fill(buffer, layer)
-        layers = LazyLayers(num_layers, buffers[0], fill) if lazy else buffers
+        keys = kvs[0].keys
+        layers = laid_out(
+            kv_placement,
+            len(keys),
+            empty=lambda: KVBuffer.empty(len(kvs) + config.chunk, keys.shape[1:], keys.dtype, device),
+            raw=lambda buffer, layer: buffer.copy([kv.keys[layer] for kv in kvs], [kv.values[layer] for kv in kvs]),
+            rotated=lambda buffer: buffer.rotate_keys(len(kvs), rotate),
+        )
         return MemoryView(layers, len(kvs), len(self.slots.sink), len(self.slots.slow))
 
     def frame_kvs(self) -> Iterator[tuple[int, FrameKV]]:
@@ -325,8 +335,9 @@ class FrameStore(KVStore):
         if kv_placement == "at once":  # buffers are filled before the passes
             after = new + max(activations.most, compared)
             return stored + num_layers * buffer + max(rotated, after)
-        stored = stored if kv_placement == "by layer" else 0
-        return stored + buffer + new + max(rotated + activations.attending, activations.most, compared)
+        # From RAM, a second buffer gets the next layer.
+        held = stored + buffer if kv_placement == "by layer" else 2 * buffer
+        return held + new + max(rotated + activations.attending, activations.most, compared)
 
     def restrict_to(self, frames: Collection[int]) -> "FrameStore":
         keep = lambda part: tuple(frame for frame in part if frame in frames)

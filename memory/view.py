@@ -6,11 +6,13 @@ Shapes: B batch, M remembered latent frames, P tokens per latent frame, N heads,
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .packed import Packed, unpacked
+from .packed import Packed
+from .prefetch import Prefetch
 
 Rotate = Callable[[Tensor, range], Tensor]
 """(raw keys [B, n, P, N, E] of n remembered frames, their temporal positions) -> rotated keys."""
@@ -29,7 +31,7 @@ def num_hidden(attends: str, num_frames: int, num_sink: int, num_slow: int) -> i
 
 
 def rotated_bytes(num_frames: int, elements: int, itemsize: int) -> int:
-    """Bytes of copies while KVBuffer.fill rotates keys of frames, of `elements` each in one layer."""
+    """Bytes of copies while KVBuffer.rotate_keys rotates keys of frames, of `elements` each in one layer."""
     frames = min(num_frames, max(1, ROTATED_ELEMENTS // elements))
     return frames * elements * rotation_bytes(itemsize)
 
@@ -39,8 +41,7 @@ def rotation_bytes(itemsize: int) -> int:
     return 4 if itemsize == 4 else 2 * 4 + itemsize
 
 
-@dataclass(frozen=True)
-class KVBuffer:
+class KVBuffer(NamedTuple):
     """Rotated keys and values of one layer, [B, frames, P, N, E]: the remembered frames, then room for a chunk.
 
     Every pass over the chunk overwrites the room, so that no pass copies the memory.
@@ -58,22 +59,28 @@ class KVBuffer:
         with torch.inference_mode(False):
             return cls(*(torch.empty(shape, device=device, dtype=dtype) for _ in "kv"))
 
-    def fill(
-        self, keys_BPNE: Sequence[Tensor | Packed], values_BPNE: Sequence[Tensor | Packed], rotate: Rotate
-    ) -> None:
-        """Write raw keys, rotated to positions 0 .. M - 1, and values of the remembered frames."""
+    def copy(self, keys_BPNE: Sequence[Tensor | Packed], values_BPNE: Sequence[Tensor | Packed]) -> "KVBuffer":
+        """Write raw keys and values of the remembered frames, from any device."""
         for buffer, frames in ((self.keys, keys_BPNE), (self.values, values_BPNE)):
-            if not any(isinstance(frame, Packed) for frame in frames):
-                plain = (frame for frame in frames if isinstance(frame, Tensor))
-                torch.stack([frame.to(buffer.device) for frame in plain], dim=1, out=buffer[:, : len(frames)])
+            plain = [frame for frame in frames if isinstance(frame, Tensor) and frame.device == buffer.device]
+            if len(plain) == len(frames):
+                torch.stack(plain, dim=1, out=buffer[:, : len(frames)])
                 continue
+            is_async = buffer.is_cuda
             for place, frame in enumerate(frames):
-                buffer[:, place].copy_(unpacked(frame.to(buffer.device)))
+                if isinstance(frame, Packed):
+                    frame = frame.to(buffer.device, non_blocking=is_async).unpack()
+                buffer[:, place].copy_(frame, non_blocking=is_async)
+        return self
+
+    def rotate_keys(self, num_frames: int, rotate: Rotate) -> "KVBuffer":
+        """Rotate raw keys to positions 0 .. num_frames - 1, in place."""
         at_once = max(1, ROTATED_ELEMENTS // self.keys[:, 0].numel())
-        for first in range(0, len(keys_BPNE), at_once):
-            positions = range(first, min(first + at_once, len(keys_BPNE)))
+        for first in range(0, num_frames, at_once):
+            positions = range(first, min(first + at_once, num_frames))
             part = self.keys[:, positions.start : positions.stop]
             part.copy_(rotate(part, positions))
+        return self
 
     def with_chunk(
         self, seen: range, k_BTPNE: Tensor, v_BTPNE: Tensor, has_grad: bool = False
@@ -94,17 +101,37 @@ class KVBuffer:
 
 
 class LazyLayers(Sequence):
-    """One buffer for all layers, filled at every access."""
+    """Buffers that are filled at every access, and valid until the next one."""
 
-    def __init__(self, num_layers: int, buffer: KVBuffer, fill: Callable[[KVBuffer, int], None]):
-        self.num_layers, self.buffer, self.fill = num_layers, buffer, fill
+    def __init__(self, num_layers: int, take: Callable[[int], KVBuffer]):
+        self.num_layers, self.take = num_layers, take
 
     def __len__(self) -> int:
         return self.num_layers
 
     def __getitem__(self, layer: int) -> KVBuffer:
-        self.fill(self.buffer, range(self.num_layers)[layer])  # IndexError after the last layer
-        return self.buffer
+        return self.take(range(self.num_layers)[layer])  # IndexError after the last layer
+
+
+def laid_out(
+    kv_placement: str,
+    num_layers: int,
+    empty: Callable[[], KVBuffer],
+    raw: Callable[[KVBuffer, int], KVBuffer],
+    rotated: Callable[[KVBuffer], KVBuffer],
+) -> Sequence[KVBuffer]:
+    """The buffers of all layers in one of stores.KV_PLACEMENTS.
+
+    `raw` writes a layer to a buffer, from RAM while another layer computes; then `rotated` rotates its keys in place.
+    """
+    if kv_placement == "at once":
+        return [rotated(raw(empty(), layer)) for layer in range(num_layers)]
+    if kv_placement == "by layer":
+        buffer = empty()
+        return LazyLayers(num_layers, lambda layer: rotated(raw(buffer, layer)))
+    # Rotation allocates, so it is done on the stream that computes.
+    prefetch = Prefetch((empty(), empty()), raw, num_layers)
+    return LazyLayers(num_layers, lambda layer: rotated(prefetch.take(layer)))
 
 
 @dataclass(frozen=True)

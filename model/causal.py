@@ -178,6 +178,7 @@ def _block(
     x, q_BSNE = inside(block, _until_text, x_BTPD, y, modulation)
     q_BSNE = rearrange(q_BSNE, "B (G S) N E -> (B G) S N E", G=text.num_groups)
     y = attention(q_BSNE, text.keys[layer], text.values[layer], text.bias)
+    del q_BSNE
     return inside(block, _after_text, x, y, modulation)
 
 

@@ -73,7 +73,7 @@ class LayerAttention:
         seen, table = slots.entries[hidden:], self.table[hidden:num_slots]
         buffer = self.view.buffer_like(plain(k_BTPNE)[:, 0])
         of_rank = lambda keys, ranks: rotate(keys, table[ranks.start : ranks.stop])
-        buffer.fill([kv.keys for kv in seen], [kv.values for kv in seen], of_rank)
+        buffer.copy([kv.keys for kv in seen], [kv.values for kv in seen]).rotate_keys(len(seen), of_rank)
         k, v = (part[:, : len(seen)].flatten(1, 2) for part in (buffer.keys, buffer.values))
         q = rotate(q_BTPNE, table[-num_frames:])
         return self.attention(q.flatten(1, 2), k, v).view_as(q_BTPNE)

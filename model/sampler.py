@@ -143,7 +143,7 @@ class CausalSampler:
         """
         self._check_fits(memory)
         memory = dataclasses.replace(
-            self._kept(memory.to(self._home, self.network.dtype)), student=self.student or memory.student
+            self._kept(self._at_home(memory, self.network.dtype)), student=self.student or memory.student
         )
         memory, chunk = memory if memory.is_compact else self.read(memory), memory.config.chunk
         while memory.start_latents is not None and memory.start_latents.shape[2] >= chunk:
@@ -275,7 +275,10 @@ class CausalSampler:
     def view(self, memory: Memory, lazy: bool = False) -> Any:
         """What the passes over the next chunk attend to (Memory.view)."""
         rotate = self.network.rotate_to_ranks(memory.latent_size, len(memory.slots.all))
-        return memory.view(rotate, self.network.device, lazy or self.options.kv_placement != "at once")
+        kv_placement = self.options.kv_placement
+        if lazy and kv_placement == "at once":
+            kv_placement = "by layer"
+        return memory.view(rotate, self.network.device, kv_placement)
 
     def _check_fits(self, memory: Memory) -> None:
         if self.options.kv_dtype != "auto":
@@ -291,12 +294,13 @@ class CausalSampler:
 
     def _kept(self, memory: Memory) -> Memory:
         """A memory as it is stored between two passes."""
-        return memory.packed(self.options.kv_dtype).to(self._home)
+        return self._at_home(memory.packed(self.options.kv_dtype))
 
-    @property
-    def _home(self) -> torch.device:
-        """Where keys and values are between two passes."""
-        return torch.device("cpu") if self.options.kv_placement == "from RAM" else self.network.device
+    def _at_home(self, memory: Memory, dtype: torch.dtype | None = None) -> Memory:
+        """A memory with keys and values where they are between two passes."""
+        if self.options.kv_placement != "from RAM":
+            return memory.to(self.network.device, dtype)
+        return memory.to("cpu", dtype, pinned=self.network.device.type == "cuda")
 
 
 def working_bytes(
@@ -318,8 +322,8 @@ def working_bytes(
     activations = Activations(
         # The block's input; queries, keys and values; the first two rotated.
         attending=in_pass * 6 * dim * size,
-        # The block's input, three sums and outputs on the way, the feed-forward's input; its width twice.
-        most=in_pass * (6 * dim + 2 * net.blocks[0].ffn[0].out_features) * size,
+        # The block's input, two sums, cross-attention, the feed-forward's input; its width twice.
+        most=in_pass * (5 * dim + 2 * net.blocks[0].ffn[0].out_features) * size,
     )
     sizes = network.num_layers, network.kv_heads * network.head_dim * tokens, size
     of_memory = memory.store.working_bytes(config, kv_placement, *sizes, activations, kv_dtype)

@@ -17,6 +17,8 @@ wan=(bench --size wan2.1-1.3b --device cuda --chunks "${CHUNKS:-20}" --warmup 3)
 "$run" "${wan[@]}" --options "attention=sdpa,flash,sage,sage3 dtype=bf16 compile=off,on" --growth --json "$out/speed.json"
 # Where keys and values are, and how many.
 "$run" "${wan[@]}" --options "kv_placement=at once,by layer,from RAM" --no-ports --no-film --json "$out/layouts.json"
+# The least video memory: weights and keys in RAM.
+"$run" "${wan[@]}" --options "kv_placement=from RAM offload=off,on" --no-ports --no-film --json "$out/from_ram.json"
 "$run" "${wan[@]}" --options "memory=slow-fast,longlive,infinity-rope" --no-ports --no-film --json "$out/windows.json"
 # What the options do to a minute of video.
 "$run" bench --device cuda --options "dtype=fp32,bf16" --drift --json "$out/drift_demo.json"

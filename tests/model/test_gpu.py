@@ -60,6 +60,25 @@ def test_layouts_make_the_same_film_and_keep_the_memory_where_they_say():
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_keys_copied_from_ram_while_a_layer_computes_give_the_same_bits(kv_dtype):
+    pipeline = Pipeline.load(StudentSource().open(), torch.device("cuda"), torch.bfloat16)
+    text, made = encode_demo_text("A meadow. The camera pans right."), []
+    for layout in ("at once", "from RAM"):
+        memory = pipeline.empty_memory()
+        sampler = pipeline.sampler(text, SamplerOptions(kv_placement=layout, kv_dtype=kv_dtype))
+        noise = seeded_noise(3, memory.latent_size)
+        for memory in sampler.rollout(memory, 9, sigmas=pipeline.card.sigmas, noise=noise):
+            pass
+        assert {tensor.is_pinned() for tensor in memory.store.tensors()} == {layout == "from RAM"}
+        made.append(memory)
+    assert made[0].slots == made[1].slots
+    assert all(map(torch.equal, made[0].latent_chunks, made[1].latent_chunks))
+    at_rest = made[1].to("cpu")
+    assert not any(tensor.is_pinned() for tensor in at_rest.store.tensors())
+
+
+@torch.inference_mode()
 def test_one_cuda_graph_of_a_pass_serves_all_later_chunks():
     """When the memory is full, sizes stay: buffers are filled again, and the captured pass is replayed.
 

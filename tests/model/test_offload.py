@@ -68,15 +68,16 @@ def test_every_pass_over_a_block_runs_on_copies_of_its_weights(student):
 def test_two_blocks_are_on_the_device_and_the_next_is_fetched_ahead(make_net):
     net = make_net(num_layers=5)
     offload = Offload(net, CPU)
-    room = [{name: weight.data_ptr() for name, weight in slot.items()} for slot in offload.slots]
+    prefetch = offload.prefetch
+    room = {weight.data_ptr() for slot in prefetch.slots for weight in slot}
     order = [0, 1, 2, 3, 4, 0, 1, 3, 2]
     for number in order:
         block, after = net.blocks[number], net.blocks[(number + 1) % 5]
         seen = offload(block, lambda block: [weight.clone() for weight in block.parameters()])
         assert all(torch.equal(a, b) for a, b in zip(seen, block.parameters()))
-        assert offload.ahead is after
-        assert all(torch.equal(offload.slots[1][name], weight) for name, weight in after.named_parameters())
-        assert {slot["modulation"].data_ptr() for slot in offload.slots} == {slot["modulation"] for slot in room}
+        assert net.blocks[prefetch.ahead] is after
+        assert all(map(torch.equal, prefetch.slots[1], after.parameters()))
+        assert {weight.data_ptr() for slot in prefetch.slots for weight in slot} == room
 
 
 @pytest.mark.gpu
