@@ -4,7 +4,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,8 +31,8 @@ class Prefetch(Generic[Slot]):
         self.ahead: int | None = None
         """The part in the second slot, or on its way there."""
         self.stream = copy_stream(self.device)
-        self.copied: torch.cuda.Event | None = None
-        """When the part `ahead` is there."""
+        self.copied: Any = None
+        """An event: the part `ahead` is there."""
         if self.stream is not None:
             for tensor in itertools.chain(*slots):
                 # Its memory may be given away only after the last copy, also if nobody waits for that copy.
