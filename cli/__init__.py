@@ -19,7 +19,7 @@ except ImportError as error:
         f"context-forcing: {error.name} is not installed; pip install 'context-forcing[headless]'"
     ) from None
 
-from ..memory.fields import brief, one_line
+from ..memory.fields import one_line
 from ..memory.files import of_disk
 from .batch import batch
 from .bench import bench
@@ -93,11 +93,11 @@ def _run() -> NoReturn:
     except (ValueError, FloatingPointError) as error:
         _fail(str(error), 2 if isinstance(error, ValueError) else 1)
     except (MemoryError, RuntimeError) as error:
-        from ..model.device import is_out_of_memory
+        from ..model.device import is_out_of_memory, out_of_memory
 
         if not is_out_of_memory(error):
             raise
-        _fail(f"out of memory ({brief(error)}); close other programs, or choose a smaller size, model or batch", 2)
+        _fail(out_of_memory(error), 2)
     finally:
         # The work has ended: an interrupt while Python ends changes nothing.
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)

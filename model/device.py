@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..memory.fields import quoted
+from ..memory.fields import brief, quoted
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -41,6 +41,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     # CUDA's libraries have error codes of theirs for what they cannot allocate.
     texts = "DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED"
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+def out_of_memory(error: BaseException) -> str:
+    """What a user reads of it where nothing else can be done."""
+    return f"out of memory ({brief(error)}); close other programs, or choose a smaller size, model or batch"
 
 
 def dtype_named(name: str, choices: Sequence[str] = tuple(DTYPES)) -> torch.dtype:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("memory", "model", "video", "benchmark", "nodes", "train", "cli")
+ROOMS = ("memory", "model", "workers", "video", "benchmark", "nodes", "train", "cli")
 FILES = sorted([*ROOT.glob("*.py"), *(f for room in ROOMS for f in (ROOT / room).rglob("*.py"))])
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
@@ -18,7 +18,8 @@ PACKAGES = {
     "model/checkpoints": {"torch", "safetensors", "yaml"},
     "model/codecs": {"torch", "einops", "ftfy", "sentencepiece", "tokenizers"},
     "model/settings.py": {"yaml"},
-    "video/ray_workers.py": {"ray"},
+    "workers/ray_workers.py": {"ray"},
+    "workers": {"torch"},
     "video": {"torch", "numpy", "safetensors", "yaml", "PIL", "imageio_ffmpeg"},
     "benchmark": {"torch", "einops", "rich"},
     "train": {"torch", "safetensors", "numpy", "yaml", "tqdm", "rich", "PIL", "peft"},
@@ -33,7 +34,7 @@ PACKAGES = {
     "__init__.py": set(),
 }
 """What a room may import: the entry of the file, of its folder, or of the room, the first there is."""
-BELOW = ("memory", "model", "model/checkpoints", "model/codecs", "video")
+BELOW = ("memory", "model", "model/checkpoints", "model/codecs", "workers", "video")
 """Rooms from the lowest up; each imports itself and those before it."""
 ARROWS = {
     **{room: BELOW[: place + 1] for place, room in enumerate(BELOW)},

@@ -12,8 +12,8 @@ from .nodes.host import NODE_IDS
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = (
-    "__init__.py", "cli", "memory", "model", "nodes", "train", "video", "workflows", "subgraphs", "web", "locales",
-    "pyproject.toml", "requirements.txt", "README.md", "LICENSE",
+    "__init__.py", "cli", "memory", "model", "nodes", "train", "video", "workers", "workflows", "subgraphs", "web",
+    "locales", "pyproject.toml", "requirements.txt", "README.md", "LICENSE",
 )  # fmt: skip
 
 STUB_FOLDER = ROOT / "tests" / "nodes"

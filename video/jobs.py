@@ -11,20 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..memory.config import MemoryConfig
 from ..memory.fields import brief, checked_fields, one_line, quoted
 from ..memory.files import read_text
 from ..model.attention import check_attention_name
 from ..model.checkpoints.locate import BUILT_IN, default_models_dir, locate_student
 from ..model.checkpoints.student import StudentFile, StudentSource
+from ..model.codecs.backbone import Codecs
 from ..model.config import StudentCard
 from ..model.device import COMPUTE_DTYPES, dtype_named
 from ..model.sampler import SamplerOptions, chunks_for
 from ..model.settings import read_yaml
 from ..model.units import FRAMES_PER_LATENT
-from .generate import GenerateRequest
-from .journal import has_journal
+from ..workers.job import Loaded
+from .generate import GenerateRequest, open_job
+from .journal import has_journal, num_kept
 from .mp4 import check_scale
+from .pipeline import Pipeline
 from .provenance import Provenance, read_provenance
 from .story import MAX_SEED, Story
 from .storyboard import read_story
@@ -86,7 +91,7 @@ class JobsFile:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoJob:
-    """One video of a jobs file."""
+    """One video of a jobs file; its steps are chunks."""
 
     request: GenerateRequest
     num_chunks: int
@@ -98,6 +103,28 @@ class VideoJob:
     @property
     def output(self) -> Path:
         return self.request.output
+
+    @property
+    def name(self) -> str:
+        return str(self.output)
+
+    def num_kept(self) -> int:
+        """Chunks in its journal."""
+        return num_kept(self.output)
+
+    def run(self, loaded: Loaded) -> int:
+        """Make the video, or finish it if it has a journal; returns its number of frames."""
+
+        def load(
+            student: StudentFile, device: torch.device, dtype: torch.dtype, codecs: Codecs, offload: bool
+        ) -> Pipeline:
+            """Pipeline.load, or the student of the video before with other codecs."""
+            key = (student.source, device, dtype, offload)
+            pipeline = loaded.get(key, lambda: Pipeline.load(student, device, dtype, codecs, offload))
+            return dataclasses.replace(pipeline, text_encoder=codecs.text_encoder, vae=codecs.vae)
+
+        with open_job(dataclasses.replace(self.request, resume=has_journal(self.output)), load) as job:
+            return job.run()
 
 
 def read_jobs(path: Path, device: str = "auto") -> list[VideoJob]:

@@ -19,8 +19,9 @@ from context_forcing.memory.snapshot import save_memory
 from context_forcing.train import loop, presets
 from context_forcing.train.data.encode import SetEncoder
 from context_forcing.train.evaluation import evaluate
-from context_forcing.video import batch, ray_workers, workers
+from context_forcing.video import batch
 from context_forcing.video.generate import GenerateJob
+from context_forcing.workers import local, ray_workers
 
 from .drill import SCALARS, TEXTS, bounded, drill, is_line, refused
 
@@ -96,7 +97,7 @@ def command(run, workplace, student, monkeypatch):
     monkeypatch.setattr(GenerateJob, "run", lambda job, on_chunk: job.journal.close() or 9)
     monkeypatch.setattr(SetEncoder, "run", lambda encoder, on_clip: None)
     monkeypatch.setattr(batch.Batch, "run", lambda *_: None)
-    monkeypatch.setattr(workers, "LocalWorkers", lambda *_: None)
+    monkeypatch.setattr(local, "LocalWorkers", lambda *_: None)
     monkeypatch.setattr(ray_workers, "RayWorkers", lambda *_: None)
     monkeypatch.setattr(presets, "build_stage", lambda stage, settings: None)
     monkeypatch.setattr(loop, "train", lambda *_: Path("student.safetensors"))

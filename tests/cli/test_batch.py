@@ -8,13 +8,14 @@ import pytest
 import yaml
 
 from context_forcing.memory.files import lock_name
-from context_forcing.video import batch as scheduling
-from context_forcing.video.batch import MADE, RUNNING, THERE, Batch
+from context_forcing.video.batch import THERE, Batch
 from context_forcing.video.generate import open_job
 from context_forcing.video.jobs import read_jobs
 from context_forcing.video.journal import journal_path, num_kept
 from context_forcing.video.mp4 import part_name
-from context_forcing.video.workers import LocalWorkers
+from context_forcing.workers import engine as scheduling
+from context_forcing.workers.engine import MADE, RUNNING
+from context_forcing.workers.local import LocalWorkers
 
 PROMPTS = ("A meadow by day. The camera pans right.", "A desert at night. The camera pans left.")
 
@@ -60,7 +61,7 @@ def check_against_single_runs(batch, kills, killer, frames_of, folder):
         single = folder / video.job.output.name
         request = video.job.request.__class__(**vars(video.job.request) | {"output": single})
         with open_job(request) as job:
-            assert job.run() == video.num_frames
+            assert job.run() == video.result
         assert frames_of(single) == frames_of(video.job.output), video.job.output
         assert num_kept(video.job.output) == 0
 
@@ -83,7 +84,7 @@ def test_a_killed_worker_loses_nothing(tmp_path, student, frames_of, run, often)
 def test_twelve_stories_on_a_ray_cluster(tmp_path, student, frames_of, often):
     """Two workers, of which two are killed."""
     pytest.importorskip("ray", reason="pip install ray; CONTRIBUTING.md, Tests")
-    from context_forcing.video.ray_workers import RayWorkers
+    from context_forcing.workers.ray_workers import RayWorkers
 
     batch = Batch.of(read_jobs(write_jobs(tmp_path, student, 12), "cpu"))
     killer = Killer(batch, 2)

@@ -12,7 +12,7 @@ from context_forcing.model.checkpoints.published import PUBLISHED
 
 ROOT = Path(__file__).parents[2]
 README_BYTES = 10_240
-ROOMS = ("benchmark", "cli", "memory", "model", "nodes", "train", "video")
+ROOMS = ("benchmark", "cli", "memory", "model", "nodes", "train", "video", "workers")
 HELP = ROOT / "web" / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *HELP.rglob("*.md")])
 SOURCES = sorted(
@@ -25,6 +25,7 @@ SOURCES = sorted(
         "nodes",
         "train",
         "video",
+        "workers",
         "tests",
         "scripts",
         ".github",

@@ -22,7 +22,7 @@ from context_forcing import cli
 from context_forcing.model.config import PRESETS, WanConfig
 
 MODULES = (
-    "video.batch", "video.workers", "train.presets", "train.loop", "train.data.encode", "train.evaluation.evaluate",
+    "video.batch", "workers.local", "train.presets", "train.loop", "train.data.encode", "train.evaluation.evaluate",
     "train.evaluation.plots",
 )  # fmt: skip
 TINY = WanConfig(dim=32, ffn_dim=64, num_heads=1, num_layers=2)

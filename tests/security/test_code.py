@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("benchmark", "cli", "memory", "model", "nodes", "scripts", "train", "video")
+ROOMS = ("benchmark", "cli", "memory", "model", "nodes", "scripts", "train", "video", "workers")
 FILES = sorted([*ROOT.glob("*.py"), *(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))])
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
@@ -89,7 +89,7 @@ def watch(event, args):
 sys.addaudithook(watch)
 import context_forcing
 folder = os.path.dirname(context_forcing.__file__)
-for room in ("cli", "memory", "model", "train", "video", "nodes"):
+for room in ("cli", "memory", "model", "train", "video", "workers", "nodes"):
     if room == "nodes":
         sys.path.insert(0, os.path.join(folder, "tests", "nodes"))
         import comfyui_stub

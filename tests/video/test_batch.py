@@ -12,13 +12,15 @@ import pytest
 import yaml
 
 from context_forcing.model.checkpoints.student import StudentSource
-from context_forcing.video import workers
-from context_forcing.video.batch import FAILED, MADE, WAITING, Batch
+from context_forcing.video import jobs
+from context_forcing.video.batch import Batch
 from context_forcing.video.generate import GenerateRequest
-from context_forcing.video.jobs import read_jobs
-from context_forcing.video.workers import Death, LocalWorkers, Outcome
+from context_forcing.video.jobs import VideoJob, read_jobs
+from context_forcing.workers.engine import FAILED, MADE, WAITING
+from context_forcing.workers.job import Death, Outcome, Worker
+from context_forcing.workers.local import LocalWorkers
 
-MADE_IT, DIED = Outcome(num_frames=12), Death(reason="ended by SIGKILL")
+MADE_IT, DIED = Outcome(result=12), Death(reason="ended by SIGKILL")
 
 
 class Scripted:
@@ -28,10 +30,10 @@ class Scripted:
         self.count, self.outcomes, self.running, self.given, self.closed = count, outcomes, {}, [], False
         self.most = 0
 
-    def give(self, place, request):
+    def give(self, place, job):
         assert place not in self.running and place < self.count
-        self.running[place] = request.output.stem
-        self.given.append(request.output.stem)
+        self.running[place] = job.output.stem
+        self.given.append(job.output.stem)
         self.most = max(self.most, len(self.running))
 
     def wait(self, seconds):
@@ -103,25 +105,24 @@ def test_an_error_of_the_disk_is_a_problem_of_the_video(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device", "film.mp4")
 
-    monkeypatch.setattr(workers, "open_job", full)
+    monkeypatch.setattr(jobs, "open_job", full)
     request = GenerateRequest(story=tmp_path / "a.yaml", output=tmp_path / "film.mp4", student=StudentSource())
-    assert (
-        workers.VideoMaker().make(request).problem == "film.mp4: No space left on device; check the name and the disk"
-    )
+    job = VideoJob(request=request, num_chunks=1, chunk_frames=12, is_made=False)
+    assert Worker().do(job).problem == "film.mp4: No space left on device; check the name and the disk"
 
 
 ENDLESS = """
 import multiprocessing, os, pathlib, signal, sys
-from context_forcing.video import workers
+from context_forcing.workers import local
 
-def endless(maker, request):
+def endless(worker, job):
     print(os.getpid(), *map(int, signal.pthread_sigmask(signal.SIG_BLOCK, [])), flush=True)
     while True:
         signal.pause()
 
-workers.VideoMaker.make = endless
-workers.multiprocessing = type("Forking", (), {"get_context": lambda way: multiprocessing.get_context("fork")})
-place = workers.LocalWorkers(1, "cpu")
+local.Worker.do = endless
+local.multiprocessing = type("Forking", (), {"get_context": lambda way: multiprocessing.get_context("fork")})
+place = local.LocalWorkers(1, "cpu")
 place.give(0, None)
 sys.stdin.readline()
 os.kill(os.getpid(), signal.SIGKILL)

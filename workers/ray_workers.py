@@ -4,10 +4,8 @@ import logging
 from typing import Any
 
 from ..memory.fields import brief
-from .generate import GenerateRequest
-from .workers import Death, Outcome, VideoMaker, check_count
-
-log = logging.getLogger("context_forcing")
+from .job import Death, Job, Outcome, Worker
+from .local import check_count
 
 
 class RayWorkers:
@@ -32,14 +30,14 @@ class RayWorkers:
             raise ValueError(f"--device: the cluster has no {kind}; start its machines with one, or give --device cpu")
         self.count = check_count(count, has[kind], has[kind], f"{kind}s of the cluster")
         share = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": 1}
-        self._maker = ray.remote(VideoMaker).options(**share)
+        self._worker = ray.remote(Worker).options(**share)
         self._actors: dict[int, Any] = {}
         self._running: dict[Any, int] = {}
 
-    def give(self, place: int, request: GenerateRequest) -> None:
+    def give(self, place: int, job: Job) -> None:
         if place not in self._actors:
-            self._actors[place] = self._maker.remote()
-        self._running[self._actors[place].make.remote(request)] = place
+            self._actors[place] = self._worker.remote()
+        self._running[self._actors[place].do.remote(job)] = place
 
     def wait(self, seconds: float) -> list[tuple[int, Outcome | Death]]:
         ready, _ = self._ray.wait(list(self._running), num_returns=1, timeout=seconds)

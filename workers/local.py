@@ -1,115 +1,23 @@
-"""Processes that make videos: what they hold, and those of this machine."""
+"""Workers that are processes of this machine."""
 
 import contextlib
-import dataclasses
-import logging
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from multiprocessing import connection as pipes
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess, parent_process
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from ..memory.fields import one_line
-from ..memory.files import of_disk
-from ..model.checkpoints.student import StudentFile
-from ..model.codecs.backbone import Codecs
 from ..model.device import pick_device
-from .generate import GenerateRequest, open_job
-from .journal import has_journal
-from .pipeline import Pipeline
-
-log = logging.getLogger("context_forcing")
+from .job import Death, Job, Outcome, Worker
 
 DEVICES = "CUDA_VISIBLE_DEVICES"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What came of a request: a video, or a problem that another attempt would have too."""
-
-    num_frames: int = 0
-    seconds: float = 0.0
-    problem: str = ""
-    messages: tuple[str, ...] = ()
-    """What the worker logged."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Death:
-    """A worker ended before its request did."""
-
-    reason: str
-
-
-class Workers(Protocol):
-    """Workers in `count` places. A place that has no worker gets one with its next request."""
-
-    count: int
-
-    def give(self, place: int, request: GenerateRequest) -> None:
-        """Begin a video in a place where none is being made."""
-        ...
-
-    def wait(self, seconds: float) -> list[tuple[int, Outcome | Death]]:
-        """What ended in which place, after at most so many seconds. One that died has left its place."""
-        ...
-
-    def close(self) -> None:
-        """End all workers; finished chunks are kept."""
-        ...
-
-
-class VideoMaker:
-    """Makes one video after the other, and keeps the student of the last one loaded."""
-
-    def __init__(self):
-        self._loaded: tuple[Any, Pipeline] | None = None
-
-    def make(self, request: GenerateRequest) -> Outcome:
-        """Make a video, or finish it if it has a journal."""
-        began, request = time.monotonic(), dataclasses.replace(request, resume=has_journal(request.output))
-        with _collected() as messages:
-            try:
-                with open_job(request, self._load) as job:
-                    num_frames = job.run()
-            except (ValueError, FloatingPointError, OSError) as error:
-                problem = of_disk(error) if isinstance(error, OSError) else str(error)
-                return Outcome(problem=one_line(problem), messages=tuple(messages))
-        return Outcome(num_frames=num_frames, seconds=time.monotonic() - began, messages=tuple(messages))
-
-    def _load(
-        self, student: StudentFile, device: torch.device, dtype: torch.dtype, codecs: Codecs, offload: bool
-    ) -> Pipeline:
-        """Pipeline.load, or the loaded student with other codecs."""
-        key = (student.source, device, dtype, offload)
-        if self._loaded is None or self._loaded[0] != key:
-            self._loaded = None  # The one before is freed first.
-            self._loaded = key, Pipeline.load(student, device, dtype, codecs, offload)
-        return dataclasses.replace(self._loaded[1], text_encoder=codecs.text_encoder, vae=codecs.vae)
-
-
-@contextlib.contextmanager
-def _collected() -> Iterator[list[str]]:
-    """What is logged inside, in a list."""
-    messages: list[str] = []
-    handler, level = logging.Handler(), log.level
-    handler.emit = lambda record: messages.append(record.getMessage())
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    try:
-        yield messages
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
 
 
 class LocalWorkers:
@@ -117,7 +25,8 @@ class LocalWorkers:
 
     def __init__(self, count: int | None = None, device: str = "auto"):
         """`count` None: one for each GPU, one on the CPU. Raises ValueError."""
-        is_cuda = pick_device(device)[0].type == "cuda"
+        self.device = pick_device(device)[0].type
+        is_cuda = self.device == "cuda"
         self._devices = _gpus() if is_cuda else None
         most = len(self._devices) if self._devices else os.cpu_count() or 1
         self.count = check_count(count, most if is_cuda else 1, most, "GPUs" if is_cuda else "cores of this machine")
@@ -125,7 +34,7 @@ class LocalWorkers:
         self._places: dict[int, tuple[BaseProcess, pipes.Connection]] = {}
         self._busy: set[int] = set()
 
-    def give(self, place: int, request: GenerateRequest) -> None:
+    def give(self, place: int, job: Job) -> None:
         if place in self._places and not self._places[place][0].is_alive():
             self._remove(place)
         if place not in self._places:
@@ -139,7 +48,7 @@ class LocalWorkers:
             self._places[place] = process, here
         self._busy.add(place)
         with contextlib.suppress(BrokenPipeError):  # It has just died, and `wait` says so.
-            self._places[place][1].send(request)
+            self._places[place][1].send(job)
 
     def wait(self, seconds: float) -> list[tuple[int, Outcome | Death]]:
         waited = {thing: place for place in self._busy for thing in self._things(place)}
@@ -196,21 +105,21 @@ def _exit_reason(code: int | None) -> str:
 
 
 def _work(connection: pipes.Connection, environment: dict[str, str], threads: int) -> None:
-    """The main function of a worker: a request comes in, an outcome goes out, until the pipe is closed."""
+    """The main function of a worker: a job comes in, an outcome goes out, until the pipe is closed."""
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # An interrupt is for the parent, which ends the workers.
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    maker = VideoMaker()
+    worker = Worker()
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
-            request = connection.recv()
+            job = connection.recv()
             if "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(threads)
-            connection.send(maker.make(request))
+            connection.send(worker.do(job))
 
 
 def _end_with_parent() -> None:
-    """End this worker as soon as its parent is gone: the next one could not write the same video before."""
+    """End this worker as soon as its parent is gone: the next one could not write the same files before."""
     parent = parent_process()
     assert parent is not None
     parent.join()
