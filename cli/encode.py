@@ -7,6 +7,7 @@ from typer import Argument, Option
 
 from .console import progress_bar, say
 from .options import Device
+from .workers import Count, Ray, Retries, open_engine
 
 SOURCE = """A folder of videos, each with a caption in a .txt beside it; a .csv or .tsv with columns path, caption
 and optionally start and end in seconds; or a .txt with a prompt per line."""
@@ -31,10 +32,14 @@ def encode(
     device: Device = "auto",
     retry: Annotated[bool, Option("--retry", help="Try skipped videos again.")] = False,
     negative_prompt: Annotated[str | None, Option(help=NEGATIVE_PROMPT)] = None,
+    workers: Count = None,
+    ray: Ray = None,
+    retries: Retries = 2,
 ) -> None:
     """Encode videos with captions, or prompts, into a training set of latents and text embeddings."""
     from ..memory.files import hold_folder
     from ..train.data.encode import EncodeSettings, SetEncoder, parse_size
+    from ..train.data.encode_jobs import SetEncoderOnWorkers
 
     settings = EncodeSettings(
         model=model,
@@ -48,12 +53,16 @@ def encode(
         retry=retry,
         negative_prompt=negative_prompt,
     )
-    with hold_folder("output", output):
-        encoder = SetEncoder(source, output, settings)
-        with progress_bar() as bar:
-            task = bar.add_task("encode", total=len(encoder.sources), note="")
-            note = lambda: f"{encoder.num_clips} clips  {len(encoder.skipped)} skipped"
-            encoder.run(lambda num_sources: bar.update(task, completed=num_sources, note=note()))
+    with hold_folder("output", output), open_engine(workers, ray, retries, device) as engine:
+        if engine is None:
+            encoder = SetEncoder(source, output, settings)
+            with progress_bar() as bar:
+                task = bar.add_task("encode", total=len(encoder.sources), note="")
+                note = lambda: f"{encoder.num_clips} clips  {len(encoder.skipped)} skipped"
+                encoder.run(lambda num_sources: bar.update(task, completed=num_sources, note=note()))
+        else:
+            encoder = SetEncoderOnWorkers(source, output, settings, engine)
+            encoder.run()
     for name, reason in list(encoder.skipped.items())[:MAX_SKIPPED]:
         say(f"skipped {name}: {reason}")
     say(

@@ -8,6 +8,7 @@ from typer import Option
 
 from .console import console
 from .options import Device, Dtype
+from .workers import Count, Ray, Retries, open_engine
 
 OUTPUT = "Folder for JSON, plots and filmstrips; results that are there are kept."
 COMPARE = "Another student on the same scenes and noise, FILE or FILE=policy,policy. Repeatable."
@@ -32,6 +33,9 @@ def evaluate(
     minutes: Annotated[float, Option(min=0, help="Length of long rollouts, which measure drift; 0: none.")] = 0,
     long_rollouts: Annotated[int, Option(min=2, help="Long rollouts per seed.")] = 4,
     seed: Annotated[str, Option(help="Seeds of scenes and noise, comma-separated.")] = "0",
+    workers: Count = None,
+    ray: Ray = None,
+    retries: Retries = 2,
     video: Annotated[list[Path] | None, Option(help=VIDEO)] = None,
     clip: Annotated[Path | None, Option(help="Folder of a CLIP model in the layout of transformers.")] = None,
     dino: Annotated[Path | None, Option(help="Folder of a DINOv2 model in the layout of transformers.")] = None,
@@ -59,7 +63,7 @@ def evaluate(
             minutes=minutes,
             long_rollouts=long_rollouts,
         )
-        with hold_folder("output", output):
-            tables = evaluate(plan, device, dtype, output)
+        with hold_folder("output", output), open_engine(workers, ray, retries, device) as engine:
+            tables = evaluate(plan, device, dtype, output, engine)
     for table in tables:
         Console(width=max(240, console.width)).print(table, highlight=False)

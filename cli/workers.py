@@ -31,13 +31,13 @@ def open_workers(count: int | None, ray: str | None, device: str) -> "Workers":
 
 @contextlib.contextmanager
 def open_engine(count: int | None, ray: str | None, retries: int, device: str) -> "Iterator[Engine | None]":
-    """Workers if an option asks for them; None: all is done in this process."""
+    """Workers, if an option asks for them, under a table of what they do; None: all is done in this process."""
     if count is None and ray is None:
         yield None
         return
     from ..workers.engine import Engine
 
-    with Engine(open_workers(count, ray, device), retries) as engine:
+    with Engine(open_workers(count, ray, device), retries) as engine, live(lambda: _running_table(engine)):
         yield engine
 
 
@@ -66,6 +66,8 @@ def progress_table(
     return table
 
 
-def running_table(engine: "Engine", title: str, total: Iterable[str]) -> Table:
-    """What runs now; `total` as in progress_table, the third cell is that of seconds."""
-    return progress_table(list(engine.running.values()), title, total, {"seconds": lambda row: f"{row.seconds:.0f}"})
+def _running_table(engine: "Engine") -> Table:
+    lost = f"{engine.lost_workers} workers lost" if engine.lost_workers else ""
+    total = (f"{engine.total} jobs", f"{engine.num_ended} finished", "", "", "", lost)
+    columns = {"kept": lambda row: f"{row.kept or ''}", "seconds": lambda row: f"{row.seconds:.0f}"}
+    return progress_table(list(engine.running.values()), "job", total, columns)

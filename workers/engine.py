@@ -106,6 +106,8 @@ class Engine:
         self.running: dict[int, Progress] = {}
         """By place."""
         self.num_ended = self.lost_workers = 0
+        self.total = 0
+        """Jobs that are given in order."""
 
     def __enter__(self) -> "Engine":
         return self
@@ -138,8 +140,12 @@ class Engine:
         self.num_ended += len(ended)
         return ended
 
-    def in_order(self, jobs: Iterable[AnyJob]) -> Iterator[Progress[AnyJob]]:
-        """Jobs that ended, in the order in which they are given. Few are begun before the first has ended (AHEAD)."""
+    def in_order(self, jobs: Iterable[AnyJob], total: int) -> Iterator[Progress[AnyJob]]:
+        """Jobs that ended, in the order in which they are given; `total` is their number, for a table.
+
+        At most AHEAD of them for each place are begun before the first has ended and is taken.
+        """
+        self.num_ended, self.total = 0, total
         begun: deque[Progress[AnyJob]] = deque()
         jobs = iter(jobs)
         while True:

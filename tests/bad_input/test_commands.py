@@ -23,6 +23,7 @@ from context_forcing.video import batch
 from context_forcing.video.generate import GenerateJob
 from context_forcing.workers import local, ray_workers
 
+from ..workers.here import Here
 from .drill import SCALARS, TEXTS, bounded, drill, is_line, refused
 
 STORY = {"size": [48, 32], "seed": 4, "segments": [{"prompt": "a meadow", "seconds": 0.75}]}
@@ -95,14 +96,13 @@ def command(run, workplace, student, monkeypatch):
     monkeypatch.chdir(workplace)
     monkeypatch.delenv("COMFYUI_PATH", raising=False)
     monkeypatch.setattr(GenerateJob, "run", lambda job, on_chunk: job.journal.close() or 9)
-    monkeypatch.setattr(SetEncoder, "run", lambda encoder, on_clip: None)
+    monkeypatch.setattr(SetEncoder, "run", lambda encoder, *on_clip: None)
     monkeypatch.setattr(batch.Batch, "run", lambda *_: None)
-    monkeypatch.setattr(local, "LocalWorkers", lambda *_: None)
-    monkeypatch.setattr(ray_workers, "RayWorkers", lambda *_: None)
+    monkeypatch.setattr(local, "LocalWorkers", lambda *_: Here())
+    monkeypatch.setattr(ray_workers, "RayWorkers", lambda *_: Here())
     monkeypatch.setattr(presets, "build_stage", lambda stage, settings: None)
     monkeypatch.setattr(loop, "train", lambda *_: Path("student.safetensors"))
-    monkeypatch.setattr(evaluate, "_run_gaps", lambda *_: [])
-    monkeypatch.setattr(evaluate, "_run_long", lambda *_: [])
+    monkeypatch.setattr(evaluate.SceneJob, "run", lambda *_: [])
     monkeypatch.setattr(evaluate.Results, "add", lambda *_: None)
     monkeypatch.setattr(evaluate, "_report", lambda *_: [])
     monkeypatch.setattr(measuring, "filled", lambda sampler, memory, seed: memory)

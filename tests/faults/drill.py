@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
@@ -217,6 +217,13 @@ COMMANDS = {
         )
         for stage, stem in STAGES.items()
     },
+}
+COMMANDS |= {
+    f"{name} on workers": replace(
+        COMMANDS[name],
+        arguments=lambda folder, name=name: [*COMMANDS[name].arguments(folder), "--workers", "1", "--device", "cpu"],
+    )
+    for name in ("encode", "evaluate")
 }
 SHORT = ("generate", "encode", "convert", "evaluate", "pretrain")
 """Commands of the short form; a stage stands for all, which have one loop and one kind of checkpoint."""

@@ -5,7 +5,7 @@ Shapes: C latent channels, T latent frames, F pixel frames, H W pixels, h w late
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +54,12 @@ class EncodeSettings:
     """Try skipped sources again."""
     negative_prompt: str | None = None
     """Its text is stored beside the set, for guidance; None is the model's own, empty none."""
+
+    @property
+    def own_negative_prompt(self) -> str:
+        """The negative prompt, also where it is the model's own."""
+        own = backbone_of(self.model).negative_prompt
+        return own if self.negative_prompt is None else self.negative_prompt
 
     def __post_init__(self):
         check_range(self, "fps", "frames", "shard_mb", least=1)
@@ -115,17 +121,33 @@ def load_encoder(settings: EncodeSettings, with_vae: bool) -> Encoder:
     return Encoder(device, WAN.size, rows, umt5.name, vae, fingerprint(vae) if vae else None)
 
 
+Load = Callable[[EncodeSettings, bool], Encoder]
+"""As load_encoder."""
+
+
 class SetEncoder:
     """Encodes a source into a set, or continues a set. Raises ValueError, one line, for a mistake of the user."""
 
-    def __init__(self, path: str | Path, output: str | Path, settings: EncodeSettings):
-        self.settings, self.sources = settings, list_sources(Path(path))
+    def __init__(
+        self,
+        path: str | Path,
+        output: str | Path,
+        settings: EncodeSettings,
+        load: Load = load_encoder,
+        sources: Sequence[Source] | None = None,
+        clips_before: Mapping[str, int] | None = None,
+        shard_bytes: int | None = None,
+    ):
+        """`sources` are all of `path` by default, `shard_bytes` those of `settings`.
+
+        `clips_before` are the first clips of sources that are not to be encoded, because another set has them.
+        """
+        self.clips_before = clips_before or {}
+        self.settings, self.sources = settings, sources or list_sources(Path(path))
         self.dtype = dtype_named(settings.dtype)
         of_videos = self.sources[0].video is not None
-        self.encoder = load_encoder(settings, of_videos)
+        self.encoder = load(settings, of_videos)
         self.size = settings.size or self.encoder.size
-        own = backbone_of(settings.model).negative_prompt
-        self.negative_prompt = own if settings.negative_prompt is None else settings.negative_prompt
         header = Header(
             source=str(Path(path).resolve()),
             model="demo" if backbone_of(settings.model) is DEMO else Path(settings.model).resolve().name,
@@ -136,27 +158,35 @@ class SetEncoder:
             size=self.size if of_videos else None,
             frames=settings.frames if of_videos else None,
         )
-        self.writer = ShardWriter(output, header, settings.shard_mb * 2**20)
+        self.writer = ShardWriter(output, header, shard_bytes or settings.shard_mb * 2**20)
         self.finished, self.skipped = self.writer.manifest.finished, self.writer.manifest.skipped
         """Number of clips of every finished source; reason of every skipped source."""
-        self._clips_before = self.num_clips
+        self._num_before = self.num_clips
 
-    @torch.inference_mode()
     def run(self, on_clip: Callable[[int], None] = lambda num_sources: None) -> None:
         """Encode what is missing. `on_clip` gets the number of processed sources after every clip and source."""
+        self.add_texts()
+        self.add_clips(on_clip)
+
+    @torch.inference_mode()
+    def add_texts(self) -> None:
+        """The texts beside the clips, if the set does not have them."""
+        negative = self.settings.own_negative_prompt
         self.writer.write_empty_text(lambda: self.encoder.text("").to(self.dtype))
-        if self.negative_prompt:
-            self.writer.write_negative_text(
-                self.negative_prompt, lambda: self.encoder.text(self.negative_prompt).to(self.dtype)
-            )
+        if negative:
+            self.writer.write_negative_text(negative, lambda: self.encoder.text(negative).to(self.dtype))
+
+    @torch.inference_mode()
+    def add_clips(self, on_clip: Callable[[int], None] = lambda num_sources: None) -> None:
+        """The clips that the set does not have."""
         for number, source in enumerate(self.sources):
             on_clip(number)
-            if self._is_full():
+            if self.num_left == 0:
                 break
-            if source.name in self.finished or (source.name in self.skipped and not self.settings.retry):
+            if not self.is_missing(source):
                 continue
             try:
-                for _ in self._encode(source):
+                for _ in self.encode(source):
                     on_clip(number)
             except VideoError as error:
                 self.writer.skip(source.name, str(error))
@@ -171,12 +201,19 @@ class SetEncoder:
     @property
     def new_clips(self) -> int:
         """Clips that this run added."""
-        return self.num_clips - self._clips_before
+        return self.num_clips - self._num_before
 
-    def _is_full(self) -> bool:
-        return self.settings.max_clips is not None and self.writer.num_clips >= self.settings.max_clips
+    @property
+    def num_left(self) -> int | None:
+        """Clips that the set can still take; None: any number."""
+        most = self.settings.max_clips
+        return None if most is None else max(0, most - self.writer.num_clips)
 
-    def _encode(self, source: Source) -> Iterator[None]:
+    def is_missing(self, source: Source) -> bool:
+        """Whether a source is still to be encoded."""
+        return source.name not in self.finished and (source.name not in self.skipped or self.settings.retry)
+
+    def encode(self, source: Source) -> Iterator[None]:
         """Add the missing clips of a source; yields after every clip. Raises VideoError for a bad source."""
         if source.problem:
             raise VideoError(source.problem)
@@ -187,13 +224,13 @@ class SetEncoder:
             return
         check_video(source.video, source.start, source.end)
         fps, clip_frames = self.settings.fps, pixel_frames(self.settings.frames)
-        count, rest = self.writer.clips_of(source.name), 0
+        count, rest = self.clips_before.get(source.name, 0) + self.writer.clips_of(source.name), 0
         runs = read_runs(source.video, clip_frames, self.size, fps, start=source.start, end=source.end, skip=count)
         for pixels in runs:
             if len(pixels) < clip_frames:
                 rest = len(pixels)
                 break
-            if self._is_full():
+            if self.num_left == 0:
                 return
             latents = self._stored(self.encoder.latents(pixels), "latents")
             start = round(source.start + count * clip_frames / fps, 6)

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,24 +20,20 @@ import numpy as np
 import torch
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
 from ...memory.fields import quoted
 from ...memory.files import atomic_path
-from ...memory.history import reach_frames
-from ...memory.memory import Memory
 from ...model.checkpoints.containers import read_json
 from ...model.checkpoints.locate import BUILT_IN
-from ...model.checkpoints.student import StudentSource
-from ...model.device import pick_device, use_cpu_threads
 from ...model.units import FRAMES_PER_LATENT, latent_seconds
 from ...video.frames import film_strip
 from ...video.pipeline import Pipeline
+from ...workers.engine import Engine
+from ...workers.job import Loaded
 from ..world.geometry import CHUNK
-from ..world.prompts import ALL_STYLES
 from ..world.scripts import TRIP_COLUMNS, Script, benchmark_script, random_script
 from .judge import QUARTERS, World, judge, judge_long
-from .rollout import Camera, branches
+from .scenes import End, SceneJob, student_loader
 from .summary import KINDS, LONG, Record, sum_up, tables
 from .variants import Variant
 
@@ -190,52 +186,69 @@ class Results:
             part.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def evaluate(plan: Plan, device: str, dtype: str, out: Path) -> list[Table]:
+def evaluate(plan: Plan, device: str, dtype: str, out: Path, engine: Engine | None = None) -> list[Table]:
     """Measure students; writes recall.json, plots and one film strip per cell into `out`, and returns tables.
 
-    A second run in the same folder resumes the first. With more rollouts or seeds it adds to the results.
+    A second run in the same folder resumes the first. With more rollouts or seeds it adds to the results. With an
+    `engine` its workers generate, the results are the same, and this process judges on the same kind of device.
     """
-    where = pick_device(device, dtype)
-    pipelines = {student.name: Pipeline.load(StudentSource(student.path).open(), *where) for student in plan.students}
-    for pipeline in pipelines.values():
-        use_cpu_threads(pipeline.network.net)
+    device = device if engine is None else engine.workers.device
+    loaded = Loaded()
+    load = student_loader(loaded, device, dtype)
+    pipelines = {student.name: load(_file(student, engine)) for student in plan.students}
     plan = _usable(plan, pipelines)
     first = pipelines[plan.students[0].name]
-    paths = long_paths(plan, first.card.fps)
     scripts = {mirror: _scripts(plan, mirror) for mirror in (False, True)}
+    paths = long_paths(plan, first.card.fps)
     results = Results(out, _header(plan, pipelines))
     world = World(first)
-    done = [(each.student, each.policy, each.seed, each.scene, each.kind == LONG) for each in results.records]
-    for student, policy, seed, scene, is_long in track(_runs(plan), description="evaluate", transient=True):
-        if (student, policy, seed, scene, is_long) in done:
-            continue
-        run = {"student": student, "policy": policy, "seed": seed, "scene": scene}
-        style = ALL_STYLES[np.random.default_rng((seed, scene)).integers(len(ALL_STYLES))]
-        variant = Variant.parse(policy)
-        camera = variant.camera(pipelines[student], style, seed * 10_000 + scene)
-        memory = variant.empty_memory(pipelines[student])
-        if is_long:
-            rollouts = [_run_long(camera, world, memory, paths[seed, scene], run)]
-        else:
-            rollouts = _run_gaps(camera, world, memory, scripts[scene % 2 == 1], run)
-        for record, end in rollouts if (seed, scene) == (plan.seeds[0], 0) else ():
-            script = (record.kind, record.columns, record.gap_frames) if not is_long else (record.kind,)
-            parts = [student] * (len(plan.students) > 1) + [*map(str, script), policy]
+    done = {(each.student, each.policy, each.seed, each.scene, each.kind == LONG) for each in results.records}
+    jobs = [
+        SceneJob(
+            student=student.name, file=_file(student, engine), policy=policy, seed=seed, scene=scene, is_long=is_long,
+            moves={(LONG, 0, 0): tuple(paths[seed, scene])} if is_long
+            else {path: script.moves for path, script in scripts[scene % 2 == 1].items()},
+            device=device, dtype=dtype,
+        )
+        for student, policy, seed, scene, is_long in _runs(plan)
+        if (student.name, policy, seed, scene, is_long) not in done
+    ]  # fmt: skip
+    for job, ends in _ended(jobs, loaded, engine):
+        records = [_record(world, job, end, scripts[job.scene % 2 == 1].get(end.path)) for end in ends]
+        for record, end in zip(records, ends) if (job.seed, job.scene) == (plan.seeds[0], 0) else ():
+            script = (record.kind,) if job.is_long else (record.kind, record.columns, record.gap_frames)
+            parts = [job.student] * (len(plan.students) > 1) + [*map(str, script), job.policy]
             name = re.sub(r"[^\w.-]+", "-", "-".join(parts))
-            film_strip(world.codec, end.latent_chunks, scale=1).save(out / f"{name}.png")
-        results.add([record for record, _ in rollouts])
+            chunks = torch.tensor(end.latents_CTHW)[None].split(CHUNK, dim=2)
+            film_strip(world.codec, chunks, scale=1).save(out / f"{name}.png")
+        results.add(records)
     return _report(results, plan, first.card.fps, out)
 
 
-def _runs(plan: Plan) -> list[tuple[str, str, int, int, bool]]:
+def _file(student: EvaluatedStudent, engine: Engine | None) -> str | None:
+    """The student's file; workers may have another working directory."""
+    return student.path if student.path is None or engine is None else str(Path(student.path).absolute())
+
+
+def _runs(plan: Plan) -> list[tuple[EvaluatedStudent, str, int, int, bool]]:
     """Student, policy, seed and scene of every run, and whether it is a long rollout, in the order of evaluation."""
     return [
-        (student.name, policy, seed, scene, is_long)
+        (student, policy, seed, scene, is_long)
         for seed, is_long in itertools.product(plan.seeds, (False, True))
         for scene in range(plan.long_rollouts if is_long else plan.rollouts)
         for student in (plan.students if (plan.minutes if is_long else plan.gaps) else ())
         for policy in student.policies
     ]
+
+
+def _ended(jobs: list[SceneJob], loaded: Loaded, engine: Engine | None) -> Iterator[tuple[SceneJob, list[End]]]:
+    """Every job with what came of it, in order. Raises ValueError if one fails."""
+    if engine is None:
+        for job in track(jobs, description="evaluate", transient=True):
+            yield job, job.run(loaded)
+    else:
+        for progress in engine.in_order(jobs, len(jobs)):
+            yield progress.job, progress.result
 
 
 def _scripts(plan: Plan, mirror: bool) -> dict[tuple[str, int, int], Script]:
@@ -246,31 +259,17 @@ def _scripts(plan: Plan, mirror: bool) -> dict[tuple[str, int, int], Script]:
     }
 
 
-def _run_gaps(
-    camera: Camera, world: World, memory: Memory, scripts: dict[tuple[str, int, int], Script], run: dict
-) -> list[tuple[Record, Memory]]:
-    """One scene under every script."""
-    ends = dict(branches(camera, memory, {key: script.moves for key, script in scripts.items()}))
-    rollouts = []
-    for (kind, columns, gap), script in scripts.items():
-        end, hidden = ends[kind, columns, gap], len(script.hidden_frames)
-        trial = judge(world, _latents(end, world), script, camera.style)
-        rollouts.append((Record(**run, kind=kind, columns=columns, gap_frames=hidden, trial=trial), end))
-    return rollouts
-
-
-def _run_long(camera: Camera, world: World, memory: Memory, moves: Sequence[int], run: dict) -> tuple[Record, Memory]:
-    reach = []
-    for move in moves:
-        memory = camera.move(memory, move)
-        reach.append(reach_frames(memory))
-    trial = judge_long(world, _latents(memory, world), moves, camera.style, reach)
-    return Record(**run, kind=LONG, columns=0, gap_frames=0, trial=trial), memory
-
-
-def _latents(memory: Memory, world: World) -> Tensor:
-    """Latents of the whole video, [C, T, H, W]."""
-    return torch.cat(memory.latent_chunks, dim=2)[0].to(world.device)
+def _record(world: World, job: SceneJob, end: End, script: Script | None) -> Record:
+    """The figures of a rollout; a long one has no script."""
+    latents, (kind, columns, _) = torch.tensor(end.latents_CTHW).to(world.device), end.path
+    if script is None:
+        trial = judge_long(world, latents, job.moves[end.path], job.style, end.reach)
+    else:
+        trial = judge(world, latents, script, job.style)
+    return Record(
+        student=job.student, policy=job.policy, seed=job.seed, scene=job.scene, kind=kind, columns=columns,
+        gap_frames=0 if script is None else len(script.hidden_frames), trial=trial,
+    )  # fmt: skip
 
 
 def long_paths(plan: Plan, fps: float) -> dict[tuple[int, int], list[int]]:

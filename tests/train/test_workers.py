@@ -1,0 +1,183 @@
+"""`evaluate` and `encode` on workers make what they make in one process, also where a worker is killed."""
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+
+from context_forcing.train.data.encode import EncodeSettings, SetEncoder
+from context_forcing.train.data.encode_jobs import PROMPTS, SetEncoderOnWorkers
+from context_forcing.train.data.shards import EncodedSet
+from context_forcing.train.evaluation.evaluate import Plan, Results, evaluate, parse_students
+from context_forcing.train.evaluation.rollout import Camera
+from context_forcing.workers import local
+from context_forcing.workers.engine import Engine
+from context_forcing.workers.local import LocalWorkers
+
+from ..workers.here import Here
+from .videos import SETTINGS, contents, film, run, world_frames
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Rounding depends on the number of threads."""
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def forked(monkeypatch, one_thread, tmp_path):
+    """Workers are forked, so that they begin at once and have what a test has patched.
+
+    (class, method, when) -> the process that calls the method with arguments for which `when` holds kills itself,
+    once. A generator kills it after its first value.
+    """
+    if os.name == "nt":
+        pytest.skip("signals of POSIX")
+    monkeypatch.setattr(
+        local, "multiprocessing", type("", (), {"get_context": lambda way: multiprocessing.get_context("fork")})
+    )
+
+    def kill_in(owner, name, when):
+        true, done, here = getattr(owner, name), tmp_path / "killed", os.getpid()
+
+        def call(*arguments):
+            result = true(*arguments)
+            if os.getpid() == here or done.exists() or not when(*arguments):
+                return result
+            if hasattr(result, "__next__"):
+                next(result)
+            done.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr(owner, name, call)
+        return done
+
+    return kill_in
+
+
+@pytest.fixture
+def plan(students):
+    students = parse_students(students[0], [f"{students[1]}=none"], "novel")
+    return Plan(students=students, gaps=(0,), columns=(9,), rollouts=2, minutes=0.4, long_rollouts=2)
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def encode_on(workers, source, output, settings=SETTINGS, retries=2, shard_bytes=60_000):
+    """Encode on workers, in small shards as tests.train.videos.run."""
+    with Engine(workers, retries) as engine:
+        encoder = SetEncoderOnWorkers(source, output, settings, engine)
+        encoder.writer.shard_bytes = shard_bytes
+        encoder.run()
+    assert not list(output.glob("workers-*")), "nothing is left of the sets of single sources"
+    return encoder, engine
+
+
+@pytest.mark.slow
+def test_two_workers_finish_the_results_of_one_process_also_if_one_is_killed(plan, tmp_path, monkeypatch, forked):
+    tables = evaluate(plan, "cpu", "fp32", tmp_path / "here")
+    add = Results.add
+
+    def stop_after_two(results, records):
+        add(results, records)
+        if len({(each.student, each.policy, each.scene) for each in results.records}) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Results, "add", stop_after_two)
+        evaluate(plan, "cpu", "fp32", tmp_path / "there")
+    killed = forked(Camera, "move", lambda camera, memory, move: len(memory.latent_chunks) == 2)
+    with Engine(LocalWorkers(2, "cpu")) as engine:
+        there = evaluate(plan, "cpu", "fp32", tmp_path / "there", engine)
+    assert killed.exists() and engine.lost_workers == 1
+    assert engine.num_ended == engine.total == 6, "what is there is not made again"
+    assert [table.row_count for table in there] == [table.row_count for table in tables]
+    assert files_of(tmp_path / "there") == files_of(tmp_path / "here")
+
+
+def test_two_workers_encode_the_set_of_one_process_also_if_one_is_killed(whole_videos, tmp_path, forked):
+    run(whole_videos, tmp_path / "here")
+    killed = forked(SetEncoder, "encode", lambda encoder, source: source.name == "b.mp4")
+    encoder, engine = encode_on(LocalWorkers(2, "cpu"), whole_videos, tmp_path / "there")
+    assert killed.exists() and engine.lost_workers == 1 and encoder.new_clips == 6
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")
+
+
+def test_a_limited_set_goes_on_with_another_number_of_workers(whole_videos, tmp_path, one_thread):
+    """Two clips end with a video, four in the middle of one."""
+    on_workers = lambda *given: encode_on(Here(3), *given)[0]
+    for count, way in ((2, on_workers), (3, run), (4, on_workers), (None, on_workers)):
+        limited = EncodeSettings(frames=4, max_clips=count)
+        sets = [tmp_path / "mixed", tmp_path / "alone"]
+        encoders = [way(whole_videos, sets[0], limited), run(whole_videos, sets[1], limited)]
+        assert [encoder.num_clips for encoder in encoders] == [count or 6] * 2
+        assert encoders[0].finished == encoders[1].finished
+        assert contents(sets[0]) == contents(sets[1])
+
+
+def test_what_is_wrong_with_a_file_is_reported_by_workers_too(videos, tmp_path, one_thread):
+    good = (videos / "b.mp4").read_bytes()
+    (videos / "cut.mp4").write_bytes(good[: len(good) * 2 // 3])
+    (videos / "cut.txt").write_text("A meadow.")
+    film(videos / "short.mp4", world_frames(5, 12))
+    film(videos / "mute.mp4", world_frames(5, 13), caption=None)
+    run(videos, tmp_path / "here")
+    encoder, _ = encode_on(Here(2), videos, tmp_path / "there")
+    assert encoder.skipped.keys() == {"cut.mp4", "short.mp4", "mute.mp4"} and encoder.num_clips == 6
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")
+    (videos / "mute.txt").write_text("A meadow.")
+    assert encode_on(Here(2), videos, tmp_path / "there")[0].new_clips == 0, "skipped stays skipped"
+    retry = dataclasses.replace(SETTINGS, retry=True)
+    assert encode_on(Here(2), videos, tmp_path / "there", retry)[0].new_clips == 1
+
+
+def test_a_video_in_which_every_worker_dies_is_skipped_with_the_reason(whole_videos, tmp_path, one_thread):
+    (tmp_path / "set" / "workers-left").mkdir(parents=True)
+    encoder, engine = encode_on(Here(2, **{"b.mp4": 9}), whole_videos, tmp_path / "set", retries=1)
+    assert engine.lost_workers == 2 and encoder.finished == {"a.mp4": 2, "sub/c.mp4": 1}
+    assert encoder.skipped == {"b.mp4": "its worker died 2 times, the last ended by SIGKILL"}
+    retried = dataclasses.replace(SETTINGS, retry=True)
+    assert encode_on(Here(2), whole_videos, tmp_path / "set", retried)[0].num_clips == 6
+
+
+def test_prompts_are_encoded_some_at_a_time(tmp_path, one_thread):
+    prompts, count = tmp_path / "prompts.txt", PROMPTS + 8
+    prompts.write_text("\n".join(f"A meadow by day, number {number}." for number in range(count)))
+    settings = EncodeSettings(negative_prompt="snow at night")
+    run(prompts, tmp_path / "here", settings)
+    workers = Here(2)
+    encoder, _ = encode_on(workers, prompts, tmp_path / "there", settings)
+    assert contents(tmp_path / "there") == contents(tmp_path / "here") and encoder.num_clips == count
+    assert len(workers.begun) == 3, "one of them is for the texts beside the clips"
+    assert EncodedSet(tmp_path / "there", 0).negative("snow at night").shape[1] == 2
+
+
+def test_a_mistake_is_that_of_one_process(whole_videos, tmp_path):
+    settings = dataclasses.replace(SETTINGS, model=str(tmp_path / "wan"))
+    with pytest.raises(ValueError, match="model: .*wan has no folder vae"):
+        encode_on(Here(2), whole_videos, tmp_path / "set", settings)
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.slow
+def test_on_a_ray_cluster(plan, whole_videos, tmp_path, one_thread):
+    pytest.importorskip("ray", reason="pip install ray; CONTRIBUTING.md, Tests")
+    from context_forcing.workers.ray_workers import RayWorkers
+
+    short = dataclasses.replace(plan, minutes=0.0)
+    evaluate(short, "cpu", "fp32", tmp_path / "evaluated")
+    run(whole_videos, tmp_path / "encoded")
+    with Engine(RayWorkers("local", 2, "cpu")) as engine:
+        evaluate(short, "cpu", "fp32", tmp_path / "evaluated there", engine)
+        assert files_of(tmp_path / "evaluated there") == files_of(tmp_path / "evaluated")
+        encode_on(engine.workers, whole_videos, tmp_path / "encoded there")
+    assert contents(tmp_path / "encoded there") == contents(tmp_path / "encoded")

@@ -1,0 +1,164 @@
+"""Sources as jobs: each is encoded into a set of its own, whose clips one process takes over in the order of sources.
+
+So the whole set is that of one process, whatever the number of workers.
+"""
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...memory.files import hold_folder
+from ...model.codecs.backbone import DEMO, backbone_of
+from ...video.reading import VideoError
+from ...workers.engine import Engine, Progress
+from ...workers.job import Death, Loaded
+from .encode import Encoder, EncodeSettings, SetEncoder, load_encoder
+from .shards import Entry, Manifest, open_shard, read_manifest
+from .sources import Source
+
+PROMPTS = 32
+"""Prompts of a job. Of videos it is one."""
+PREFIX = "workers-"
+"""Names of folders in a set for the sets of single sources."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderJob:
+    """What a set says of its encoder, and the texts that are stored beside the clips."""
+
+    settings: EncodeSettings
+    with_vae: bool
+    name: str = "encoder"
+
+    def num_kept(self) -> int:
+        """Nothing is on the disk."""
+        return 0
+
+    @torch.inference_mode()
+    def run(self, loaded: Loaded) -> tuple[tuple[int, int], str, str | None, dict[str, np.ndarray]]:
+        """Size, names of the text encoder and the VAE, and texts [L, D] by prompt."""
+        encoder = _load(loaded, self.settings, self.with_vae)
+        texts = {prompt: encoder.text(prompt).cpu().numpy() for prompt in {"", self.settings.own_negative_prompt}}
+        return encoder.size, encoder.text_name, encoder.vae_name, texts
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceJob:
+    """A video, or some prompts, to be encoded into a set of their own; its steps are clips."""
+
+    path: Path
+    """The source that they are of."""
+    folder: Path
+    settings: EncodeSettings
+    sources: tuple[Source, ...]
+    clips_before: Mapping[str, int]
+    """First clips of a video that the whole set has."""
+
+    @property
+    def name(self) -> str:
+        others = f" and {len(self.sources) - 1} more" if len(self.sources) > 1 else ""
+        return f"{self.sources[0].name}{others}"
+
+    def num_kept(self) -> int:
+        """Clips on the disk."""
+        return len(list(self.folder.glob("shard-*.safetensors")))
+
+    def run(self, loaded: Loaded) -> Manifest:
+        """Encode, one clip in a shard; returns the manifest of the set."""
+        with hold_folder("output", self.folder):
+            SetEncoder(
+                self.path, self.folder, self.settings, partial(_load, loaded), self.sources, self.clips_before, 1
+            ).add_clips()
+        return read_manifest(self.folder)
+
+
+class SetEncoderOnWorkers(SetEncoder):
+    """A SetEncoder whose workers encode. This process loads no model; it writes the set."""
+
+    def __init__(self, path: str | Path, output: str | Path, settings: EncodeSettings, engine: Engine):
+        # Workers may have another working directory.
+        model = settings.model if backbone_of(settings.model) is DEMO else str(Path(settings.model).absolute())
+        settings = dataclasses.replace(settings, model=model, device=engine.workers.device)
+        self._path, self._engine = Path(path).absolute(), engine
+        super().__init__(self._path, Path(output).absolute(), settings, partial(_load_by, engine))
+
+    def add_clips(self, on_clip: Callable[[int], None] = lambda num_sources: None) -> None:
+        for left in self.writer.folder.glob(f"{PREFIX}*"):  # of a killed process
+            shutil.rmtree(left, ignore_errors=True)
+        missing = [source for source in self.sources if self.is_missing(source)]
+        size = PROMPTS if missing and missing[0].video is None else 1
+        parts = [tuple(missing[number : number + size]) for number in range(0, len(missing), size)]
+        # The workers end before the folder that they write to is deleted.
+        with tempfile.TemporaryDirectory(prefix=PREFIX, dir=self.writer.folder) as folder, self._engine:
+            self._made = self._engine.in_order(self._jobs(parts, Path(folder)), len(parts))
+            self._taken: dict[str, Progress[SourceJob]] = {}
+            super().add_clips(on_clip)
+
+    def _jobs(self, parts: Sequence[tuple[Source, ...]], folder: Path) -> Iterator[SourceJob]:
+        """A job for each part, made when there is room for it."""
+        for number, sources in enumerate(parts):
+            if self.num_left == 0:
+                return
+            yield SourceJob(
+                path=self._path,
+                folder=folder / f"{number:08d}",
+                settings=dataclasses.replace(self.settings, max_clips=self.num_left),
+                sources=sources,
+                clips_before={source.name: self.writer.clips_of(source.name) for source in sources},
+            )
+
+    def encode(self, source: Source) -> Iterator[None]:
+        """Add the missing clips of a source, when a worker has made them."""
+        while source.name not in self._taken:
+            progress = next(self._made)
+            self._taken = {each.name: progress for each in progress.job.sources}
+        progress = self._taken[source.name]
+        if isinstance(progress.outcome, Death):
+            raise VideoError(progress.problem)
+        made: Manifest = progress.result
+        for entry in made.entries:
+            if entry.source == source.name:
+                if self.num_left == 0:
+                    return
+                self.writer.add(source.name, entry.start, entry.caption, _tensors(progress.job.folder, entry))
+                yield
+        if source is progress.job.sources[-1]:
+            shutil.rmtree(progress.job.folder, ignore_errors=True)
+        if source.name in made.skipped:
+            raise VideoError(made.skipped[source.name])
+        if source.name in made.finished:
+            self.writer.finish(source.name, made.finished[source.name])
+
+
+def _load(loaded: Loaded, settings: EncodeSettings, with_vae: bool) -> Encoder:
+    key = (settings.model, settings.device, with_vae)
+    return loaded.get(key, lambda: load_encoder(settings, with_vae))
+
+
+def _load_by(engine: Engine, settings: EncodeSettings, with_vae: bool) -> Encoder:
+    """The encoder as far as the process that writes the set needs it. Raises ValueError, as load_encoder does."""
+    (progress,) = engine.in_order([EncoderJob(settings=settings, with_vae=with_vae)], 1)
+    size, text_name, vae_name, texts = progress.result
+    return Encoder(
+        device=torch.device("cpu"),
+        size=size,
+        text=lambda prompt: torch.tensor(texts[prompt]),
+        text_name=text_name,
+        vae=None,
+        vae_name=vae_name,
+    )
+
+
+def _tensors(folder: Path, entry: Entry) -> dict[str, Tensor]:
+    """Latents and text of a clip, in the order in which a set has them."""
+    file = open_shard(folder / entry.shard)
+    names = [name for name in ("latents", "text") if f"{entry.key}.{name}" in file.keys()]
+    return {name: file.get_tensor(f"{entry.key}.{name}").clone() for name in names}
