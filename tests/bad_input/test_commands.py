@@ -107,7 +107,8 @@ def command(run, workplace, student, monkeypatch):
     monkeypatch.setattr(evaluate, "_report", lambda *_: [])
     monkeypatch.setattr(measuring, "filled", lambda sampler, memory, seed: memory)
     monkeypatch.setattr(measuring._Bench, "_warm_up", lambda *_: None)
-    for name in ("speed", "film", "growth", "drift"):
+    monkeypatch.setattr(measuring, "_time", lambda *_: None)
+    for name in ("_speed", "film", "growth", "drift"):
         monkeypatch.setattr(measuring._Bench, name, lambda *_: ())
     monkeypatch.setattr(subject, "WanVAE", torch.nn.Identity)
     monkeypatch.setattr(tables, "tables_of", lambda *_: [])

@@ -64,8 +64,8 @@ class SourceJob:
 
     @property
     def name(self) -> str:
-        others = f" and {len(self.sources) - 1} more" if len(self.sources) > 1 else ""
-        return f"{self.sources[0].name}{others}"
+        first, *others = self.sources
+        return f"{first.name} and {len(others)} more" if others else first.name
 
     def num_kept(self) -> int:
         """Clips on the disk."""
