@@ -50,11 +50,17 @@ class ParallelState:
         """Number of replicas."""
         return num_replicas(self.world_size, self.sequence)
 
-    def samples(self, global_batch: int) -> range:
-        """This replica's samples of a global batch. Raises ValueError unless all replicas have the same number."""
+    def samples(self, global_batch: int, setting: str = "batch") -> range:
+        """This replica's samples of a global batch.
+
+        Raises ValueError, which names the setting, unless all replicas have the same number.
+        """
         if global_batch % self.num_replicas:
-            shared = f" that share samples by {self.sequence}" if self.processes else ""
-            raise ValueError(f"batch: {global_batch} samples do not divide by {self.world_size} processes{shared}")
+            shared = f", {self.sequence} for each sample" if self.processes else ""
+            raise ValueError(
+                f"{setting}: {global_batch} samples do not divide by {self.world_size} processes{shared}; give a"
+                f" multiple of {self.num_replicas}"
+            )
         return range(self.rank // self.sequence, global_batch, self.num_replicas)
 
     def mean(self, value: float) -> float:

@@ -1,6 +1,7 @@
 """What each of the processes of tests/train/test_sequence.py computes: `torchrun` starts it.
 
-Arguments: the setting `sequence`, files of student and teacher, and a folder for the main process's results.
+Arguments: the setting `sequence`, files of student and teacher, a folder for the main process's results, and stages.
+With one stage, no run is resumed.
 """
 
 import dataclasses
@@ -31,8 +32,8 @@ SETTINGS = {
 """A batch of two, so that one replica has two samples and each of two replicas has one."""
 
 
-def compute(name: str, sequence: int, files: list[str], folder: Path) -> dict:
-    """Metrics and gradients of two updates, and metrics of a third one with and without a checkpoint before it."""
+def compute(name: str, sequence: int, files: list[str], folder: Path, resume: bool) -> dict:
+    """Metrics and gradients of two updates; with `resume`, metrics of a third one with and without a checkpoint."""
     overrides = [each.replace("STUDENT", files[0]).replace("TEACHER", files[1]) for each in SETTINGS[name]]
     config = load_config(name, "smoke", [*overrides, f"sequence={sequence}", "device=cpu"])
     stage, grads, update = build_stage(name, config), [], TrainedNetwork.update
@@ -47,6 +48,8 @@ def compute(name: str, sequence: int, files: list[str], folder: Path) -> dict:
         metrics = [stage.step(step) for step in range(2)]
     finally:
         TrainedNetwork.update = update
+    if not resume:
+        return {"metrics": metrics, "grads": grads}
     Checkpoints(folder, stage, name).save(2, 1.0, "r")
     metrics.append(stage.step(2) | stage.validate())
     again = build_stage(name, config)
@@ -59,7 +62,7 @@ def main(sequence: str, student: str, teacher: str, folder: str, *stages: str) -
     torch.set_num_threads(1)
     PRESETS["demo"] = dataclasses.replace(PRESETS["demo"], **dataclasses.asdict(SIZES))
     for name in stages:
-        found = compute(name, int(sequence), [student, teacher], Path(folder) / name)
+        found = compute(name, int(sequence), [student, teacher], Path(folder) / name, resume=len(stages) > 1)
         if torch.distributed.get_rank() == 0:
             torch.save(found, Path(folder) / f"{name}.pt")
 

@@ -10,6 +10,8 @@ import torch
 
 from context_forcing.model.checkpoints.student import StudentSource
 from context_forcing.train.parallel import start_parallel
+from context_forcing.train.presets import load_config
+from context_forcing.train.stages.pretrain import PretrainStage
 
 from .helpers import ALONE, FILES, metrics_of
 
@@ -26,6 +28,9 @@ def test_a_batch_must_divide_over_the_processes():
     with pytest.raises(ValueError, match="batch: 3 samples"):
         dataclasses.replace(ALONE, world_size=2).samples(3)
     assert list(dataclasses.replace(ALONE, rank=1, world_size=2).samples(4)) == [1, 3]
+    message = "openings: 3 samples do not divide by 2 processes; give a multiple of 2"
+    with pytest.raises(ValueError, match=message):
+        PretrainStage(load_config("pretrain", "smoke", ["openings=3"]), dataclasses.replace(ALONE, world_size=2))
 
 
 @pytest.mark.slow

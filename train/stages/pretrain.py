@@ -43,6 +43,7 @@ class PretrainStage(Stage):
 
     def __init__(self, config: PretrainConfig, parallel: ParallelState):
         super().__init__(config, parallel)
+        parallel.samples(config.openings, "openings")  # raises for a number that does not divide
         self.batches = open_batches(config, config.num_chunks, config.text_dropout, config.pacing, config.long_trips)
         self.validation = self.batches.validation(4 * config.batch)
         self.network = self.load_network(config.init, "student", config.optim)
