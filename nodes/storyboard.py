@@ -1,5 +1,7 @@
 """A chain of samplers in one node: timed prompts, one line per segment."""
 
+import sys
+
 from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder
 
@@ -8,6 +10,9 @@ from .handle import MemoryHandle, MemoryType
 from .model_access import StudentModel
 from .shared import ADVANCED, CATEGORY, attention_input, kv_dtype_input, seed_input, storage_inputs
 
+SPARE_CALLS = 100
+"""Calls that Python has left for ComfyUI and for the nodes before the storyboard: ComfyUI's cache goes from the last
+sampler to the first by a call in a call (CacheKeySetInputSignature)."""
 EXAMPLE = """\
 # when a segment begins, [how its prompt takes over], its prompt
 0:00 A meadow under a clear sky by day. The camera stays.
@@ -68,6 +73,11 @@ class ContextForcingStoryboard(io.ComfyNode):
         """
         card = StudentModel.of(model).card
         story = chunk_story(parse_storyboard(text), card.fps, memory.memory.config.chunk, seed)
+        if (count := len(story.segments)) > (most := sys.getrecursionlimit() - SPARE_CALLS):
+            raise ValueError(
+                f"text: {count} segments are more than {most}, which ComfyUI's cache takes in one storyboard; move the"
+                " rest to a second storyboard that continues the memory of this one"
+            )
         # The samplers take links, not values: ComfyUI then finds the samplers of unchanged lines in its cache.
         links = cls.hidden.dynprompt.get_node(cls.hidden.unique_id)["inputs"]
         if branch_after > len(story.segments):

@@ -1,6 +1,7 @@
 """Logic of the nodes without ComfyUI, whose modules are stubs here."""
 
 import dataclasses
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -144,6 +145,24 @@ def test_frames_are_stored_as_the_node_says(node_module, prepared):
         assert (choice.id, tuple(choice.options), choice.default) == ("kv_dtype", KV_DTYPES, "auto")
     stored = lambda **given: prepared(StudentCard(), **given).options.kv_dtype
     assert stored() == "auto" and [stored(kv_dtype=name) for name in KV_DTYPES] == list(KV_DTYPES)
+
+
+def test_a_storyboard_that_comfyuis_cache_cannot_take_is_refused(node_module, empty_memory, monkeypatch):
+    """Else the user reads: maximum recursion depth exceeded."""
+    module = node_module("storyboard")
+    board = module.ContextForcingStoryboard
+    monkeypatch.setattr(module.StudentModel, "of", lambda model: SimpleNamespace(card=StudentCard()))
+    links = SimpleNamespace(get_node=lambda node: {"inputs": {key: ["1", 0] for key in ("model", "clip", "memory")}})
+    monkeypatch.setattr(board, "hidden", SimpleNamespace(dynprompt=links, unique_id="2"), raising=False)
+    memory, most = node_module("handle").MemoryHandle.of(empty_memory()), sys.getrecursionlimit() - 100
+
+    def run(count):
+        text = "".join(f"{0.75 * number} A meadow.\n" for number in range(count)) + f"{0.75 * count}"
+        return board.execute(None, None, memory, text, 0)
+
+    assert len(run(most).result[1].splitlines()) == most + 1
+    with pytest.raises(ValueError, match=f"^text: {most + 1} segments are more than {most}, .* second storyboard"):
+        run(most + 1)
 
 
 TEXT = torch.ones(1, 5, 4096)
