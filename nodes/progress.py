@@ -1,5 +1,6 @@
 """What a sampler shows while it runs: a line of text and a picture per chunk, and the film so far."""
 
+import contextlib
 import os
 import time
 import uuid
@@ -120,7 +121,8 @@ class SegmentProgress:
         try:
             folder = folder_paths.get_temp_directory()
             os.makedirs(folder, exist_ok=True)
-            film, clip = (os.path.join(folder, f"context_forcing_{kind}_{uuid.uuid4().hex}.mp4") for kind in "fc")
+            clip = os.path.join(folder, f"context_forcing_clip_{uuid.uuid4().hex}.mp4")
+            film = _film_to(clip)
             pixels = to_pixels(np.stack(self._pictures))
             scale = default_scale(*self._pictures[0].shape[1::-1])
             write_video(clip, [pixels], fps=self._fps / FRAMES_PER_LATENT, scale=scale, crf=PREVIEW_CRF)
@@ -131,4 +133,13 @@ class SegmentProgress:
             return clips
         for node in self._viewers:
             self._page.show_video(node, os.path.basename(film))
+        for clip in clips[-2:-1]:
+            with contextlib.suppress(OSError):  # a branch has deleted it, or it is in use
+                os.unlink(_film_to(clip))  # all films of a long chain would need far more disk than the last
         return clips
+
+
+def _film_to(clip: str) -> str:
+    """The path of the film that ends with a clip."""
+    folder, name = os.path.split(clip)
+    return os.path.join(folder, name.replace("_clip_", "_film_"))

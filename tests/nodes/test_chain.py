@@ -1,7 +1,6 @@
 """A chain of samplers in a real ComfyUI: video, cache, interrupts, progress, the same latents as `generate`."""
 
 import json
-from pathlib import Path
 
 import imageio_ffmpeg
 import pytest
@@ -174,10 +173,17 @@ def test_the_command_line_makes_the_same_latents(host, demo_chain, size, tmp_pat
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
-def film_shown(host, run, node) -> list[Path]:
-    """Films that were shown on a node that had not run, in order."""
-    shown = [data["output"]["images"][0] for data in run.all("executed") if data["node"] == node]
-    return [host.output_path(entry) for entry in shown if entry["type"] == "temp"]
+class Films:
+    """For Host.run: the number of frames of every film that was shown on a node that had not run, in order."""
+
+    def __init__(self, host, node, on_event=lambda kind, data: None):
+        self.host, self.node, self.on_event, self.frames = host, node, on_event, []
+
+    def __call__(self, kind, data):
+        if kind == "executed" and data["node"] == self.node and data["output"]["images"][0]["type"] == "temp":
+            film = self.host.output_path(data["output"]["images"][0])
+            self.frames.append(len(list(read_frames(film)[1])))
+        self.on_event(kind, data)
 
 
 def test_the_film_so_far_is_shown_where_it_will_be_saved(host, demo_chain):
@@ -185,9 +191,12 @@ def test_the_film_so_far_is_shown_where_it_will_be_saved(host, demo_chain):
     for sampler in nodes(demo_chain, "ContextForcingSampler"):
         demo_chain[sampler]["inputs"] |= {"seed": 41, "seconds": 1.5}
     save, texts = only(demo_chain, "ContextForcingSaveVideo"), nodes(demo_chain, "CLIPTextEncode")
-    run = succeeded(host.run(demo_chain))
-    films = film_shown(host, run, save)
-    assert [len(list(read_frames(film)[1])) for film in films] == [6, 12]
+    written = lambda: {path.name for path in (host.base / "temp").glob("context_forcing_*")}
+    before, films = written(), Films(host, save)
+    run = succeeded(host.run(demo_chain, films))
+    assert films.frames == [6, 12]
+    kinds = sorted(name.split("_")[2] for name in written() - before)
+    assert kinds == ["clip", "clip", "film"], "only the newest film stays"
     assert host.output_path(run.outputs[save]["images"][0]).parent == host.base / "output" / "video"
     for line in ("0.8 s of 4.5 s, ", "4.5 s of 4.5 s, "):
         assert any(text.startswith(line) and " frames/s, " in text for _, text in run.texts), run.texts
@@ -197,10 +206,9 @@ def test_the_film_so_far_is_shown_where_it_will_be_saved(host, demo_chain):
     demo_chain[texts[-1]]["inputs"]["text"] = "Snow under a clear sky."
     last = nodes(demo_chain, "ContextForcingSampler")[-1]
     demo_chain[last]["inputs"]["seconds"] = 30.0
-    run = host.run(demo_chain, interrupt_at(host, "progress", last, 2))
-    assert run.end == "execution_interrupted"
-    (film,) = film_shown(host, run, save)
-    assert len(list(read_frames(film)[1])) >= 12 + 6
+    films = Films(host, save, interrupt_at(host, "progress", last, 2))
+    assert host.run(demo_chain, films).end == "execution_interrupted"
+    assert len(films.frames) == 1 and films.frames[0] >= 12 + 6
 
 
 def test_splitting_changes_nothing(host, graph, demo):
