@@ -99,6 +99,8 @@ def start_parallel(device: str = "auto", sequence: int = 1) -> ParallelState:
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     num_replicas(world_size, sequence)
+    if sequence > 1 and not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise ValueError(f"sequence: needs PyTorch 2.10, this is {torch.__version__}; install it, or give sequence=1")
     chosen, _ = pick_device(device)
     if chosen.type == "cpu":
         if world_size == 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from context_forcing.model.config import PRESETS
 from context_forcing.model.sampler import seeded_generator
@@ -115,6 +116,13 @@ def test_processes_that_do_not_divide_are_refused(monkeypatch):
         start_parallel("cpu", 2)
     with pytest.raises(ValueError, match=message):
         plan_stage("contextual", "wan2.1-1.3b", ["sequence=2"])
+
+
+def test_an_older_pytorch_is_named(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delattr(FSDPModule, "set_force_sum_reduction_for_comms")
+    with pytest.raises(ValueError, match="^sequence: needs PyTorch 2.10, this is"):
+        start_parallel("cpu", 2)
 
 
 @pytest.mark.parametrize("stage, settings", [("pretrain", ["num_chunks=80"]), ("teacher", []), ("contextual", [])])
