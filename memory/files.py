@@ -27,6 +27,8 @@ MAX_TENSORS = 20_000
 MAX_TEXT = 2**25
 """Bytes of a text file that is read whole; a device such as /dev/zero never ends."""
 LOCKED_BYTE = 2**30  # far after the text, because Windows forbids to read a locked byte
+OURS = ".context_forcing"
+"""A part of the names of locks and of unfinished files: no file of anybody else is written over or deleted."""
 
 
 class HeldError(OSError):
@@ -90,7 +92,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     The file has the permissions of a new file, also if its writer gives it others (safetensors: 0600). After an error
     `path` is unchanged and the new file is deleted. Raises OSError, also while another process writes `path`.
     """
-    part = path.with_name(path.name + ".part")
+    part = _part_name(path)
     with lock(lock_name(path)):
         try:
             part.unlink(missing_ok=True)
@@ -114,7 +116,7 @@ def hold_folder(option: str, folder: Path) -> Iterator[None]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             stack.callback(_remove_empty, created)
-            stack.enter_context(lock(folder / ".lock"))
+            stack.enter_context(lock(folder / f"{OURS}.lock"))
             stack.callback(_remove_locks, folder)
         except OSError as error:
             raise ValueError(f"{option}: {folder} cannot be written ({error.strerror}); give another folder") from None
@@ -123,7 +125,7 @@ def hold_folder(option: str, folder: Path) -> Iterator[None]:
 
 def _remove_locks(folder: Path) -> None:
     """Delete locks of files that a killed process left."""
-    for path in folder.rglob(".*.lock"):
+    for path in folder.rglob(lock_name(Path("*")).name):
         with contextlib.suppress(OSError), lock(path):
             pass
 
@@ -136,7 +138,12 @@ def _remove_empty(folders: list[Path]) -> None:
 
 def lock_name(path: Path) -> Path:
     """The lock of a file."""
-    return path.with_name(f".{path.name}.lock")
+    return path.with_name(f".{path.name}{OURS}.lock")
+
+
+def _part_name(path: Path) -> Path:
+    """The name of a file until it is whole."""
+    return path.with_name(f".{path.name}{OURS}.part")
 
 
 def check_writable(option: str, path: Path) -> None:
@@ -145,7 +152,7 @@ def check_writable(option: str, path: Path) -> None:
         raise ValueError(f"{option}: {path}: its folder does not exist; create it first")
     if path.is_dir():
         raise ValueError(f"{option}: {path} is a folder; give a file name")
-    part = path.with_name(path.name + ".part")
+    part = _part_name(path)
     try:
         with lock(lock_name(path)):
             part.touch()

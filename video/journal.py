@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..memory.files import atomic_path, sync_folder
+from ..memory.files import OURS, atomic_path, sync_folder
 from ..memory.memory import Memory
 from ..memory.references import Reference
 from ..memory.snapshot import fingerprint_memory, fingerprint_references
@@ -37,7 +37,8 @@ DIGEST_KEY = "sha256"
 DTYPE = torch.float32
 """The dtype of every chunk (CausalSampler)."""
 HEADER = "journal.json"
-JOURNAL_FILE = re.compile(r"\.?(journal\.json|chunk-\d+\.safetensors)(\.part|\.lock)?|(journal|chunk-\d+)\.part")
+PART = rf"(?:{re.escape(OURS)})?\.(?:part|lock)"  # in earlier releases without OURS
+JOURNAL_FILE = re.compile(rf"\.?(journal\.json|chunk-\d+\.safetensors)({PART})?|(journal|chunk-\d+)\.part")
 CHUNK_FILE = re.compile(r"chunk-(\d{6}|[1-9]\d{6,})\.safetensors")
 
 

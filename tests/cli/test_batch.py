@@ -40,7 +40,7 @@ class Killer:
     def __call__(self):
         for video in self.batch.videos:
             output = video.job.output
-            lock = output.with_name(f".{output.name}.lock")
+            lock = lock_name(output)
             is_half = video.state == RUNNING and 0 < num_kept(output) < video.job.num_chunks and lock.exists()
             if is_half and output not in self.killed and len(self.killed) < self.kills:
                 os.kill(int(re.match(r"pid (\d+)", lock.read_text())[1]), signal.SIGKILL)

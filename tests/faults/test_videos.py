@@ -156,7 +156,7 @@ def test_one_run_at_a_time(generate, whole, stopped, student, tmp_path):
     command += ["-o", "film.mp4", "--student", str(student), "--resume"]
     first = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
     try:
-        while not (tmp_path / ".film.part.mp4").exists():
+        while not (tmp_path / ".film.context_forcing.part.mp4").exists():
             assert first.poll() is None
             time.sleep(0.001)
         first.send_signal(signal.SIGSTOP)

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from context_forcing.memory import files as disk
-from context_forcing.memory.files import HeldError, atomic_path, hold_folder, lock, lock_name
+from context_forcing.memory.files import OURS, HeldError, atomic_path, check_writable, hold_folder, lock, lock_name
+from context_forcing.video.mp4 import hold_output
 
 HOLDER = """
 import sys, time
@@ -153,5 +154,27 @@ def test_locks_that_a_killed_process_left_go_with_the_next_one(tmp_path):
     left.touch()
     with lock(held):
         with hold_folder("output", tmp_path):
-            assert (tmp_path / ".lock").exists()
+            assert (tmp_path / f"{OURS}.lock").exists()
         assert list(tmp_path.iterdir()) == [held]
+
+
+def test_files_of_others_stay(tmp_path):
+    """A lock and an unfinished file have names of our own: those of an editor, a build or a browser are not touched."""
+    (tmp_path / "sub").mkdir()
+    names = (".lock", ".keep.lock", "sub/.deps.lock", ".film.mp4.lock", "film.mp4.part", ".film.part.mp4", "film.part")
+    theirs = [tmp_path / name for name in names]
+    for path in theirs:
+        path.write_text(f"{path.name} of somebody else")
+    left = lock_name(tmp_path / "sub" / "left")
+    left.touch()
+    with hold_folder("output", tmp_path):
+        check_writable("--memory-out", tmp_path / "film.mp4")
+        with atomic_path(tmp_path / "film.mp4") as part:
+            part.write_bytes(b"all of it")
+            assert part.name == ".film.mp4.context_forcing.part"
+        (tmp_path / "film.mp4").unlink()
+        with hold_output(tmp_path / "film.mp4"):
+            assert lock_name(tmp_path / "film.mp4").exists()
+    assert not left.exists()
+    assert all(path.read_text() == f"{path.name} of somebody else" for path in theirs)
+    assert sorted(tmp_path.rglob("*.*")) == sorted(theirs)
