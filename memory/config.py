@@ -66,6 +66,8 @@ class MemoryConfig:
         for name, choices in (("policy", POLICIES), ("eviction", EVICTIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: {quoted(getattr(self, name))} is not one of {', '.join(choices)}")
+        if type(self.novel_against_sink) is not bool:
+            raise ValueError(f"novel_against_sink: {quoted(self.novel_against_sink)} is not true or false")
         tau = self.slow_similarity_threshold
         if type(tau) not in (int, float) or not -1 <= tau <= 1:
             raise ValueError(

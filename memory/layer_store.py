@@ -150,12 +150,18 @@ class LayerStore(KVStore):
         return {"layers": [[layer.frames, layer.num_slow] for layer in self.layers]}, tensors
 
     @classmethod
-    def from_state(cls, slots: Slots, header: dict, tensors: dict[str, Tensor]) -> "LayerStore":
+    def from_state(cls, config: MemoryConfig, slots: Slots, header: dict, tensors: dict[str, Tensor]) -> "LayerStore":
+        num_filled = min(config.num_slots, sum(header["chunks"]))
+        if bool(header["layers"]) != bool(num_filled):
+            raise ValueError("damaged: layers has an impossible value")
         layers = []
         for number, (frames, num_slow) in enumerate(header["layers"]):
             keys, values, descriptor = (tensors.pop(f"{part}.{number}") for part in ("keys", "values", "descriptor"))
+            most_slow = min(config.slow, max(0, num_filled - config.sink - config.chunk))
+            if len(frames) != num_filled or num_slow > most_slow:
+                raise ValueError("damaged: layers has an impossible value")
             same_length = len(frames) == len(keys) == len(values)
-            if not same_length or type(num_slow) is not int or not 0 <= num_slow < len(frames):
+            if not same_length or keys.ndim != 5 or descriptor.shape != (keys.shape[1], keys[0, 0, 0].numel()):
                 raise ValueError(f"damaged: the tensors of layer {number} do not fit its header")
             entries = tuple(FrameKV(k.contiguous(), v.contiguous()) for k, v in zip(keys, values))
             layers.append(LayerSlots(frames=tuple(frames), entries=entries, num_slow=num_slow, descriptor=descriptor))

@@ -261,7 +261,7 @@ class Memory:
     def _choose(self, film: Film, held: tuple[int, ...], remembered: tuple[int, ...]) -> tuple[int, ...]:
         """What policy recall chooses after a commit; `film` includes the new chunk."""
         # A read for every chunk of the film, saved up while nothing has to be read.
-        reads = min(MAX_READS, len(film.starts) - sum(recall.num_reads for recall in self.recalls))
+        reads = max(0, min(MAX_READS, len(film.starts) - sum(recall.num_reads for recall in self.recalls)))
         of_film = [frame for frame in remembered if frame >= 0]
         return film.choose(self.config.slow, held, of_film, range(self.first_recalled, self.num_frames), reads)
 

@@ -18,11 +18,12 @@ from safetensors.torch import save_file
 from .config import MemoryConfig
 from .fields import brief
 from .files import MAX_TENSORS, atomic_path
-from .header import check_header
+from .header import check_header, check_kinds
 from .memory import Memory, Segment, all_finite, store_class
 from .policy import Decision, Slots
 from .recall import Recall
 from .references import Reference, reference_frames
+from .stores import FrameKV
 
 HEADER_KEY = "context_forcing_memory"
 DIGEST_KEY = "sha256"
@@ -106,13 +107,11 @@ def load_memory(path: str | Path, student: str = "") -> Memory:
         with safe_open(path, "pt") as f:
             metadata = f.metadata() or {}
             if HEADER_KEY not in metadata:
-                raise ValueError(f"{path}: not a memory, it has no {HEADER_KEY} header; give the file of a memory")
+                raise ValueError(f"not a memory, it has no {HEADER_KEY} header; give the file of a memory")
             if len(names := f.keys()) > MAX_TENSORS:
-                raise ValueError(f"{path}: holds {len(names)} tensors, more than {MAX_TENSORS}; use another copy")
+                raise ValueError(f"holds {len(names)} tensors, more than {MAX_TENSORS}; use another copy")
+            check_kinds({name: f.get_slice(name).get_dtype() for name in names})
             tensors = {name: f.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({brief(error)}); use another copy") from None
-    try:
         header = json.loads(metadata[HEADER_KEY])
         if header["version"] != VERSION:
             raise ValueError(f"version: {header['version']} is not supported, only {VERSION}; use another release")
@@ -123,6 +122,8 @@ def load_memory(path: str | Path, student: str = "") -> Memory:
         if bad := [name for name, tensor in tensors.items() if not all_finite([tensor])]:
             raise ValueError(f"NaN or infinity in {bad[0]}; continue from an earlier memory")
         return _build(header, tensors)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({brief(error)}); use another copy") from None
     except (LookupError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: damaged header ({brief(repr(error))}); use another copy") from None
     except ValueError as error:
@@ -145,8 +146,9 @@ def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
     start_size = None if start is None or start.ndim != 5 else (*start.shape[:2], *start.shape[3:])
     for name, is_valid in {
         "form": header["form"] in ("exact", "compact"),
-        "chunks": all(type(length) is int and length > 0 for length in chunks),
-        "slots": not header["slots"] and len(set(slots.all)) == len(slots.all),
+        "chunks": all(length == config.chunk for length in chunks),
+        "slots": not header["slots"] and len(set(slots.all)) == len(slots.all) and _fit(slots, config),
+        "scene_begins": not (header["scene_begins"] and config.per_layer),
         "likeness": len(slots.similarity_to_previous) == len(slots.fast),
         "text": all(each.ndim == 3 and each.shape[0] == 1 for each in (text, *all_texts) if each is not None),
         "texts": len(texts) == (len(header["segments"]) if config.recalls else 0),
@@ -162,11 +164,10 @@ def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
         raise ValueError(f"damaged: film has shape {tuple(film.shape)}, which does not fit the header")
     if any(not 0 <= frame < film.shape[2] for frame in slots.film):
         raise ValueError("damaged: slots have frames that the film does not have")
-    store = store_class(config).from_state(slots, header, tensors)
+    store = store_class(config).from_state(config, slots, header, tensors)
     if tensors:
         raise ValueError(f"damaged: tensors {sorted(tensors)[:3]} do not belong to the memory")
-    if len({tuple(tensor.shape) for _, kv in store.frame_kvs() for tensor in (kv.keys, kv.values)}) > 1:
-        raise ValueError("damaged: keys and values differ in shape")
+    _check_kvs([kv for _, kv in store.frame_kvs()])
     return Memory(
         config=config,
         latent_size=(channels, height, width),
@@ -185,6 +186,23 @@ def _build(header: dict, tensors: dict[str, torch.Tensor]) -> Memory:
             for latents, (prompt, _), own in zip(pinned.split(1, dim=2), captions, own_texts)
         ),
     )
+
+
+def _fit(slots: Slots, config: MemoryConfig) -> bool:
+    """Whether there are as many slots as between two chunks at most. Layers have a sink in common."""
+    of_film = len(slots.slow) <= config.slow and len(slots.fast) <= config.fast - config.chunk
+    return len(slots.sink) <= config.sink and (config.per_layer or of_film)
+
+
+def _check_kvs(kvs: Sequence[FrameKV]) -> None:
+    """Raises ValueError unless all keys and values have one shape, and those without scales one dtype."""
+    parts = [part for kv in kvs for part in (kv.keys, kv.values)]
+    if len({tuple(part.shape) for part in parts}) > 1:
+        raise ValueError("damaged: keys and values differ in shape")
+    if len({part.dtype for part in parts if isinstance(part, torch.Tensor)}) > 1 or any(
+        type(kv.keys) is not type(kv.values) for kv in kvs
+    ):
+        raise ValueError("damaged: keys and values differ in dtype")
 
 
 def fingerprint_memory(memory: Memory) -> str:

@@ -153,7 +153,7 @@ class KVStore(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def from_state(cls, slots: Slots, header: dict, tensors: dict[str, Tensor]) -> "KVStore":
+    def from_state(cls, config: MemoryConfig, slots: Slots, header: dict, tensors: dict[str, Tensor]) -> "KVStore":
         """A store from a file; removes its tensors from `tensors`. Raises ValueError or KeyError for damaged ones."""
 
     @abc.abstractmethod
@@ -302,14 +302,14 @@ class FrameStore(KVStore):
         return header, {name: tensor.cpu().contiguous() for name, tensor in named.items()}
 
     @classmethod
-    def from_state(cls, slots: Slots, header: dict, tensors: dict[str, Tensor]) -> "FrameStore":
+    def from_state(cls, config: MemoryConfig, slots: Slots, header: dict, tensors: dict[str, Tensor]) -> "FrameStore":
         frames = slots.all if header["form"] == "exact" else ()
         kvs = {
             frame: FrameKV(*(_stored(tensors, f"{part}.{frame}") for part in ("keys", "values"))) for frame in frames
         }
         similarities = {(older, newer): value for older, newer, value in header.get("similarities", ())}
-        for (older, newer), value in similarities.items():
-            if not (older < newer and {older, newer} <= {*slots.slow} and abs(value) < 1.1):
+        for older, newer in similarities:
+            if not (older < newer and {older, newer} <= {*slots.slow}):
                 raise ValueError("damaged: similarities has an impossible value")
         return cls(slots=slots, frames=kvs, similarities=similarities)
 

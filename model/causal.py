@@ -57,8 +57,10 @@ def embed_text(net: WanNet, text_BLC: Tensor, num_groups: int = 1, run: ModuleRu
     """Text embeddings [B * G, L, C] -> keys and values of cross-attention.
 
     Wan attends to zero rows up to `text_len`. Their keys and values are equal, so they are computed once and get
-    log(count) as bias (docs/method.md, Text). Raises ValueError for a text longer than `text_len`.
+    log(count) as bias (docs/method.md, Text). Raises ValueError for a text longer than `text_len`, or of another width.
     """
+    if (width := text_BLC.shape[2]) != (expected := net.text_embedding[0].in_features):
+        raise ValueError(f"text: embeddings of width {width}, the student's is {expected}; use its text encoder")
     if text_BLC.shape[1] > net.text_len:
         raise ValueError(f"text: {text_BLC.shape[1]} rows; it must be {net.text_len} at most, shorten the prompt")
     text_BLC, bias = without_padding(text_BLC), None

@@ -22,7 +22,7 @@ from .finite import FiniteCheck
 from .flow import add_noise, match_channels, x0_from_flow
 from .memory_attention import ChunkAttention
 from .network import Network
-from .units import FRAMES_PER_LATENT
+from .units import FRAMES_PER_LATENT, check_size, pixel_size
 
 Noise = Callable[[int, int], Tensor]
 """(absolute latent frame, step) -> standard normal noise [B, C, H, W]."""
@@ -286,8 +286,11 @@ class CausalSampler:
         if memory.student and self.student and memory.student != self.student:
             students = f"{memory.student}, this one is {self.student}"
             raise ValueError(f"memory: it belongs to another student ({students}); use the student that generated it")
-        network = self.network
-        rows, columns = network.grid(memory.latent_size)
+        network, size = self.network, memory.latent_size
+        check_size(*pixel_size(size))
+        if size[0] != (channels := network.net.patch_embedding.in_channels):
+            raise ValueError(f"memory: it has {size[0]} latent channels, the student {channels}; use another memory")
+        rows, columns = network.grid(size)
         expected = (network.num_layers, 1, rows * columns, network.kv_heads, network.head_dim)
         for shape in memory.store.key_shapes - {expected}:
             raise ValueError(f"memory: its keys have shape {shape}, not {expected}; use the student that generated it")

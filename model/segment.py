@@ -103,7 +103,12 @@ def same_prompt(one_BLC: Tensor, other_BLC: Tensor) -> bool:
 
 
 def blend_text(old_BLC: Tensor, new_BLC: Tensor, share: float) -> Tensor:
-    """Embeddings between two prompts, row by row: `old` at share 0, `new` at share 1."""
+    """Embeddings between two prompts, row by row: `old` at share 0, `new` at share 1.
+
+    Raises ValueError for embeddings of different widths.
+    """
+    if old_BLC.shape[2] != new_BLC.shape[2]:
+        raise ValueError(f"blend: embeddings of widths {old_BLC.shape[2]} and {new_BLC.shape[2]}; use one text encoder")
     rows = max(old_BLC.shape[1], new_BLC.shape[1])
     old, new = (F.pad(text, (0, 0, 0, rows - text.shape[1])) for text in (old_BLC, new_BLC))
     return torch.lerp(old, new, share)

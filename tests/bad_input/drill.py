@@ -201,3 +201,61 @@ def safetensors_of(header: Any, body: bytes) -> bytes:
     """A safetensors file of any header."""
     text = as_json(header).encode()
     return struct.pack("<Q", len(text)) + text + body
+
+
+BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "C64": 64, "I64": 64, "I32": 32, "I16": 16, "I8": 8,
+    "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
+}  # fmt: skip
+"""Bits of a number, by the names of dtypes in safetensors."""
+DIMS = st.sampled_from((0, 1, 2, 3, 5, 16, 64))
+PATTERNS = st.sampled_from((b"\0", b"\1", b"\x7f", b"\xff", b"\0\0\xc0\x7f", b"\xff\xff\x7f\x7f", b"\0\0\x80\x3f"))
+"""Bytes that a tensor is filled with; of float32, NaN, the largest number and 1."""
+
+
+def _filled(data: bytes, dtype: str, shape: list[int]) -> bytes:
+    """As many bytes as a tensor has, those of `data` again and again."""
+    size = math.prod(shape) * BITS[dtype] // 8
+    return ((data or b"\0") * (size // max(1, len(data)) + 1))[:size]
+
+
+@st.composite
+def other_numbers(draw: st.DrawFn, header: dict, body: bytes, most: int = 2) -> tuple[dict, bytes]:
+    """The parts of a safetensors file in which some tensors have another dtype, shape, value or name, or are missing.
+
+    What safetensors asks of a file is right, so that the tensors reach whoever reads them.
+    """
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    found = {
+        name: (entry["dtype"], entry["shape"], body[slice(*entry["data_offsets"])]) for name, entry in tensors.items()
+    }
+    for _ in range(draw(st.integers(1, most))):
+        name = draw(st.sampled_from(sorted(found) or ["x"]))
+        dtype, shape, data = found.get(name, ("F32", [1], b""))
+        match draw(st.sampled_from(("dtype", "dtype", "dtype", "shape", "shape", "values", "name", "copy", "remove"))):
+            case "dtype":
+                dtype = draw(st.sampled_from(sorted(BITS)))
+            case "shape":
+                at = draw(st.integers(0, len(shape)))
+                new = (
+                    draw(st.sampled_from(([], [1]))) if at == len(shape) else draw(st.sampled_from(([], [draw(DIMS)])))
+                )
+                shape = [*shape[:at], *new, *shape[at + 1 :]]
+            case "values":
+                data = draw(PATTERNS)
+            case "name" | "copy" as how:
+                if how == "name":
+                    found.pop(name, None)
+                name = draw(st.sampled_from(sorted(tensors)) | texts) + draw(st.sampled_from(("", "", ".scales", ".0")))
+            case "remove":
+                found.pop(name, None)
+                continue
+        if math.prod(shape) * BITS[dtype] % 8 == 0 and math.prod(shape) < 2**20:
+            found[name] = dtype, shape, data
+    result, parts, end = {}, [], 0
+    for name, (dtype, shape, data) in found.items():
+        parts.append(_filled(data, dtype, shape))
+        result[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + len(parts[-1])]}
+        end += len(parts[-1])
+    return {"__metadata__": header.get("__metadata__", {}), **result}, b"".join(parts)

@@ -1,10 +1,16 @@
 """What once escaped the drill, each as its smallest example."""
 
-import pytest
+import dataclasses
 
+import pytest
+import torch
+
+from context_forcing.memory import MemoryConfig
+from context_forcing.memory import empty_memory as empty
 from context_forcing.memory.fields import MAX_BRIEF, brief, one_line
 from context_forcing.memory.files import read_text
 from context_forcing.model.checkpoints.containers import open_container
+from context_forcing.model.segment import generate_segment
 from context_forcing.train.data.sources import list_sources
 from context_forcing.train.evaluation.evaluate import MAX_GAP, MAX_ROLLOUTS, EvaluatedStudent, Plan
 from context_forcing.train.presets import load_config
@@ -85,3 +91,22 @@ def test_a_text_that_is_too_large(tmp_path):
 def test_line_ends_of_any_system(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\rc\n")
     assert read_text(tmp_path / "a.txt", "utf-8-sig") == "a\nb\nc\n"
+
+
+def test_a_memory_with_a_text_of_another_width(net, make_sampler, empty_memory):
+    """Nobody knows the width of a student when a memory is read."""
+    text, other = torch.ones(1, 5, 32), torch.ones(1, 5, 7)
+
+    def go(memory, **how):
+        sampler = lambda text: make_sampler(net, text=text)
+        how = dict(prompt="x", seed=1, num_chunks=2, sigmas=(1.0,)) | how
+        return [*generate_segment(sampler, memory, text, **how)][-1]
+
+    memory = dataclasses.replace(go(empty_memory()), text=other)
+    assert line_of(lambda: go(memory, blend=1)).startswith("blend: embeddings of widths 7 and 32")
+    assert line_of(lambda: go(memory.compact())).startswith("text: embeddings of width 7, the student's is 32")
+
+
+@pytest.mark.parametrize("size, words", [((16, 5, 6), "height 40 is not"), ((8, 4, 6), "8 latent channels")], ids=str)
+def test_a_memory_of_a_size_that_no_student_has(net, make_sampler, size, words):
+    assert words in line_of(lambda: make_sampler(net).prepare(empty(MemoryConfig(), size)))

@@ -1,6 +1,5 @@
 """Memories, students, LoRAs and pictures made by a stranger."""
 
-import hashlib
 import json
 import pickle
 import subprocess
@@ -11,22 +10,28 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from context_forcing.memory.fields import one_line
-from context_forcing.memory.snapshot import DIGEST_KEY, HEADER_KEY, load_memory, save_memory
+from context_forcing.memory.memory import CHANGES
+from context_forcing.memory.references import Reference
+from context_forcing.memory.snapshot import DIGEST_KEY, HEADER_KEY, digest, load_memory, save_memory
 from context_forcing.model.checkpoints.convert import inspect
 from context_forcing.model.checkpoints.student import StudentSource
-from context_forcing.model.sampler import seeded_noise
+from context_forcing.model.segment import generate_segment
+from context_forcing.video.journal import Journal
 from context_forcing.video.reading import check_video, read_frames, read_runs, read_tags
 from context_forcing.video.report import draw_report, summary
 
 from .drill import (  # fmt: skip
+    BITS,
     TEXTS,
     as_json,
     damaged,
     drill,
     mutated,
+    other_numbers,
     safetensors_of,
     safetensors_parts,
     scalars,
@@ -38,7 +43,7 @@ SHAPES = st.sampled_from(
     ([], [0], [1], [-1], [2**62], [2**31, 2**31], [2**63 - 1], [1] * 70, [65536, 65536], [3, 0, 2], [1.5], "x", None)
 )
 OFFSETS = st.sampled_from(([0, 0], [0, 2**62], [2**62, 0], [-8, 8], [8, 4], [0], [0, 1, 2], [0, 2**64], None))
-DTYPES = st.sampled_from(("F64", "F16", "BF16", "I64", "BOOL", "F8_E4M3", "F4", "C64", "U8", "", 3, None))
+DTYPES = st.sampled_from((*BITS, "", 3, None))
 PARTS = values | SHAPES | OFFSETS | DTYPES
 
 
@@ -48,71 +53,156 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+SMALL = dict(sink=2, slow=2, fast=4, chunk=2, window=8, slow_similarity_threshold=0.9999)
+TEXTS_OF = {prompt: torch.randn(1, 5, 32) for prompt in ("a meadow", "a desert")}
+
+
 @pytest.fixture(scope="module")
-def memory_files(tmp_path_factory, net, make_sampler, empty_memory):
-    """Files of memories of several policies, with segments, references, recalls and a start."""
-    folder, files = tmp_path_factory.mktemp("memories"), []
-    for policy in ("novel", "recall", "released"):
-        memory = empty_memory(policy=policy)
-        for prompt in ("a meadow", "a desert"):
-            memory = memory.begin(prompt, 3, text=torch.ones(1, 5, 64))
-            *_, memory = make_sampler(net).rollout(memory, 2, sigmas=(1.0,), noise=seeded_noise(0, memory.latent_size))
-        save_memory(folder / policy, memory)
-        files.append((folder / policy).read_bytes())
+def continued(net, make_sampler):
+    """(memory, **how) -> the memory under another prompt, and two chunks longer."""
+
+    def go(memory, prompt, seed=3, **how):
+        sampler = lambda text: make_sampler(net, text=text)
+        text = TEXTS_OF[prompt]
+        *_, memory = generate_segment(
+            sampler, memory, text, prompt=prompt, seed=seed, num_chunks=2, sigmas=(1.0,), **how
+        )
+        return memory
+
+    return go
+
+
+@pytest.fixture(scope="module")
+def memory_files(tmp_path_factory, empty_memory, continued):
+    """Files of memories of several policies, with segments, references, recalls and a start, exact and compact."""
+    path, files = tmp_path_factory.mktemp("memories") / "memory", []
+
+    def keep(memory):
+        save_memory(path, memory)
+        files.append(path.read_bytes())
+
+    for policy in ("novel", "cover", "recall", "released"):
+        memory = empty_memory(policy=policy, **SMALL)
+        if policy == "cover":
+            keep(memory := memory.with_start_latents(torch.randn(1, 16, 3, 4, 6)))
+        if policy in ("novel", "recall"):
+            picture = Reference(latents=torch.randn(1, 16, 1, 4, 6), text=TEXTS_OF["a desert"])
+            memory = memory.with_references([picture])
+        for prompt in ("a meadow", "a desert", "a meadow"):
+            memory = continued(memory, prompt)
+        keep(memory.to("cpu", torch.bfloat16))
         if memory.supports("compact"):
-            save_memory(folder / "compact", memory.compact())
-            files.append((folder / "compact").read_bytes())
+            keep(memory.packed("int8"))
+            keep(memory.compact())
     return files
 
 
-def forged(data: bytes, header: dict) -> bytes:
-    """The memory file with another header, and the digest of it as whoever forges one computes it."""
-    outer, body = safetensors_parts(data)
-    sha = hashlib.sha256(json.dumps(header).encode())
-    names = sorted(name for name in outer if name != "__metadata__")
-    kinds = {"F32": "torch.float32", "BF16": "torch.bfloat16", "F16": "torch.float16", "I64": "torch.int64"}
-    for name in names:
-        first, last = outer[name]["data_offsets"]
-        sha.update(f"{name}{kinds[outer[name]['dtype']]}{tuple(outer[name]['shape'])}".encode())
-        sha.update(body[first:last])
-    outer["__metadata__"] = {HEADER_KEY: json.dumps({**header, DIGEST_KEY: sha.hexdigest()})}
-    return safetensors_of(outer, body)
+def forge(path, outer, body, header):
+    """Write a memory with another header and other tensors, and the digest of them that a stranger computes."""
+    path.write_bytes(safetensors_of(outer, body))
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, AttributeError):
+        return  # torch has no such numbers: whoever reads the file has no digest of them either
+    outer = {**outer, "__metadata__": {HEADER_KEY: as_json({**header, DIGEST_KEY: digest(header, tensors)})}}
+    path.write_bytes(safetensors_of(outer, body))
 
 
-def use_memory(path):
-    """All that Load Memory and `report` do with a memory, without a student."""
-    memory = load_memory(path)
-    draw_report(memory, None, 16.0)
-    return summary(memory, 16.0)
+@pytest.fixture(scope="module")
+def use_memory(continued):
+    """All that Load Memory, `report` and `generate --memory-in` do with a memory."""
+
+    def use(path, **how):
+        memory = load_memory(path)
+        draw_report(memory, None, 16.0)
+        assert summary(memory, 16.0)
+        return continued(memory, "a desert", **how)
+
+    return use
 
 
-def test_a_forged_digest_is_right(folder, memory_files):
+NEAR = values | st.integers(-1, 12) | st.floats(-1, 1)
+"""Also numbers that could stand in a memory."""
+
+
+def header_of(outer):
+    header = json.loads(outer["__metadata__"][HEADER_KEY])
+    header.pop(DIGEST_KEY)
+    return header
+
+
+def test_a_forged_digest_is_right(folder, memory_files, use_memory):
     for data in memory_files:
-        header = json.loads(safetensors_parts(data)[0]["__metadata__"][HEADER_KEY])
-        header.pop(DIGEST_KEY)
-        (folder / "m.safetensors").write_bytes(forged(data, header))
-        assert load_memory("m.safetensors")
+        outer, body = safetensors_parts(data)
+        forge(folder / "m.safetensors", outer, body, header_of(outer))
+        assert use_memory("m.safetensors")
 
 
-@drill(40, data=st.data(), kind=st.sampled_from(("header", "header", "tensors", "bytes", "first bytes")))
-def test_memories(folder, memory_files, data, kind):
-    original = data.draw(st.sampled_from(memory_files))
+@drill(
+    64,
+    data=st.data(),
+    kind=st.sampled_from(("header", "header", "numbers", "numbers", "both", "tensors", "bytes", "first bytes")),
+    change=st.sampled_from(("keep", *CHANGES)),
+    most=st.sampled_from((1, 3)),
+)
+def test_memories(folder, memory_files, use_memory, data, kind, change, most):
+    original, path = data.draw(st.sampled_from(memory_files)), folder / "m.safetensors"
     outer, body = safetensors_parts(original)
-    if kind == "header":
-        header = json.loads(outer["__metadata__"][HEADER_KEY])
-        header.pop(DIGEST_KEY)
-        changed = data.draw(mutated(header))
-        content = (
-            forged(original, changed)
-            if isinstance(changed, dict)
-            else safetensors_of({**outer, "__metadata__": {HEADER_KEY: as_json(changed)}}, body)
-        )
-    elif kind == "tensors":
-        content = safetensors_of(data.draw(mutated(outer, values=PARTS)), body)
+    header = header_of(outer)
+    if kind in ("header", "both"):
+        header = data.draw(mutated(header, most=most, values=NEAR))
+    if kind in ("numbers", "both"):
+        outer, body = data.draw(other_numbers(outer, body, most=most))
+    if kind == "tensors":
+        path.write_bytes(safetensors_of(data.draw(mutated(outer, values=PARTS)), body))
+    elif "bytes" in kind:
+        path.write_bytes(data.draw(damaged(original, 0, len(original) if kind == "bytes" else 16)))
+    elif isinstance(header, dict):
+        forge(path, outer, body, header)
     else:
-        content = data.draw(damaged(original, 0, len(original) if kind == "bytes" else 16))
-    (folder / "m.safetensors").write_bytes(content)
-    used_or_refused("memories", lambda: use_memory("m.safetensors"), one_line)
+        path.write_bytes(safetensors_of({**outer, "__metadata__": {HEADER_KEY: as_json(header)}}, body))
+    used_or_refused("memories", lambda: use_memory("m.safetensors", change=change, blend=1), one_line)
+
+
+SHAPE = (1, 16, 3, 4, 6)
+
+
+def resumed(folder):
+    return Journal(folder / "j", {"student": "me"}, True, num_chunks=3, shape=SHAPE)
+
+
+@pytest.fixture(scope="module")
+def journal_files(tmp_path_factory):
+    """The files of a journal of three chunks."""
+    folder = tmp_path_factory.mktemp("journal") / "j"
+    journal = Journal(folder, {"student": "me"}, False, num_chunks=3, shape=SHAPE)
+    for number in range(3):
+        journal.keep(number, torch.full(SHAPE, float(number)))
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@drill(24, data=st.data(), kind=st.sampled_from(("header", "numbers", "numbers", "tensors", "bytes")))
+def test_journals(folder, journal_files, data, kind):
+    (folder / "j").mkdir(exist_ok=True)
+    for name, content in journal_files.items():
+        (folder / "j" / name).write_bytes(content)
+    path = folder / "j" / ("journal.json" if kind == "header" else "chunk-000001.safetensors")
+    original = path.read_bytes()
+    if kind == "header":
+        path.write_text(as_json(data.draw(mutated(json.loads(original)))), errors="surrogatepass")
+    elif kind == "bytes":
+        path.write_bytes(data.draw(damaged(original)))
+    else:
+        outer, body = safetensors_parts(original)
+        if kind == "numbers":
+            outer, body = data.draw(other_numbers(outer, body))
+        else:
+            outer = data.draw(mutated(outer, values=PARTS))
+        path.write_bytes(safetensors_of(outer, body))
+    journal = used_or_refused("journals", lambda: resumed(folder), one_line)
+    for chunk in journal.finished if journal else ():
+        assert chunk.shape == SHAPE and chunk.dtype == torch.float32 and chunk.isfinite().all()
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +211,17 @@ def student_bytes(student):
 
 
 def use_student(path, **options):
-    """As `convert` and the loaders read a student: all stages, and one weight."""
+    """As `convert` and the loaders read a student: all stages, and all weights."""
     source = StudentSource(path, **options)
     assert inspect(source)
-    opened = source.open()
-    return opened.tensor(next(iter(opened.stored)))
+    return source.open().load()
 
 
-@drill(32, data=st.data(), kind=st.sampled_from(("card", "config", "tensors", "bytes", "first bytes")))
+@drill(
+    40,
+    data=st.data(),
+    kind=st.sampled_from(("card", "config", "numbers", "numbers", "tensors", "bytes", "first bytes")),
+)
 def test_students(folder, student_bytes, data, kind):
     outer, body = safetensors_parts(student_bytes)
     if kind in ("card", "config"):
@@ -136,6 +229,8 @@ def test_students(folder, student_bytes, data, kind):
         text = data.draw(mutated(json.loads(outer["__metadata__"][key])).map(as_json) | st.sampled_from(TEXTS))
         outer["__metadata__"][key] = text
         content = safetensors_of(outer, body)
+    elif kind == "numbers":
+        content = safetensors_of(*data.draw(other_numbers(outer, body)))
     elif kind == "tensors":
         content = safetensors_of(data.draw(mutated(outer, values=PARTS)), body)
     else:
@@ -219,7 +314,7 @@ SIZES = (
 TENSORS = st.dictionaries(
     st.tuples(st.sampled_from(NAMES), st.sampled_from(ENDS)).map(".".join),
     st.tuples(st.sampled_from(SIZES), st.sampled_from((torch.float32, torch.bfloat16, torch.int64, torch.bool,
-    torch.uint8))),
+    torch.uint8, torch.complex64, torch.float8_e5m2, torch.float8_e4m3fn, torch.float64))),
     max_size=5,
 )  # fmt: skip
 WHOLE_LORA = {

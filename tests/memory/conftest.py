@@ -1,5 +1,12 @@
 import pytest
 
+from context_forcing.memory.snapshot import save_memory
+from context_forcing.model.sampler import seeded_noise
+
+STUDENT = "0123456789abcdef"
+SIGMAS = (1.0, 0.6)
+SIZES = dict(sink=1, slow=2, fast=4, chunk=2, window=7, slow_similarity_threshold=0.999)
+
 
 def _expected(config, num_frames, similarity):
     """Sink, slow, fast and decisions of a film of `num_frames`, from the rule alone (docs/method.md, Policies).
@@ -47,3 +54,26 @@ def _expected(config, num_frames, similarity):
 def expected():
     """(config, num_frames, similarity) -> sink, slow, fast, decisions by brute force."""
     return _expected
+
+
+@pytest.fixture(scope="module")
+def continue_by(net, make_sampler):
+    def go(memory, num_chunks, seed=3):
+        noise = seeded_noise(seed, memory.latent_size)
+        *_, memory = make_sampler(net, student=STUDENT).rollout(memory, num_chunks, sigmas=SIGMAS, noise=noise)
+        return memory
+
+    return go
+
+
+@pytest.fixture(scope="module")
+def memory(continue_by, empty_memory):
+    memory = continue_by(empty_memory(**SIZES).begin('a \N{SNOWMAN} "quoted"\nprompt', 5), 5)
+    assert memory.slots.slow and any(d.evicted is not None for d in memory.decisions)
+    return memory
+
+
+@pytest.fixture
+def path(memory, tmp_path):
+    save_memory(tmp_path / "memory.safetensors", memory)
+    return tmp_path / "memory.safetensors"
