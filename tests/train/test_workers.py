@@ -168,6 +168,15 @@ def test_a_mistake_is_that_of_one_process(whole_videos, tmp_path):
     assert not (tmp_path / "set").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_results_of_gpus_are_judged_where_a_gpu_is(plan, tmp_path):
+    workers = Here(2)
+    workers.device = "cuda"
+    with pytest.raises(ValueError, match="^--ray: the workers have GPUs, this machine, which judges, has none"):
+        evaluate(plan, "auto", "auto", tmp_path, Engine(workers))
+    assert not workers.begun and not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_on_a_ray_cluster(plan, whole_videos, tmp_path, one_thread):
     pytest.importorskip("ray", reason="pip install ray; CONTRIBUTING.md, Tests")

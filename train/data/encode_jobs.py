@@ -72,10 +72,12 @@ class SourceJob:
         return len(list(self.folder.glob("shard-*.safetensors")))
 
     def run(self, loaded: Loaded) -> Manifest:
-        """Encode, one clip in a shard; returns the manifest of the set."""
+        """Encode; returns the manifest of the set. Each clip of a video has a shard, so that none is made twice."""
+        shard_bytes = None if self.sources[0].video is None else 1
+        load = partial(_load, loaded)
         with hold_folder("output", self.folder):
             SetEncoder(
-                self.path, self.folder, self.settings, partial(_load, loaded), self.sources, self.clips_before, 1
+                self.path, self.folder, self.settings, load, self.sources, self.clips_before, shard_bytes
             ).add_clips()
         return read_manifest(self.folder)
 

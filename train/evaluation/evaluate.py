@@ -193,6 +193,8 @@ def evaluate(plan: Plan, device: str, dtype: str, out: Path, engine: Engine | No
     `engine` its workers generate, the results are the same, and this process judges on the same kind of device.
     """
     device = device if engine is None else engine.workers.device
+    if engine is not None and device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--ray: the workers have GPUs, this machine, which judges, has none; start it where one is")
     loaded = Loaded()
     load = student_loader(loaded, device, dtype)
     pipelines = {student.name: load(_file(student, engine)) for student in plan.students}
