@@ -9,7 +9,7 @@ from safetensors.torch import load, load_file, save_file
 from context_forcing.memory import empty_memory
 from context_forcing.memory.config import MEMORY_PRESETS
 from context_forcing.memory.snapshot import fingerprint_memory
-from context_forcing.video.journal import HEADER, Journal
+from context_forcing.video.journal import HEADER, Journal, remove_journal
 
 SHAPE = (1, 16, 3, 2, 2)
 CHUNKS = [torch.randn(SHAPE, generator=torch.Generator().manual_seed(number)) for number in range(4)]
@@ -201,6 +201,22 @@ def test_a_journal_that_cannot_be_written_is_one_line(tmp_path):
     chunk(tmp_path, 0).mkdir()
     with pytest.raises(ValueError, match="chunk-000000.safetensors: cannot be written"):
         begun.keep(0, CHUNKS[0])
-    assert not chunk(tmp_path, 0).with_suffix(".part").exists()
+    assert {path.name for path in (tmp_path / "j").iterdir()} == {HEADER, chunk(tmp_path, 0).name}
     with pytest.raises(ValueError, match="cannot be written"):
         journal(tmp_path / "missing", resume=False)
+
+
+@pytest.mark.parametrize("left", [".{}.context_forcing.part", ".{}.context_forcing.lock", "{}.part", ".{}.lock"])
+def test_a_journal_with_what_a_killed_process_left_is_deleted(written, left):
+    """Also by an earlier release."""
+    for name in (HEADER, chunk(written, 1).name):
+        (written / "j" / left.format(name)).touch()
+    remove_journal(written / "j")
+    assert not (written / "j").exists()
+
+
+def test_a_folder_that_is_no_journal_stays(written):
+    (written / "j" / ".mine.context_forcing.part").touch()
+    with pytest.raises(ValueError, match="is not a journal"):
+        remove_journal(written / "j")
+    assert len(list((written / "j").iterdir())) == 6
