@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import hashlib
 import io
 import logging
 import os
@@ -27,6 +28,8 @@ MAX_TENSORS = 20_000
 MAX_TEXT = 2**25
 """Bytes of a text file that is read whole; a device such as /dev/zero never ends."""
 LOCKED_BYTE = 2**30  # far after the text, because Windows forbids to read a locked byte
+MAX_NAME = 255
+"""Bytes of a file name, on most file systems."""
 OURS = ".context_forcing"
 """A part of the names of locks and of unfinished files: no file of anybody else is written over or deleted."""
 
@@ -136,14 +139,21 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
+def beside(path: Path, ending: str) -> Path:
+    """A name of ours for what belongs to a file: with the file's name, or its digest where that would be too long."""
+    if len(os.fsencode(f".{path.name}{OURS}{ending}")) > MAX_NAME:
+        path = path.with_name(hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32])
+    return path.with_name(f".{path.name}{OURS}{ending}")
+
+
 def lock_name(path: Path) -> Path:
     """The lock of a file."""
-    return path.with_name(f".{path.name}{OURS}.lock")
+    return beside(path, ".lock")
 
 
 def _part_name(path: Path) -> Path:
     """The name of a file until it is whole."""
-    return path.with_name(f".{path.name}{OURS}.part")
+    return beside(path, ".part")
 
 
 def check_writable(option: str, path: Path) -> None:

@@ -1,5 +1,6 @@
 """The memory as it travels between nodes, and what samplers made of it."""
 
+import os
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,19 @@ from ..memory.memory import Memory
 
 MemoryType = io.Custom("CF_MEMORY")
 """A `MemoryHandle`. Its memory is immutable: ComfyUI may cache it, and several nodes may use it."""
+
+
+class Autosave(NamedTuple):
+    """A memory file that a sampler wrote. Another file can get its name after a user has deleted it."""
+
+    path: str
+    identity: tuple[int, ...]
+
+    @classmethod
+    def of(cls, path: str) -> "Autosave":
+        """The file that is there now. Raises OSError if there is none."""
+        found = os.stat(path)
+        return cls(path, (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,7 +55,7 @@ class Continuation:
     samples: weakref.ref[Tensor]
     """Latents of the segment as ComfyUI has them, [1, C, T, H, W]."""
     clips: tuple[str, ...]
-    autosave: str
+    autosave: Autosave | None
     continuations: "list[Continuation]"
     ui: Mapping[str, Any]
 
@@ -65,12 +79,16 @@ class MemoryHandle(NamedTuple):
     same segment in another storyboard, for example a branch, would be made again."""
     clips: tuple[str, ...] = ()
     """Previews of the video's segments in order, files of the temporary folder; a segment may have none."""
-    autosave: str = ""
-    """File of this memory, or of one before it, that the next segment's autosave replaces; "" if there is none."""
+    autosave: Autosave | None = None
+    """File of this memory, or of one before it, that the next segment's autosave replaces."""
 
     @classmethod
     def of(
-        cls, memory: Memory, before: Memory | None = None, clips: tuple[str, ...] = (), autosave: str = ""
+        cls,
+        memory: Memory,
+        before: Memory | None = None,
+        clips: tuple[str, ...] = (),
+        autosave: Autosave | None = None,
     ) -> "MemoryHandle":
         """The handle of a memory that continues the memory `before`."""
         shared = {id(tensor) for tensor in before.tensors()} if before else set()

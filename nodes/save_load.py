@@ -16,7 +16,7 @@ from ..memory.fields import brief
 from ..memory.memory import Memory
 from ..memory.snapshot import load_memory, save_memory
 from ..video.report import summary
-from .handle import MemoryHandle, MemoryType
+from .handle import Autosave, MemoryHandle, MemoryType
 from .output_files import PREFIX_TOOLTIP, new_file, validate_prefix
 from .page import Page
 from .shared import CATEGORY, log, named_as
@@ -35,17 +35,18 @@ def keep_memory(memory: Memory, place: str, before: Memory) -> Memory:
     return memory if place == "GPU" else memory.to(mm.intermediate_device(), before=before)
 
 
-def write_autosave(memory: Memory, before: str, is_finished: bool) -> str:
+def write_autosave(memory: Memory, before: Autosave | None, is_finished: bool) -> Autosave | None:
     """Write a memory to a new file, compact where it supports that. A failure is logged, not raised.
 
     A file that is not compact has about 5 GB for a 1.3B student, so only the newest of a chain is kept: `before`, the
-    path of the segment before's file or "", is deleted when the segment is finished and the new file is whole. Returns
-    the path that the next segment has as `before`.
+    file of the segment before, is deleted when the segment is finished and the new file is whole. Returns what the next
+    segment has as `before`.
     """
     is_compact = memory.supports("compact")
     try:
         file = new_file(f"{FOLDER}/autosave", SUFFIX)
         save_memory(file.path, memory.compact() if is_compact else memory)
+        written = Autosave.of(file.path)
     except (ValueError, OSError) as error:
         log.warning("autosave: %s", error)
         return before
@@ -55,11 +56,12 @@ def write_autosave(memory: Memory, before: str, is_finished: bool) -> str:
         return before
     if before:
         try:
-            os.unlink(before)
-            log.info("the memory before it is deleted: %s", before)
+            if Autosave.of(before.path) == before:
+                os.unlink(before.path)
+                log.info("the memory before it is deleted: %s", before.path)
         except OSError as error:  # deleted by the user or a branch, or in use
-            log.info("the memory before it is not deleted: %s (%s)", before, error.strerror)
-    return file.path
+            log.info("the memory before it is not deleted: %s (%s)", before.path, error.strerror)
+    return written
 
 
 @functools.lru_cache(4096)

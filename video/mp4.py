@@ -16,7 +16,7 @@ from typing import IO
 import numpy as np
 from torch import Tensor
 
-from ..memory.files import OURS, HeldError, lock, lock_name, settle
+from ..memory.files import HeldError, beside, lock, lock_name, settle
 from ..memory.memory import all_finite
 from .background import AtStop, in_background
 from .frames import to_uint8
@@ -53,7 +53,7 @@ def default_scale(width: int, height: int) -> int:
 
 def part_name(path: Path) -> Path:
     """The name of a video until it is whole. ffmpeg needs the suffix."""
-    return path.with_name(f".{path.stem}{OURS}.part{path.suffix}")
+    return beside(path.with_suffix(""), f".part{path.suffix}")
 
 
 @contextlib.contextmanager

@@ -158,6 +158,15 @@ def test_locks_that_a_killed_process_left_go_with_the_next_one(tmp_path):
         assert list(tmp_path.iterdir()) == [held]
 
 
+@pytest.mark.parametrize("length", [200, 224, 250])
+def test_a_long_name_has_a_lock_and_is_written(tmp_path, length):
+    path = tmp_path / ("x" * length)
+    with atomic_path(path) as part:
+        part.write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == [path.name]
+    assert lock_name(path) != lock_name(path.with_name("y" * length))
+
+
 def test_files_of_others_stay(tmp_path):
     """A lock and an unfinished file have names of our own: those of an editor, a build or a browser are not touched."""
     (tmp_path / "sub").mkdir()

@@ -3,6 +3,7 @@
 import itertools
 import os
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -91,7 +92,7 @@ def test_what_is_written_here_is_listed_at_once(files, empty_memory, rollout, tm
     for path in (tmp_path / "output" / "a", tmp_path / "output", tmp_path / "input"):
         os.utime(path, past)
     assert not files.memory_files()
-    files.write_autosave(rollout(empty_memory()), "", True)
+    files.write_autosave(rollout(empty_memory()), None, True)
     os.utime(tmp_path / "output" / "a", past)
     assert files.memory_files() == ["a/b_00007_.safetensors [output]"]
 
@@ -124,8 +125,8 @@ def test_a_memory_is_kept_where_it_is_asked_for(files, empty_memory, rollout, mo
 
 def test_autosaves_are_compact_and_all_stay(files, empty_memory, rollout, tmp_path):
     first = rollout(empty_memory())
-    path = files.write_autosave(first, "", True)
-    assert path == files.write_autosave(rollout(first), path, True) == ""
+    path = files.write_autosave(first, None, True)
+    assert path == files.write_autosave(rollout(first), path, True) is None
     assert memories(tmp_path) == ["b_00007_.safetensors", "b_00008_.safetensors"]
     assert files.load_memory(tmp_path / "output" / "a" / "b_00008_.safetensors").is_compact
 
@@ -133,16 +134,20 @@ def test_autosaves_are_compact_and_all_stay(files, empty_memory, rollout, tmp_pa
 def test_of_exact_autosaves_of_a_chain_the_newest_stays(files, empty_memory, rollout, tmp_path, monkeypatch):
     """Policy released cannot be compact, and a file has several GB. Every branch has one."""
     first = rollout(empty_memory(policy="released"))
-    trunk = files.write_autosave(first, "", True)
-    assert not files.load_memory(trunk).is_compact
+    trunk = files.write_autosave(first, None, True)
+    assert not files.load_memory(trunk.path).is_compact
     assert files.write_autosave(rollout(first), trunk, False) == trunk, "an interrupted segment is not the newest whole"
     assert memories(tmp_path) == ["b_00007_.safetensors", "b_00008_.safetensors"]
     branches = [files.write_autosave(rollout(first), trunk, True) for _ in range(2)]
-    assert memories(tmp_path) == ["b_00008_.safetensors", *map(os.path.basename, branches)]
+    assert memories(tmp_path) == ["b_00008_.safetensors", *(os.path.basename(branch.path) for branch in branches)]
     with monkeypatch.context() as patch:
         patch.setattr(files, "save_memory", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         assert files.write_autosave(rollout(first), branches[0], True) == branches[0]
-    assert os.path.isfile(branches[0])
+    assert os.path.isfile(branches[0].path)
+    os.unlink(branches[0].path)
+    Path(branches[0].path).write_text("another memory that got the name")
+    files.write_autosave(rollout(first), branches[0], True)
+    assert os.path.isfile(branches[0].path)
 
 
 def test_a_sampler_hands_its_autosave_on(node_module, empty_memory, rollout):
@@ -159,5 +164,5 @@ def test_a_failed_autosave_is_logged(files, empty_memory, rollout, monkeypatch, 
         raise OSError("disk full")
 
     monkeypatch.setattr(files, "save_memory", refuse)
-    files.write_autosave(rollout(empty_memory()), "", True)
+    files.write_autosave(rollout(empty_memory()), None, True)
     assert "autosave: disk full" in caplog.text

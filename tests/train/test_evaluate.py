@@ -16,6 +16,7 @@ from context_forcing.train.evaluation import evaluate as command
 from context_forcing.train.evaluation.evaluate import Plan, evaluate, long_paths, parse_students
 from context_forcing.train.evaluation.judge import QUARTERS, LongTrial, Trial, World, judge
 from context_forcing.train.evaluation.rollout import Camera, branches
+from context_forcing.train.evaluation.scenes import SceneJob
 from context_forcing.train.evaluation.summary import (
     GROWTH,
     Record,
@@ -30,6 +31,7 @@ from context_forcing.train.world.prompts import ALL_STYLES
 from context_forcing.train.world.scene import Scene
 from context_forcing.train.world.scripts import benchmark_script
 from context_forcing.video.pipeline import Pipeline
+from context_forcing.workers.job import Loaded
 
 from .helpers import generated
 
@@ -391,3 +393,18 @@ def test_a_folder_of_the_format_before_is_refused_with_both_formats(tmp_path):
     match = f"output: .*recall.json has format 3, this version writes {command.FORMAT}; give another"
     with pytest.raises(ValueError, match=match):
         command.Results(tmp_path, {"format": command.FORMAT})
+
+
+def test_scenes_do_not_change_the_number_of_threads_between_them(monkeypatch):
+    """A worker sets its share of the cores before each job; a small network computes on one."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    job = SceneJob(
+        student="demo", file=None, policy="novel", seed=0, scene=0, is_long=False, moves={}, device="cpu", dtype="fp32"
+    )
+    loaded, before = Loaded(), torch.get_num_threads()
+    try:
+        for _ in range(2):
+            torch.set_num_threads(2)
+            assert job.run(loaded) == [] and torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

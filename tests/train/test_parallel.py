@@ -11,6 +11,7 @@ import torch
 from context_forcing.model.checkpoints.student import StudentSource
 from context_forcing.train.parallel import start_parallel
 from context_forcing.train.presets import load_config
+from context_forcing.train.stages.distill import DistillStage
 from context_forcing.train.stages.pretrain import PretrainStage
 
 from .helpers import ALONE, FILES, metrics_of
@@ -31,6 +32,20 @@ def test_a_batch_must_divide_over_the_processes():
     message = "openings: 3 samples do not divide by 2 processes; give a multiple of 2"
     with pytest.raises(ValueError, match=message):
         PretrainStage(load_config("pretrain", "smoke", ["openings=3"]), dataclasses.replace(ALONE, world_size=2))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (["anchor.weight=1"], "^anchor.batch: 4 samples do not divide by 16 processes; give a multiple of 16"),
+        (["gate_every=3"], r"^2 \* anchor.batch: 8 samples do not divide by 16 processes; give a multiple of 16"),
+    ],
+)
+def test_clips_of_anchor_and_gate_are_counted_before_a_network_is_loaded(settings, message, monkeypatch):
+    monkeypatch.setattr(DistillStage, "load_network", lambda *_, **__: pytest.fail("loaded"))
+    config = load_config("contextual", "smoke", ["batch=16", "anchor.batch=4", *settings])
+    with pytest.raises(ValueError, match=message):
+        DistillStage(config, dataclasses.replace(ALONE, world_size=16))
 
 
 @pytest.mark.slow

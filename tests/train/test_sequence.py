@@ -109,6 +109,11 @@ def test_sizes_that_do_not_divide_are_refused(settings, message):
         load_config("contextual", "wan2.1-1.3b", settings)
 
 
+def test_the_codec_trains_in_one_process():
+    with pytest.raises(ValueError, match="^sequence: 2; this stage trains in one process, give 1"):
+        load_config("vae", "smoke", ["sequence=2"])
+
+
 def test_processes_that_do_not_divide_are_refused(monkeypatch):
     message = r"sequence: 2 does not divide 3 processes; start a multiple of 2 \(for a dry run WORLD_SIZE=2\)"
     monkeypatch.setenv("WORLD_SIZE", "3")

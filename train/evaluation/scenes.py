@@ -67,6 +67,7 @@ class SceneJob:
     def run(self, loaded: Loaded) -> list[End]:
         """Generate the rollouts, in the order of `moves`."""
         pipeline, variant = student_loader(loaded, self.device, self.dtype)(self.file), Variant.parse(self.policy)
+        use_cpu_threads(pipeline.network.net)
         camera = variant.camera(pipeline, self.style, self.seed * 10_000 + self.scene)
         memory = variant.empty_memory(pipeline)
         if not self.is_long:
@@ -83,9 +84,7 @@ def student_loader(loaded: Loaded, device: str, dtype: str) -> Callable[[str | N
     """(file) -> the student on a device, loaded once; scenes of several students follow each other."""
 
     def load(file: str | None) -> Pipeline:
-        pipeline = Pipeline.load(StudentSource(file).open(), *pick_device(device, dtype))
-        use_cpu_threads(pipeline.network.net)
-        return pipeline
+        return Pipeline.load(StudentSource(file).open(), *pick_device(device, dtype))
 
     return loaded.get((device, dtype), lambda: functools.cache(load))
 

@@ -48,7 +48,6 @@ class Anchor:
     """True clips and their loss. Raises ValueError for an encoded set without videos (open_clips)."""
 
     def __init__(self, config: NetworkConfig, anchor: AnchorConfig, sigmas: Sequence[float], parallel: ParallelState):
-        parallel.samples(anchor.batch, "anchor.batch")  # raises for a batch that does not divide
         self.config, self.anchor, self.parallel = config, anchor, parallel
         self.sigmas = torch.tensor(sigmas)
         self.batches = open_batches(config, anchor.chunks, anchor.text_dropout, anchor.pacing, anchor.long_trips)

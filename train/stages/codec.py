@@ -46,6 +46,8 @@ class VaeConfig(LoopConfig):
     def __post_init__(self):
         super().__post_init__()
         check_range(self, "width", "num_blocks", above=0)
+        if self.sequence > 1:
+            raise ValueError(f"sequence: {self.sequence}; this stage trains in one process, give 1")
 
 
 def random_steps(size: int, *seed: int) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from ..data.clips import DemoPrompts, ShownBy, open_prompts
 from ..parallel import ParallelState
 from ..stage import Stage
 from .anchor import Anchor, AnchorConfig
-from .gate import RecallGate
+from .gate import GATE_CLIPS, RecallGate
 from .score import flow_given_context
 from .student import Piece, Rollout, Student
 
@@ -161,6 +161,10 @@ class DistillStage(Stage):
 
     def __init__(self, config: DistillConfig, parallel: ParallelState):
         super().__init__(config, parallel)
+        if config.anchor.weight:
+            parallel.samples(config.anchor.batch, "anchor.batch")
+        if config.gate_every:
+            parallel.samples(GATE_CLIPS * config.anchor.batch, f"{GATE_CLIPS} * anchor.batch")
         self.student = self.load_network(config.student, "student", config.student_optim)
         self.critic = self.load_network(config.teacher, "critic", config.critic_optim, config.scored_by)
         self.teacher = self.load_network(config.teacher, preset=config.scored_by)

@@ -14,6 +14,9 @@ from ..trained_network import TrainedNetwork
 from .anchor import AnchorConfig
 from .forced_loss import mean_recall_error, take
 
+GATE_CLIPS = 2
+"""Clips that are measured, in units of `anchor.batch`."""
+
 
 class RecallGate:
     """Measures the error of recall of a student's exported weights, and keeps the last weights that passed.
@@ -24,7 +27,7 @@ class RecallGate:
     def __init__(self, config: NetworkConfig, anchor: AnchorConfig, limit: float, parallel: ParallelState):
         self.config, self.anchor, self.limit, self.parallel = config, anchor, limit, parallel
         batches = open_batches(config, anchor.chunks, 0.0, anchor.pacing, anchor.long_trips)
-        size = 2 * anchor.batch
+        size = GATE_CLIPS * anchor.batch
         self.clips = clips = take(batches.validation(size), range(size), parallel.device)
         if not ((clips.shown_by == ShownBy.MEMORY) | (clips.shown_by == ShownBy.UNKNOWN)).any():
             raise ValueError(
