@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import tempfile
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -253,22 +255,24 @@ class _Bench:
         return text_seconds, chunks
 
     def _overlapped(self, loop: OurLoop) -> tuple[list[float], float]:
-        """Seconds of every chunk after the warm-up as `generate` runs them, and those after the last one."""
-        seconds: list[float] = []
-        began = time.perf_counter()
+        """Seconds of every chunk after the warm-up as `generate` runs them, and those after the last one.
 
-        def latents() -> Iterator[Tensor]:
-            nonlocal began
-            for number, memory in enumerate(self._segment(loop, loop.memory, self.plan.num_chunks)):
-                yield memory.latent_chunks[-1]
-                now = time.perf_counter()
-                if number >= self.plan.warmup:
-                    seconds.append(now - began)
-                began = now
+        A chunk is done when it is decoded: denoising runs ahead of that by the chunks that wait.
+        """
+        done: list[float] = []
+        num_frames = FRAMES_PER_LATENT - 1  # The first latent frame has so many pixel frames less.
 
+        def count(frames: np.ndarray) -> None:
+            nonlocal num_frames
+            num_frames += len(frames)
+            if num_frames // _chunk_frames(loop.memory) > len(done):
+                done.append(time.perf_counter())
+
+        latents = (memory.latent_chunks[-1] for memory in self._segment(loop, loop.memory, self.plan.num_chunks))
         with self._film_file() as write:
-            write(latents(), decoding=self.subject.pipeline(loop.setup).decoding)
-        return seconds, time.perf_counter() - began
+            write(latents, decoding=self.subject.pipeline(loop.setup).decoding, on_frames=count)
+        seconds = [after - before for before, after in itertools.pairwise(done[self.plan.warmup - 1 :])]
+        return seconds, time.perf_counter() - done[-1]
 
     @contextlib.contextmanager
     def _film_file(self) -> Iterator[Callable[..., int]]:

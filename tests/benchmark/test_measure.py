@@ -182,3 +182,18 @@ def test_a_drift_of_one_is_refused_before_anything_is_timed(subject, monkeypatch
 def test_sizes_that_are_not_there(size, layers, message):
     with pytest.raises(ValueError, match=message):
         random_subject(size, layers, CPU)
+
+
+def test_a_film_is_as_fast_as_its_slowest_part(subject, monkeypatch):
+    """Denoising runs ahead of decoding; a chunk is not faster for that."""
+    pipeline = subject.pipeline(Setup())
+
+    def decoded(vae, chunks):
+        for chunk in chunks:
+            time.sleep(0.5)
+            yield torch.zeros(1, 3, 12, 32, 32)
+
+    monkeypatch.setattr(type(pipeline.vae), "decode_stream", decoded)
+    (result,) = measure(subject, Plan(setups=(Setup(),), sizes=(TINY,), chunks=2, warmup=1, ports=False), str)
+    (film,) = result.films
+    assert len(film.overlapped) == 2 and min(film.overlapped) > 0.4
