@@ -68,7 +68,7 @@ def summary(memory: Memory, fps: float, mass: Mass | None = None) -> str:
         kept = ", none of the frames that left fast was kept"
     tau = f", threshold {config.slow_similarity_threshold:g}" if config.uses_threshold else ""
     lines = [
-        f"{memory.num_frames} latent frames ({seconds:.1f} s), memory reaches back {reach:.1f} s",
+        f"{memory.num_frames} latent frames ({seconds:.4g} s), memory reaches back {reach:.4g} s",
         f"sink {len(slots.sink)} of {config.sink}{_pinned(memory)}, slow {len(slots.slow)} of {config.slow},"
         f" fast {len(slots.fast)} (+ {config.chunk} being made) of {config.fast}; {memory.num_bytes / 1e6:.1f} MB",
         f"policy {config.policy}{tau}{kept}",
@@ -162,23 +162,24 @@ class _Report:
                 draw.text((x + 2, bar.top - 20), fitting[-1], INK, font(13))
                 free = x + font(13).getlength(fitting[-1]) + 4
         if reach := reach_frames(self.memory):
-            self._reach(x_of(self.memory.num_frames - 1 - reach), bar.bottom + 34)
+            last = self.memory.num_frames - 1
+            self._reach(x_of(last - reach), x_of(last), bar.bottom + 34)
 
     def _boundary(self, segment: Segment, x: float, top: float, bottom: float) -> None:
         self.sheet.draw.line((x, top, x, bottom), FORGETS if segment.change in FORGETTING else FAINT, 1)
 
-    def _reach(self, left: float, y: float) -> None:
-        """A bracket over the time that is remembered, the words inside it or before it."""
+    def _reach(self, left: float, right: float, y: float) -> None:
+        """A bracket from the oldest remembered frame to the last one, the words inside it or before it."""
         draw, words = (
             self.sheet.draw,
-            f"the memory reaches back {latent_seconds(reach_frames(self.memory), self.fps):.1f} s",
+            f"the memory reaches back {latent_seconds(reach_frames(self.memory), self.fps):.4g} s",
         )
         width = font(13).getlength(words) + 16
         draw.line((left, y - 5, left, y + 5), INK, 2)
-        draw.line((left, y, RIGHT, y), INK, 2)
-        draw.line((RIGHT, y - 5, RIGHT, y + 5), INK, 2)
-        inside = RIGHT - left > width + 40
-        middle = (left + RIGHT) / 2 if inside else left - width / 2
+        draw.line((left, y, right, y), INK, 2)
+        draw.line((right, y - 5, right, y + 5), INK, 2)
+        inside = right - left > width + 40
+        middle = (left + right) / 2 if inside else left - width / 2
         draw.rectangle((middle - width / 2, y - 9, middle + width / 2 - (0 if inside else 4), y + 9), PAPER)
         draw.text((middle, y), words, INK, font(13), "mm")
 

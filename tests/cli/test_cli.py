@@ -190,7 +190,7 @@ def test_unknown_words_are_logged(generate, caplog, succeeded):
 def test_report_is_drawn(generate, tmp_path, succeeded):
     err = succeeded(generate(story_of(3), "film.mp4", "--report", tmp_path / "report.png"))
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert "12 latent frames (3.0 s)" in " ".join(err.split())
+    assert "12 latent frames (3 s)" in " ".join(err.split())
 
 
 def test_a_saved_memory_is_reported(generate, run, student, tmp_path, succeeded):
@@ -203,7 +203,7 @@ def test_a_saved_memory_is_reported(generate, run, student, tmp_path, succeeded)
     }.items():  # fmt: skip
         out = tmp_path / f"{name}.png"
         err = succeeded(run("report", kept, "-o", out, *options))
-        assert "12 latent frames (3.0 s), memory reaches back 1.5 s" in err
+        assert "12 latent frames (3 s), memory reaches back 1.5 s" in err
         assert ("attention of the next chunk, mean over noise levels: sink " in err) == (name == "looking")
         assert ("made by another student" in err) == (name == "stranger")
         heights[name] = Image.open(out).height

@@ -245,7 +245,7 @@ def test_fates_of_a_stride():
 def test_summary_figures():
     memory = filled(20, slow=4)
     first, second, third = summary(memory, fps=16).splitlines()
-    assert first == "60 latent frames (15.0 s), memory reaches back 1.5 s"
+    assert first == "60 latent frames (15 s), memory reaches back 1.5 s"
     assert second == f"sink 3 of 3, slow 4 of 4, fast 3 (+ 3 being made) of 6; {10 * A_FRAME / 1e6:.1f} MB"
     assert (
         third
@@ -255,7 +255,7 @@ def test_summary_figures():
 
 def test_summary_of_nothing():
     first, second, third = summary(filled(0, policy="fifo"), fps=16).splitlines()
-    assert first == "0 latent frames (0.0 s), memory reaches back 0.0 s"
+    assert first == "0 latent frames (0 s), memory reaches back 0 s"
     assert second.startswith("sink 0 of 3, slow 0 of 12, fast 0")
     assert third == "policy fifo"
 
@@ -293,4 +293,4 @@ def test_reach_is_the_age_of_the_oldest_frame_outside_the_sink():
     memory = filled(20, slow=4)
     assert min(memory.slots.slow) == 53
     assert reach_frames(memory) == 59 - 53 and reach_frames(filled(1)) == 0
-    assert "memory reaches back 1.5 s" in summary(memory, fps=16) and "reaches back 1.0 s" in summary(memory, fps=24)
+    assert "memory reaches back 1.5 s" in summary(memory, fps=16) and "reaches back 1 s" in summary(memory, fps=24)
