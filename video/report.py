@@ -62,7 +62,8 @@ def summary(memory: Memory, fps: float, mass: Mass | None = None) -> str:
     elif memory.recalls:
         reads = sum(recall.num_reads for recall in memory.recalls)
         kept = (
-            f": chosen from the film before every chunk, {reads} passes for {len(memory.recalls)} chunks to read again"
+            f": slow frames were chosen from the film before each of {len(memory.recalls)} chunks; {reads} passes read"
+            " earlier chunks again"
         )
     elif memory.decisions:
         kept = ", none of the frames that left fast was kept"
@@ -70,7 +71,7 @@ def summary(memory: Memory, fps: float, mass: Mass | None = None) -> str:
     lines = [
         f"{memory.num_frames} latent frames ({seconds:.4g} s), memory reaches back {reach:.4g} s",
         f"sink {len(slots.sink)} of {config.sink}{_pinned(memory)}, slow {len(slots.slow)} of {config.slow},"
-        f" fast {len(slots.fast)} (+ {config.chunk} being made) of {config.fast}; {memory.num_bytes / 1e6:.1f} MB",
+        f" fast {len(slots.fast)} of {config.fast} (the next chunk is {config.chunk}); {memory.num_bytes / 1e6:.1f} MB",
         f"policy {config.policy}{tau}{kept}",
     ]
     if counts := Counter(forgotten_frames(memory).values()):

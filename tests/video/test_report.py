@@ -246,7 +246,7 @@ def test_summary_figures():
     memory = filled(20, slow=4)
     first, second, third = summary(memory, fps=16).splitlines()
     assert first == "60 latent frames (15 s), memory reaches back 1.5 s"
-    assert second == f"sink 3 of 3, slow 4 of 4, fast 3 (+ 3 being made) of 6; {10 * A_FRAME / 1e6:.1f} MB"
+    assert second == f"sink 3 of 3, slow 4 of 4, fast 3 of 6 (the next chunk is 3); {10 * A_FRAME / 1e6:.1f} MB"
     assert (
         third
         == "policy novel, threshold 0.95, 100% of the frames that left fast were kept, the latest of them from 14 s"
