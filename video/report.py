@@ -62,8 +62,8 @@ def summary(memory: Memory, fps: float, mass: Mass | None = None) -> str:
     elif memory.recalls:
         reads = sum(recall.num_reads for recall in memory.recalls)
         kept = (
-            f": slow frames were chosen from the film before each of {len(memory.recalls)} chunks; {reads} passes read"
-            " earlier chunks again"
+            f": slow frames were chosen from the film before each of {len(memory.recalls)} chunks;"
+            f" {reads} pass{'es' * (reads != 1)} read earlier chunks again"
         )
     elif memory.decisions:
         kept = ", none of the frames that left fast was kept"

@@ -71,7 +71,7 @@ def test_demo_chain_makes_the_video(host, demo_chain, size):
     # ComfyUI's Vue nodes would take a preview of Save Long Video for the video itself.
     assert {node for node, _ in run.previews} <= set(nodes(demo_chain, "ContextForcingSampler"))
     assert picture_shown(host, run, only(demo_chain, "ContextForcingMemoryReport")).width == 1280
-    assert "36 latent frames (9.0 s)" in text_shown(run, only(demo_chain, "PreviewAny"))
+    assert "36 latent frames (9 s)" in text_shown(run, only(demo_chain, "PreviewAny"))
 
 
 def test_the_video_carries_prompt_and_workflow(host, demo_chain):
