@@ -8,9 +8,11 @@ import signal
 import pytest
 import torch
 
+from context_forcing.train.data import encode
 from context_forcing.train.data.encode import EncodeSettings, SetEncoder
-from context_forcing.train.data.encode_jobs import PROMPTS, SetEncoderOnWorkers
-from context_forcing.train.data.shards import EncodedSet
+from context_forcing.train.data.encode_jobs import SetEncoderOnWorkers
+from context_forcing.train.data.parts import PROMPTS
+from context_forcing.train.data.shards import EncodedSet, ShardWriter, read_manifest
 from context_forcing.train.evaluation.evaluate import Plan, Results, evaluate, parse_students
 from context_forcing.train.evaluation.rollout import Camera
 from context_forcing.workers import local
@@ -72,14 +74,37 @@ def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def encode_on(workers, source, output, settings=SETTINGS, retries=2, shard_bytes=60_000):
-    """Encode on workers, in small shards as tests.train.videos.run."""
+def encode_on(workers, source, output, settings=SETTINGS, retries=2, shard_bytes=60_000, on_clip=None):
+    """Encode on workers, in small shards as tests.train.videos.run. `on_clip` gets the encoder and what `run` gives."""
     with Engine(workers, retries) as engine:
         encoder = SetEncoderOnWorkers(source, output, settings, engine)
         encoder.writer.shard_bytes = shard_bytes
-        encoder.run()
+        encoder.run(lambda num_sources: on_clip and on_clip(encoder, num_sources))
     assert not list(output.glob("workers-*")), "nothing is left of the sets of single sources"
     return encoder, engine
+
+
+def here(workers):
+    """A way to encode, on so many workers without processes; 0: in one process."""
+    return (lambda *given: encode_on(Here(workers), *given)[0]) if workers else run
+
+
+class SlowFirst(Here):
+    """The first video never ends: Ctrl-C comes when all others have ended."""
+
+    def wait(self, seconds):
+        if [job.name for job in self.running.values()] == ["a.mp4"]:
+            raise KeyboardInterrupt
+        return super().wait(seconds)
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """A list that gets an item for each clip that a VAE encodes, and for each prompt."""
+    calls, latents, text = [], encode.Encoder.latents, encode.encode_demo_text
+    monkeypatch.setattr(encode.Encoder, "latents", lambda *given: (calls.append("clip"), latents(*given))[1])
+    monkeypatch.setattr(encode, "encode_demo_text", lambda prompt: (calls.append(prompt), text(prompt))[1])
+    return calls
 
 
 @pytest.mark.slow
@@ -159,6 +184,117 @@ def test_prompts_are_encoded_some_at_a_time(tmp_path, one_thread):
     assert contents(tmp_path / "there") == contents(tmp_path / "here") and encoder.num_clips == count
     assert len(workers.begun) == 3, "one of them is for the texts beside the clips"
     assert EncodedSet(tmp_path / "there", 0).negative("snow at night").shape[1] == 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_workers_finished_before_ctrl_c_is_not_encoded_again(whole_videos, tmp_path, one_thread, encoded, workers):
+    with pytest.raises(KeyboardInterrupt):
+        encode_on(SlowFirst(3), whole_videos, tmp_path / "there")
+    assert encoded.count("clip") == 4 and len(list((tmp_path / "there").glob("workers-*"))) == 2
+    assert here(workers)(whole_videos, tmp_path / "there").new_clips == 6
+    assert encoded.count("clip") == 6 and not list((tmp_path / "there").glob("workers-*"))
+    run(whole_videos, tmp_path / "here")
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")
+
+
+def test_a_video_that_fails_ends_the_command_and_nothing_else(whole_videos, tmp_path, one_thread, encoded, monkeypatch):
+    with monkeypatch.context() as patch:
+        check = encode.check_video
+
+        def killed(video, *part):
+            if video.name == "b.mp4":
+                raise ValueError("b.mp4: ffmpeg was ended by signal 9; run it again")
+            check(video, *part)
+
+        patch.setattr(encode, "check_video", killed)
+        with pytest.raises(ValueError, match="^b.mp4: ffmpeg was ended by signal 9"):
+            encode_on(Here(3), whole_videos, tmp_path / "there")
+    assert encoded.count("clip") == 3
+    encoder, _ = encode_on(Here(2), whole_videos, tmp_path / "there")
+    assert encoded.count("clip") == 6 and encoder.new_clips == 4, "the set had the first video"
+    run(whole_videos, tmp_path / "here")
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")
+
+
+@pytest.mark.parametrize(("source", "clips", "workers"), [(0, 1, 2), (1, 4, 0), (2, 5, 0), (2, 5, 3)])
+def test_clips_stay_with_the_workers_until_a_shard_has_them(
+    whole_videos, tmp_path, one_thread, encoded, source, clips, workers
+):
+    """Ctrl-C when so many clips are taken: none is in a shard; all are; the last of a finished video is in none."""
+
+    def interrupt(encoder, number):
+        if (number, encoder.num_clips) == (source, clips):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_on(Here(3), whole_videos, tmp_path / "there", on_clip=interrupt)
+    assert encoded.count("clip") == 6
+    for most in (5, None):
+        settings = dataclasses.replace(SETTINGS, max_clips=most)
+        assert here(workers)(whole_videos, tmp_path / "there", settings).num_clips == (most or 6)
+        assert most is None or encoded.count("clip") == 6, "nothing is encoded again"
+        run(whole_videos, tmp_path / "here", settings)
+        assert contents(tmp_path / "there") == contents(tmp_path / "here")
+        encoded.clear()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_video_that_ends_at_the_limit_is_finished_also_after_ctrl_c(
+    whole_videos, tmp_path, one_thread, monkeypatch, workers
+):
+    """Ctrl-C between its last clip and the line that it is finished."""
+    limited, finish = dataclasses.replace(SETTINGS, max_clips=2), ShardWriter.finish
+
+    def interrupt(writer, source, count):
+        if source == "a.mp4":
+            raise KeyboardInterrupt
+        finish(writer, source, count)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ShardWriter, "finish", interrupt)
+        encode_on(Here(1), whole_videos, tmp_path / "there", limited)
+    assert here(workers)(whole_videos, tmp_path / "there", limited).finished == {"a.mp4": 2}
+    run(whole_videos, tmp_path / "here", limited)
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")
+
+
+def test_what_cannot_be_continued_is_made_again(videos, tmp_path, one_thread, encoded, caplog):
+    """Of the two videos that workers finished one has another caption now, and a file of the other is cut short."""
+    with pytest.raises(KeyboardInterrupt):
+        encode_on(SlowFirst(3), videos, tmp_path / "there")
+    longest = max((tmp_path / "there").glob("workers-*"), key=lambda folder: len(list(folder.glob("shard-*"))))
+    (longest / "shard-00001.safetensors").write_bytes(b"")
+    (videos / "sub/c.txt").write_text("Snow at night.")
+    encode_on(Here(3), videos, tmp_path / "there")
+    assert encoded.count("clip") == 4 + 6
+    assert "shard-00001.safetensors: not a whole safetensors file" in caplog.text
+    assert "what workers left of b.mp4 is made again" in caplog.text
+    run(videos, tmp_path / "here")
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_prompts_that_workers_finished_are_not_encoded_again(tmp_path, one_thread, encoded, workers):
+    """Ctrl-C in the middle of a part, after the set has some of it in shards."""
+    prompts, texts = tmp_path / "prompts.txt", [f"A meadow by day, number {number}." for number in range(PROMPTS + 8)]
+    prompts.write_text("\n".join(texts))
+    small = 10 * SETTINGS.frames * 4096
+
+    def interrupt(encoder, number):
+        if number == PROMPTS // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_on(Here(3), prompts, tmp_path / "there", shard_bytes=small, on_clip=interrupt)
+    assert 0 < len(read_manifest(tmp_path / "there").entries) < PROMPTS // 2
+    assert sorted(filter(None, encoded)) == sorted(texts)
+    if workers:
+        encode_on(Here(workers), prompts, tmp_path / "there", shard_bytes=small)
+    else:
+        run(prompts, tmp_path / "there", shard_bytes=small)
+    assert sorted(filter(None, encoded)) == sorted(texts)
+    run(prompts, tmp_path / "here", shard_bytes=small)
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")
 
 
 def test_a_mistake_is_that_of_one_process(whole_videos, tmp_path):

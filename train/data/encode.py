@@ -26,7 +26,8 @@ from ...model.units import check_size, pixel_frames
 from ...video.frames import to_pixels
 from ...video.reading import VideoError, check_video, read_runs
 from ..config import check_choice, check_range
-from .shards import Header, ShardWriter
+from .parts import Parts
+from .shards import Header, Manifest, ShardWriter
 from .sources import Source, list_sources
 
 WAN_FOLDERS = ("vae", "text_encoder", "tokenizer")
@@ -176,9 +177,15 @@ class SetEncoder:
         if negative:
             self.writer.write_negative_text(negative, lambda: self.encoder.text(negative).to(self.dtype))
 
-    @torch.inference_mode()
     def add_clips(self, on_clip: Callable[[int], None] = lambda num_sources: None) -> None:
         """The clips that the set does not have."""
+        self.parts = Parts(self.writer, self.sources, self.is_missing)
+        self.add_sources(on_clip)
+        self.parts.delete()
+
+    @torch.inference_mode()
+    def add_sources(self, on_clip: Callable[[int], None]) -> None:
+        """The missing clips of all sources, into shards."""
         for number, source in enumerate(self.sources):
             on_clip(number)
             if self.num_left == 0:
@@ -190,6 +197,7 @@ class SetEncoder:
                     on_clip(number)
             except VideoError as error:
                 self.writer.skip(source.name, str(error))
+            self.parts.end(source)
         self.writer.flush()
         on_clip(len(self.sources))
 
@@ -217,14 +225,21 @@ class SetEncoder:
         """Add the missing clips of a source; yields after every clip. Raises VideoError for a bad source."""
         if source.problem:
             raise VideoError(source.problem)
+        count = self.clips_before.get(source.name, 0) + self.writer.clips_of(source.name)
+        if left := self.parts.of[source.name].left:
+            for _ in self.take(source, left):
+                count += 1
+                yield
+            if source.name in self.finished:
+                return
         text = self._stored(self.encoder.text(source.caption), "text")
         if source.video is None:
-            self.writer.add(source.name, None, source.caption, {"text": text})
+            if not count:
+                self.writer.add(source.name, None, source.caption, {"text": text})
             self.writer.finish(source.name, 1)
             return
         check_video(source.video, source.start, source.end)
-        fps, clip_frames = self.settings.fps, pixel_frames(self.settings.frames)
-        count, rest = self.clips_before.get(source.name, 0) + self.writer.clips_of(source.name), 0
+        fps, clip_frames, rest = self.settings.fps, pixel_frames(self.settings.frames), 0
         runs = read_runs(source.video, clip_frames, self.size, fps, start=source.start, end=source.end, skip=count)
         for pixels in runs:
             if len(pixels) < clip_frames:
@@ -242,6 +257,21 @@ class SetEncoder:
                 f"too short: {rest} frames at {fps} frames/s, a clip takes {clip_frames} ({clip_frames / fps:.2f} s)"
             )
         self.writer.finish(source.name, count)
+
+    def take(self, source: Source, made: Manifest) -> Iterator[None]:
+        """Add the missing clips of a source that a worker has made; yields after every clip.
+
+        Raises VideoError if it skipped the source.
+        """
+        for entry in self.parts.missing(source, made):
+            if self.num_left == 0:
+                return
+            self.writer.add(source.name, entry.start, entry.caption, self.parts.tensors(entry))
+            yield
+        if source.name in made.skipped:
+            raise VideoError(made.skipped[source.name])
+        if source.name in made.finished:
+            self.writer.finish(source.name, made.finished[source.name])
 
     def _stored(self, tensor: Tensor, name: str) -> Tensor:
         stored = tensor.to(self.dtype).cpu()

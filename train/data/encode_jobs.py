@@ -1,19 +1,17 @@
 """Sources as jobs: each is encoded into a set of its own, whose clips one process takes over in the order of sources.
 
-So the whole set is that of one process, whatever the number of workers.
+So the whole set is that of one process, whatever the number of workers. After an interrupt or an error, the sets of
+single sources (parts.py) stay, and the next command continues them.
 """
 
 import dataclasses
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ...memory.files import hold_folder
 from ...model.codecs.backbone import DEMO, backbone_of
@@ -21,13 +19,8 @@ from ...video.reading import VideoError
 from ...workers.engine import Engine, Progress
 from ...workers.job import Death, Loaded
 from .encode import Encoder, EncodeSettings, SetEncoder, load_encoder
-from .shards import Entry, Manifest, open_shard, read_manifest
+from .shards import Manifest, read_manifest
 from .sources import Source
-
-PROMPTS = 32
-"""Prompts of a job. Of videos it is one."""
-PREFIX = "workers-"
-"""Names of folders in a set for the sets of single sources."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,29 +85,26 @@ class SetEncoderOnWorkers(SetEncoder):
         self._path, self._engine = Path(path).absolute(), engine
         super().__init__(self._path, Path(output).absolute(), settings, partial(_load_by, engine))
 
-    def add_clips(self, on_clip: Callable[[int], None] = lambda num_sources: None) -> None:
-        for left in self.writer.folder.glob(f"{PREFIX}*"):  # of a killed process
-            shutil.rmtree(left, ignore_errors=True)
-        missing = [source for source in self.sources if self.is_missing(source)]
-        size = PROMPTS if missing and missing[0].video is None else 1
-        parts = [tuple(missing[number : number + size]) for number in range(0, len(missing), size)]
-        # The workers end before the folder that they write to is deleted.
-        with tempfile.TemporaryDirectory(prefix=PREFIX, dir=self.writer.folder) as folder, self._engine:
-            self._made = self._engine.in_order(self._jobs(parts, Path(folder)), len(parts))
+    def add_sources(self, on_clip: Callable[[int], None]) -> None:
+        with self._engine:
+            self._made = self._engine.in_order(self._jobs(), len(self.parts.all))
             self._taken: dict[str, Progress[SourceJob]] = {}
-            super().add_clips(on_clip)
+            super().add_sources(on_clip)
 
-    def _jobs(self, parts: Sequence[tuple[Source, ...]], folder: Path) -> Iterator[SourceJob]:
+    def _jobs(self) -> Iterator[SourceJob]:
         """A job for each part, made when there is room for it."""
-        for number, sources in enumerate(parts):
+        for part in self.parts.all:
             if self.num_left == 0:
                 return
+            # With one clip more than the set can take, a job knows whether its video has ended with the last one, also
+            # if it is continued. A source that an earlier attempt skipped is tried again.
+            most = None if self.num_left is None else self.num_left + self.parts.num_taken(part) + 1
             yield SourceJob(
                 path=self._path,
-                folder=folder / f"{number:08d}",
-                settings=dataclasses.replace(self.settings, max_clips=self.num_left),
-                sources=sources,
-                clips_before={source.name: self.writer.clips_of(source.name) for source in sources},
+                folder=part.folder,
+                settings=dataclasses.replace(self.settings, max_clips=most, retry=True),
+                sources=part.sources,
+                clips_before={source.name: self.parts.first(source) for source in part.sources},
             )
 
     def encode(self, source: Source) -> Iterator[None]:
@@ -125,19 +115,7 @@ class SetEncoderOnWorkers(SetEncoder):
         progress = self._taken[source.name]
         if isinstance(progress.outcome, Death):
             raise VideoError(progress.problem)
-        made: Manifest = progress.result
-        for entry in made.entries:
-            if entry.source == source.name:
-                if self.num_left == 0:
-                    return
-                self.writer.add(source.name, entry.start, entry.caption, _tensors(progress.job.folder, entry))
-                yield
-        if source is progress.job.sources[-1]:
-            shutil.rmtree(progress.job.folder, ignore_errors=True)
-        if source.name in made.skipped:
-            raise VideoError(made.skipped[source.name])
-        if source.name in made.finished:
-            self.writer.finish(source.name, made.finished[source.name])
+        yield from self.take(source, progress.result)
 
 
 def _load(loaded: Loaded, settings: EncodeSettings, with_vae: bool) -> Encoder:
@@ -157,10 +135,3 @@ def _load_by(engine: Engine, settings: EncodeSettings, with_vae: bool) -> Encode
         vae=None,
         vae_name=vae_name,
     )
-
-
-def _tensors(folder: Path, entry: Entry) -> dict[str, Tensor]:
-    """Latents and text of a clip, in the order in which a set has them."""
-    file = open_shard(folder / entry.shard)
-    names = [name for name in ("latents", "text") if f"{entry.key}.{name}" in file.keys()]
-    return {name: file.get_tensor(f"{entry.key}.{name}").clone() for name in names}
