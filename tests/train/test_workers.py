@@ -209,7 +209,8 @@ def test_a_video_that_fails_ends_the_command_and_nothing_else(whole_videos, tmp_
         patch.setattr(encode, "check_video", killed)
         with pytest.raises(ValueError, match="^b.mp4: ffmpeg was ended by signal 9"):
             encode_on(Here(3), whole_videos, tmp_path / "there")
-    assert encoded.count("clip") == 3
+    assert encoded.count("clip") == 3 and len(list((tmp_path / "there").glob("workers-*"))) == 2
+    assert len(EncodedSet(tmp_path / "there", 0).entries) == 2, "training reads what is in the set"
     encoder, _ = encode_on(Here(2), whole_videos, tmp_path / "there")
     assert encoded.count("clip") == 6 and encoder.new_clips == 4, "the set had the first video"
     run(whole_videos, tmp_path / "here")
