@@ -3,10 +3,10 @@
 import atexit
 import contextlib
 import logging
-import os
 import signal
 import sys
 import threading
+import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, NoReturn, cast
 
@@ -23,7 +23,7 @@ from ..memory.fields import one_line
 from ..memory.files import of_disk
 from .batch import batch
 from .bench import bench
-from .console import console
+from .console import console, is_main
 from .convert import convert
 from .doctor import doctor
 from .encode import encode
@@ -41,6 +41,8 @@ for command in (generate, batch, report, train, encode, evaluate, convert, bench
     app.command()(command)
 
 
+OTHERS_WAIT = 5
+"""Seconds in which `torchrun` ends the other processes after an error of the first one, which has then told it."""
 UsageError = cast(type[typer.BadParameter], typer.BadParameter.__bases__[0])
 """What typer raises for a command line that it cannot read. It has no name of its own for it."""
 
@@ -62,8 +64,8 @@ def _root(
     ] = False,
 ) -> None:
     handler = RichHandler(console=console, show_time=False, show_path=False)
-    is_main = os.environ.get("RANK", "0") == "0"  # of those that `torchrun` started
-    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s", handlers=[handler])
+    level = logging.INFO if is_main() else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
 
 
 def main() -> None:
@@ -105,5 +107,7 @@ def _run() -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
+    if not is_main():
+        time.sleep(OTHERS_WAIT)
     console.print(f"[bold red]error:[/] {escape(one_line(message))}", highlight=False, soft_wrap=True)
     sys.exit(code)

@@ -66,6 +66,6 @@ def encode(
     for name, reason in list(encoder.skipped.items())[:MAX_SKIPPED]:
         say(f"skipped {name}: {reason}")
     say(
-        f"{output}: {encoder.num_clips} clips ({encoder.new_clips} new) of {len(encoder.finished)} sources,"
+        f"{output}: {encoder.num_clips} clips ({encoder.new_clips} new) of {len(encoder.sources)} sources,"
         f" {len(encoder.skipped)} skipped; the manifest lists all"
     )

@@ -5,7 +5,7 @@ from typing import Annotated
 from rich.console import Console
 from typer import Argument, Option
 
-from .console import say
+from .console import is_main, say
 
 
 def train(
@@ -30,4 +30,6 @@ def train(
             # Settings contain brackets of their own; those of tables are rich's.
             Console().print(part, highlight=False, markup=not isinstance(part, str))
         return
-    say(f"written to {run_stage(stage, config, overrides or [], resume)}")
+    path = run_stage(stage, config, overrides or [], resume)
+    if is_main():
+        say(f"written to {path}")

@@ -15,7 +15,7 @@ def run_stage(stage: str, config_name: str, overrides: Sequence[str], resume: bo
 
     settings = load_config(stage, config_name, overrides)
     if isinstance(settings, ExportConfig):
-        return _export(Path(settings.run), Path(settings.out))
+        return _export(Path(settings.run), settings.folder)
     return train(build_stage(stage, settings), stage, resume)
 
 

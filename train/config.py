@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -203,8 +204,14 @@ class ExportConfig:
 
     run: str = ""
     """The folder of a run of `pretrain`, `teacher`, `local` or `contextual`."""
-    out: str = "export"
+    out: str = ""
+    """The folder; empty is `export/` and the name of the run's folder."""
 
     def __post_init__(self):
         if not self.run:
             raise ValueError("run: missing; give the folder of a run, for example run=runs/contextual")
+
+    @property
+    def folder(self) -> Path:
+        """The folder that is written to."""
+        return Path(self.out) if self.out else Path("export") / Path(self.run).resolve().name

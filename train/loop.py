@@ -58,6 +58,9 @@ def _train(stage: Stage, name: str, resume: bool) -> Path:
             revision = f"{run['revision']}, from step {start} {revision}"
     elif newest_checkpoint(folder):
         raise ValueError(f"out: {folder} holds a run already; add --resume to continue it, or choose another out=")
+    else:
+        for network, path in stage.starts.items():
+            log.info("%s starts from %s", network, path or "new weights")
     begin, path = time.monotonic() - seconds, folder
 
     with RunLog(folder, name, config.steps, start, enabled=parallel.is_main) as run_log, StopSignal() as stop:
@@ -86,9 +89,9 @@ def _train(stage: Stage, name: str, resume: bool) -> Path:
                 path = stage.export(folder, step + 1, seconds, revision)
             if stopping:
                 if parallel.is_main and stage.finished:
-                    log.warning("step %d: the stage has ended the run; the file has the weights that it kept", step)
+                    log.warning("the stage has ended the run after step %d; its file has the weights it kept", step + 1)
                 elif parallel.is_main:
-                    log.warning("SIGTERM: stopped after step %d; continue with --resume", step)
+                    log.warning("SIGTERM: stopped after step %d; continue with --resume", step + 1)
                 break
     if start >= config.steps or (stage.finished and path == folder):
         path = stage.export(folder, start, seconds, revision)

@@ -126,7 +126,9 @@ def _weights(config: NetworkConfig, world_size: int) -> Iterator[Row]:
     for name, optim in optims.items():
         total, trained = sizes[presets[name]]
         size = trained * (OPTIMIZER + (FP32 if optim.ema else 0)) + (total - trained) * FP32
-        yield constant("bytes", f"{name or 'network'}: weights, gradients, Adam, average", size / world_size)
+        yield constant(
+            "bytes", f"{name or 'network'}: weights, gradients, optimiser states, average", size / world_size
+        )
     if isinstance(config, DistillConfig):
         yield constant("bytes", "teacher, frozen", sizes[scored_by][0] * itemsize / world_size)
     if world_size > 1 or itemsize < FP32:

@@ -35,6 +35,8 @@ class Stage(ABC):
         self.config, self.parallel = config, parallel
         self.trained: dict[str, TrainedNetwork] = {}
         self.gathered = Gathered()
+        self.starts: dict[str, str] = {}
+        """The file that each network starts from; empty for new weights."""
         self.finished = False
         """Whether the run must end before its last step, on all ranks alike."""
         self.init_card: StudentCard | None = None
@@ -47,6 +49,7 @@ class Stage(ABC):
         `preset`, or of the stage's preset. Raises ValueError for a file of another size.
         """
         config, card = self.config, None
+        self.starts[name or "teacher, frozen"] = path
         net = WanModel(PRESETS[preset or config.preset])
         if path:
             # Any network can be trained further: the card of a file without one is not used.

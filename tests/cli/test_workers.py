@@ -51,7 +51,7 @@ def test_workers_are_opened_tried_again_and_closed(prompts, tmp_path, run, opene
 
 def test_retries_have_the_end_that_the_option_says(prompts, tmp_path, run, opened):
     code, err = run("encode", prompts, "-o", tmp_path / "set", "--workers", 2, "--retries", 0, "--device", "cpu")
-    assert code == 0 and "0 clips (0 new) of 0 sources, 2 skipped" in err
+    assert code == 0 and "0 clips (0 new) of 2 sources, 2 skipped" in err
     reason = "its worker died 1 times, the last ended by SIGKILL"
     assert read_manifest(tmp_path / "set").skipped == {"a meadow": reason, "a desert": reason}
 

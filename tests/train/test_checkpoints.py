@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,6 +161,26 @@ def test_an_export_equals_the_file_of_the_run(tiny, tmp_path, name, settings):
     assert StudentSource(run).open().card == StudentSource(again).open().card
 
 
+def test_exports_of_two_runs_have_folders_of_their_own(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [run_stage("teacher", "smoke", ["steps=1", f"seed={seed}", f"out=runs/{seed}"], False) for seed in (1, 2)]
+    exports = [run_stage("export", "demo", [f"run=runs/{seed}"], False) for seed in (1, 2)]
+    assert exports == [Path("export/1/teacher.safetensors"), Path("export/2/teacher.safetensors")]
+    assert all(same_tensors(*pair) for pair in zip(runs, exports))
+
+
+def test_the_log_names_the_file_that_a_network_starts_from(tiny, tmp_path, caplog):
+    caplog.set_level("INFO", "context_forcing")
+    teacher = run_stage("teacher", "smoke", ["steps=1", f"out={tmp_path / 'first'}"], False)
+    assert caplog.messages == ["teacher starts from new weights"]
+    caplog.clear()
+    run_stage("teacher", "smoke", ["steps=1", f"init={teacher}", f"out={tmp_path / 'second'}"], False)
+    assert caplog.messages == [f"teacher starts from {teacher}"]
+    caplog.clear()
+    run_stage("teacher", "smoke", ["steps=1", f"init={teacher}", f"out={tmp_path / 'second'}"], True)
+    assert not caplog.messages, "a resumed run continues its checkpoint"
+
+
 def test_an_export_needs_a_run(tmp_path):
     with pytest.raises(ValueError, match="run: .* has no checkpoint"):
         run_stage("export", "demo", [f"run={tmp_path}"], False)
@@ -202,6 +223,7 @@ def test_sigterm_writes_a_checkpoint_and_ends(tmp_path):
     assert process.returncode == 0 and "continue with --resume" in message
     steps = len(metrics_of(tmp_path))
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [f"step-{steps:08d}"]
+    assert f"stopped after step {steps};" in message
     assert (tmp_path / "teacher.safetensors").exists()
 
 

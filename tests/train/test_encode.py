@@ -253,7 +253,7 @@ def test_the_command_sums_up(videos, tmp_path, command):
     assert code == 0 and "4 clips (4 new)" in " ".join(err.split())
     code, err = command(videos, "-o", tmp_path / "set", "--frames", 4, "--size", "64x32")
     assert code == 0, err
-    assert "skipped junk.mp4: does not decode" in err and "6 clips (2 new) of 3 sources, 1 skipped" in err
+    assert "skipped junk.mp4: does not decode" in err and "6 clips (2 new) of 4 sources, 1 skipped" in err
     assert EncodedSet(tmp_path / "set", 0).sample(0)[0].shape == (1, 16, 4, 4, 8)
 
 

@@ -42,7 +42,7 @@ def test_a_run_whose_student_forgets_ends_with_the_weights_before(tiny, files, t
     log = metrics_of(tmp_path / "failed")
     assert sorted(log) == [0, 1, 2, 3] and (log[1]["recall_memory"], log[3]["recall_memory"]) == (1.2, 1.3)
     assert log[1]["recall_blind"] == 9.0 and "recall_memory" not in log[2]
-    assert "the stage has ended the run" in caplog.text
+    assert "the stage has ended the run after step 4" in caplog.text
     errors += [1.0, 1.2]
     assert same_tensors(path, run(tmp_path / "short", "steps=2"))
     errors += [1.0, 1.2, 1.1]
