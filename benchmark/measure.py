@@ -7,11 +7,10 @@ import itertools
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -262,7 +261,7 @@ class _Bench:
         done: list[float] = []
         num_frames = FRAMES_PER_LATENT - 1  # The first latent frame has so many pixel frames less.
 
-        def count(frames: np.ndarray) -> None:
+        def count(frames: Sized) -> None:
             nonlocal num_frames
             num_frames += len(frames)
             if num_frames // _chunk_frames(loop.memory) > len(done):
