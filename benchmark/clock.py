@@ -1,5 +1,6 @@
 """Seconds of the parts of a chunk, and the most memory that a function holds."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -77,6 +78,7 @@ def peak_bytes(device: torch.device, function: Callable[[], object]) -> int:
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler prints when it starts and stops
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     results = profiler.profiler and profiler.profiler.kineto_results

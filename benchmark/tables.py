@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from ..memory.fields import counted
 from ..memory.files import atomic_path
 from ..model.device import name_of_dtype
 from ..video.provenance import git_revision, libraries, machine_of
@@ -29,12 +30,13 @@ def header(subject: Subject, plan: Plan) -> dict[str, str]:
     tokens = [math.prod(network.grid(memory.latent_size)) for memory in memories]
     sizes = (f"{_size(size)}, {count} tokens a latent frame" for size, count in zip(plan.sizes, tokens))
     text = subject.pipeline(setup).text_encoder.encode(PROMPT)
-    warmup = f"{plan.chunks} chunks of every loop, in turn, after a first one and {plan.warmup} that are not counted"
+    timed = f"{counted(plan.chunks, 'chunk')} of every loop, in turn"
+    layers, width = counted(network.num_layers, "layer"), network.num_heads * network.head_dim
     return {
         "revision": git_revision(),
         "machine": machine_of(subject.device),
         "libraries": ", ".join(dict.fromkeys(part for each in plan.setups for part in _libraries(each))),
-        "student": f"{subject.name}: {network.num_layers} layers, width {network.num_heads * network.head_dim}",
+        "student": f"{subject.name}: {layers}, width {width}",
         "size": f"{'; '.join(sizes)}; chunk {config.chunk}",
         "window": f"{config.num_slots}: {config.sink} sink, {config.slow} slow, {config.fast} fast ({config.policy})",
         "steps": f"{len(subject.card.sigmas)} and the commit pass; text of {text.shape[1]} rows",
@@ -42,7 +44,7 @@ def header(subject: Subject, plan: Plan) -> dict[str, str]:
         "attention": setup.attention,
         "kv_placement": setup.kv_placement,
         "compile": setup.compile,
-        "timed": warmup,
+        "timed": f"{timed}, after a first one and {plan.warmup} that are not counted",
     }
 
 

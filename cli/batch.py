@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from typer import Argument, Exit, Option
 
-from .console import say
+from ..memory.fields import counted
+from .console import on_interrupt, say
 from .options import Device
 from .workers import live, open_workers, progress_table
 
@@ -37,12 +38,13 @@ def batch(
     began = time.monotonic()
     if batch.count(WAITING):
         places = open_workers(workers, ray, device)
-        with live(lambda: _table(batch, unfinished=True)):
+        kept = lambda: f"{jobs}: not finished; finished chunks are kept, the same command continues"
+        with on_interrupt(kept), live(lambda: _table(batch, unfinished=True)):
             batch.run(places, retries)
     Console().print(_table(batch))
-    counts = (f"{batch.count(state)} {state}" for state in (MADE, THERE, FAILED))
-    say(f"{len(batch.videos)} videos: {', '.join(counts)}; {batch.lost_workers} workers lost;"
-        f" {time.monotonic() - began:.1f} s")  # fmt: skip
+    there = f"{batch.count(THERE)} {'was' if batch.count(THERE) == 1 else 'were'} there"
+    say(f"{counted(len(batch.videos), 'video')}: {batch.count(MADE)} made, {there}, {batch.count(FAILED)} failed;"
+        f" {counted(batch.lost_workers, 'worker')} lost; {time.monotonic() - began:.1f} s")  # fmt: skip
     if batch.count(FAILED):
         raise Exit(1)
 

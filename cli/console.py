@@ -1,6 +1,8 @@
 """What the commands print to."""
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,6 +19,16 @@ def is_main() -> bool:
 def say(message: str) -> None:
     """Print a message as it is; the terminal wraps its lines."""
     console.print(escape(message), highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def on_interrupt(message: Callable[[], str]) -> Iterator[None]:
+    """Say what is kept and how to go on, if the block is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(message())
+        raise
 
 
 def progress_bar() -> Progress:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from .console import progress_bar, say
+from .console import on_interrupt, progress_bar, say
 from .options import Device
 from .workers import Count, Ray, Retries, open_engine
 
@@ -53,7 +53,8 @@ def encode(
         retry=retry,
         negative_prompt=negative_prompt,
     )
-    with hold_folder("output", output), open_engine(workers, ray, retries, device) as engine:
+    kept = lambda: f"{output}: not finished; complete shards are kept, the same command continues"
+    with on_interrupt(kept), hold_folder("output", output), open_engine(workers, ray, retries, device) as engine:
         if engine is None:
             encoder = SetEncoder(source, output, settings)
             with progress_bar() as bar:

@@ -6,7 +6,7 @@ from typing import Annotated
 from rich.console import Console
 from typer import Option
 
-from .console import console
+from .console import console, on_interrupt
 from .options import Device, Dtype
 from .workers import Count, Ray, Retries, open_engine
 
@@ -14,11 +14,8 @@ OUTPUT = "Folder for JSON, plots and filmstrips; results that are there are kept
 COMPARE = "Another student on the same scenes and noise, FILE or FILE=policy,policy. Repeatable."
 GAPS = "Chunks (0.75 s) that the camera spends elsewhere before it returns; empty: none."
 COLUMNS = "Columns from the landmarks to elsewhere; multiples of 3 from 9 to 33."
-POLICIES = (
-    "novel, cover, recall, clean, fifo, uniform, released, none (no slow memory); for comparison only: oracle (knows"
-    " the camera path), rag, tether. A policy can have settings, as in"
-    " novel:recache=8:commit_attends=itself (also match_sink, sink, slow, fast, eviction, kv_dtype)."
-)
+POLICIES = """novel, cover, recall, clean, fifo, uniform, released, none (no slow memory), oracle, rag, tether;
+settings after colons, as in recall:slow=6. See docs/command_line.md."""
 VIDEO = "Measure this video by --clip and --dino; no option above applies. Repeatable."
 
 
@@ -26,7 +23,7 @@ def evaluate(
     output: Annotated[Path, Option("--output", "-o", help=OUTPUT)],
     student: Annotated[str, Option(help="`demo`, or a student file.")] = "demo",
     compare: Annotated[list[str] | None, Option(help=COMPARE)] = None,
-    policies: Annotated[str, Option(help=POLICIES)] = "novel,clean,none",
+    policies: Annotated[str, Option(help=POLICIES)] = "recall,novel,none",
     rollouts: Annotated[int, Option(min=2, help="Scenes per seed.")] = 12,
     gaps: Annotated[str, Option(help=GAPS)] = "8",
     columns: Annotated[str, Option(help=COLUMNS)] = "9,18,27",
@@ -63,7 +60,8 @@ def evaluate(
             minutes=minutes,
             long_rollouts=long_rollouts,
         )
-        with hold_folder("output", output), open_engine(workers, ray, retries, device) as engine:
+        kept = lambda: f"{output}: not finished; finished scenes are kept, the same command continues"
+        with on_interrupt(kept), hold_folder("output", output), open_engine(workers, ray, retries, device) as engine:
             tables = evaluate(plan, device, dtype, output, engine)
     for table in tables:
         Console(width=max(240, console.width)).print(table, highlight=False)

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 from typer import Option
 
+from ..memory.fields import counted
 from .console import console
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def progress_table(
 
 
 def _running_table(engine: "Engine") -> Table:
-    lost = f"{engine.lost_workers} workers lost" if engine.lost_workers else ""
+    lost = f"{counted(engine.lost_workers, 'worker')} lost" if engine.lost_workers else ""
     total = (f"{engine.total} jobs", f"{engine.num_ended} finished", "", "", "", lost)
     columns = {"kept": lambda row: f"{row.kept or ''}", "seconds": lambda row: f"{row.seconds:.0f}"}
     return progress_table(list(engine.running.values()), "job", total, columns)

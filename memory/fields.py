@@ -55,6 +55,11 @@ def quoted(value: object) -> str:
     return brief(_Brief().repr(value))
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 worker`, `2 workers`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def json_object(text: str, where: object) -> dict[str, typing.Any]:
     """The JSON object in a text. Raises ValueError, beginning with `where`, for any other text."""
     try:

@@ -1,6 +1,7 @@
 """Headless training of Context Forcing students."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 def run_stage(stage: str, config_name: str, overrides: Sequence[str], resume: bool) -> Path:
     """Run one stage with named settings or those of a YAML file; returns the exported file. Raises ValueError."""
+    from .checkpoints import newest_checkpoint
     from .config import ExportConfig
     from .loop import train
     from .presets import build_stage, load_config
@@ -16,7 +18,13 @@ def run_stage(stage: str, config_name: str, overrides: Sequence[str], resume: bo
     settings = load_config(stage, config_name, overrides)
     if isinstance(settings, ExportConfig):
         return _export(Path(settings.run), settings.folder)
-    return train(build_stage(stage, settings), stage, resume)
+    try:
+        return train(build_stage(stage, settings), stage, resume)
+    except KeyboardInterrupt:
+        newest = newest_checkpoint(Path(settings.out))
+        kept = f"{newest.name} is kept, continue with --resume" if newest else "no checkpoint is there yet, start again"
+        logging.getLogger("context_forcing").warning("%s: stopped; %s", settings.out, kept)
+        raise
 
 
 def _export(folder: Path, out: Path) -> Path:

@@ -67,7 +67,7 @@ def test_ratios_are_of_the_same_round():
     assert ratios(fast, with_text) == (1 / 11, 2 / 13)
 
 
-def test_peak_is_what_is_held_at_once():
+def test_peak_is_what_is_held_at_once(capfd):
     def function():
         first = torch.zeros(1_000_000)
         del first
@@ -75,6 +75,7 @@ def test_peak_is_what_is_held_at_once():
         return second, third
 
     assert peak_bytes(CPU, function) == pytest.approx(8e6, rel=0.01)
+    assert capfd.readouterr().err == "", "the profiler prints nothing"
 
 
 @pytest.mark.parametrize("policy", ["novel", "fifo", "released"])

@@ -77,7 +77,7 @@ def test_a_killed_worker_loses_nothing(tmp_path, student, frames_of, run, often)
     again = Batch.of(read_jobs(path, "cpu"))
     assert again.count(THERE) == 3
     code, err = run("batch", path, "--device", "cpu")
-    assert code == 0 and "0 made, 3 was there, 0 failed" in err
+    assert code == 0 and "0 made, 3 were there, 0 failed" in err
 
 
 @pytest.mark.slow
@@ -129,7 +129,7 @@ def test_what_a_killed_process_left_beside_a_whole_video_is_deleted(tmp_path, st
     mine = journal_path(jobs[1].output) / "notes.txt"
     mine.touch()
     code, err = run("batch", path, "--device", "cpu")
-    assert code == 0 and "0 made, 2 was there, 0 failed" in err
+    assert code == 0 and "0 made, 2 were there, 0 failed" in err
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert left == {"story0.mp4", "story1.mp4", "story1.mp4.journal"} and mine.exists(), "that folder is not ours"
 
@@ -144,5 +144,5 @@ def test_a_story_that_changed_under_its_journal_fails_alone(tmp_path, student, r
     (tmp_path / "story0.yaml").write_text("segments: [{prompt: Snow., seconds: 1.5}]")
     code, err = run("batch", path, "--device", "cpu")
     assert code == 1 and "was begun with another story" in caplog.text
-    assert "0 made, 0 was there, 1 failed" in err and "failed" in run.out
+    assert "1 video: 0 made, 0 were there, 1 failed; 0 workers lost" in err and "failed" in run.out
     assert num_kept(job.output) == 1

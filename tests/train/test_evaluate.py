@@ -320,7 +320,7 @@ def test_the_command_line_says_what_is_measured(monkeypatch, tmp_path):
     options += ["--compare", "a.safetensors=none"]
     assert run(app, ["evaluate", "-o", str(tmp_path), *options]).exit_code == 0
     by_default, chosen = plans
-    assert by_default == Plan(students=parse_students("demo", [], "novel,clean,none"))
+    assert by_default == Plan(students=parse_students("demo", [], "recall,novel,none"))
     assert [each.policies for each in chosen.students] == [("novel", "none"), ("none",)]
     assert (chosen.rollouts, chosen.gaps, chosen.columns) == (3, (4,), (12,))
     assert (chosen.seeds, chosen.minutes) == ((1, 2), 2)
