@@ -37,7 +37,7 @@ def report(
         _print_provenance(file)
         return
     from ..memory.files import check_writable
-    from ..memory.snapshot import load_memory
+    from ..memory.snapshot import load_memory, read_header
     from ..model.attention_mass import attention_mass
     from ..model.checkpoints.locate import locate_student
     from ..model.checkpoints.student import StudentSource
@@ -47,6 +47,7 @@ def report(
     from ..video.pipeline import Pipeline
     from ..video.report import draw_report, summary
 
+    read_header(file)
     if output is None:
         raise ValueError(f"--output: {file} is drawn as a picture; give -o with a name that ends in .png")
     if output.suffix.lower() != ".png":

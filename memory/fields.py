@@ -77,6 +77,8 @@ def check_keys(cls: type, raw: object, where: str) -> Mapping:
     `where` is the name of `raw` in messages; empty for a mapping without a name.
     """
     known = ", ".join(field.name for field in dataclasses.fields(cls))
+    if raw is None:
+        raise ValueError(f"{where}: is empty; known keys are {known}")
     if not isinstance(raw, Mapping):
         raise ValueError(f"{where}: {quoted(raw)} is not a mapping; known keys are {known}")
     if unknown := [key for key in raw if key not in known.split(", ")]:

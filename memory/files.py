@@ -11,8 +11,10 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from .kinds import kind_of
 
 if sys.platform == "win32":
     import msvcrt
@@ -50,11 +52,18 @@ def of_disk(error: OSError) -> str:
     return f"{error.filename or 'file'}: {error.strerror or error}; check the name and the disk"
 
 
-def read_text(path: Path, encoding: str = "utf-8", most: int = MAX_TEXT) -> str:
-    """The text of a file. Raises ValueError, one line, for other files, and for one of more than `most` bytes."""
+def read_text(
+    path: Path, encoding: str = "utf-8", most: int = MAX_TEXT, instead: Mapping[str, str] | None = None
+) -> str:
+    """The text of a file. Raises ValueError, one line, for other files, and for one of more than `most` bytes.
+
+    `instead` has remedies for kinds of files (kinds.py) that a user may confuse with this one.
+    """
     try:
         with open(path, "rb") as file:
             data = file.read(most + 1)
+        if kind := kind_of(data):
+            raise ValueError(f"{path}: is {kind}; {(instead or {}).get(kind, 'give a text file')}")
         if len(data) > most:
             raise ValueError(f"{path}: has more than {most // 2**20} MiB of text; make it smaller")
         return io.TextIOWrapper(io.BytesIO(data), encoding=encoding).read()

@@ -19,14 +19,15 @@ from .config import MemoryConfig
 from .fields import brief
 from .files import MAX_TENSORS, atomic_path
 from .header import check_header, check_kinds
+from .kinds import HEADER_KEY, MEMORY, NUM_BYTES, kind_of
 from .memory import Memory, Segment, all_finite, store_class
 from .policy import Decision, Slots
 from .recall import Recall
 from .references import Reference, reference_frames
 from .stores import FrameKV
 
-HEADER_KEY = "context_forcing_memory"
 DIGEST_KEY = "sha256"
+GIVE = "give the file of --memory-out, or of the node Save Memory"
 VERSION = 2
 SLOT_NAMES = ("sink", "slow", "fast", "likeness")
 """The fields of Slots in a file."""
@@ -95,24 +96,42 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
+def read_header(path: str | Path) -> str:
+    """The header of a memory's file, as JSON. Raises ValueError, one line, for a missing, damaged or foreign file."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; {GIVE}")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; check the name")
+    try:
+        with path.open("rb") as file:
+            first = file.read(NUM_BYTES)
+        if (kind := kind_of(first)) not in ("", MEMORY):
+            raise ValueError(f"{path}: is {kind}; {GIVE}")
+        if first[8:9] != b"{":
+            raise ValueError(f"{path}: not a memory file; {GIVE}")
+        with safe_open(path, "pt") as f:
+            metadata = f.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({brief(error)}); use another copy") from None
+    if HEADER_KEY not in metadata:
+        raise ValueError(f"{path}: not a memory file, it has no {HEADER_KEY} header; {GIVE}")
+    return metadata[HEADER_KEY]
+
+
 def load_memory(path: str | Path, student: str = "") -> Memory:
     """Read a memory; with `student`, only one of the student with this fingerprint.
 
     Raises ValueError for the memory of another student, and for a damaged or foreign file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; check the name")
+    header_text = read_header(path)
     try:
         with safe_open(path, "pt") as f:
-            metadata = f.metadata() or {}
-            if HEADER_KEY not in metadata:
-                raise ValueError(f"not a memory, it has no {HEADER_KEY} header; give the file of a memory")
             if len(names := f.keys()) > MAX_TENSORS:
                 raise ValueError(f"holds {len(names)} tensors, more than {MAX_TENSORS}; use another copy")
             check_kinds({name: f.get_slice(name).get_dtype() for name in names})
             tensors = {name: f.get_tensor(name) for name in names}
-        header = json.loads(metadata[HEADER_KEY])
+        header = json.loads(header_text)
         if header["version"] != VERSION:
             raise ValueError(f"version: {header['version']} is not supported, only {VERSION}; use another release")
         if student and header["student"] not in ("", student):

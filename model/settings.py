@@ -16,6 +16,10 @@ MAX_VALUES = 200_000
 """Values of a YAML text, those of its aliases included: about 20 for each of 10,000 segments."""
 MAX_NESTING = 20
 """Lists and mappings of a YAML text inside each other."""
+COLON = "mapping values are not allowed here"
+"""What yaml says of a colon in a text without quotes."""
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "a number"}
+"""What a setting of a type is called in messages."""
 TAG_ERRORS = (LookupError, AttributeError, TypeError, OverflowError)
 """What yaml.safe_load raises for values that do not fit their tags, next to ValueError."""
 
@@ -26,7 +30,8 @@ def read_yaml(text: str) -> Any:
         _check_expansion(text)
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"not YAML ({brief(error, 160)})") from None
+        remedy = "; put a text with a colon, such as a prompt, in quotes" if COLON in str(error) else ""
+        raise ValueError(f"not YAML ({brief(error, 160)}){remedy}") from None
     except TAG_ERRORS:
         raise ValueError("not YAML (a value does not fit its tag; remove the tag, such as !!int)") from None
 
@@ -128,5 +133,5 @@ def _typed(name: str, value: Any, current: Any) -> Any:
     if current is None and (value is None or type(value) in (int, float)):
         return value
     if type(converted) is not type(current) or (isinstance(converted, float) and not math.isfinite(converted)):
-        raise ValueError(f"{name}: {quoted(value)} is not a {type(current).__name__}")
+        raise ValueError(f"{name}: {quoted(value)} is not {KINDS[type(current)]}")
     return converted

@@ -340,7 +340,10 @@ def _memory(request: GenerateRequest, pipeline: Pipeline, story: Story, like: Pr
             raise ValueError(f"window: {request.like} has {window} frames, the student {trained.window}; give --memory")
         settings = dataclasses.asdict(like.memory) | settings
     if request.memory_in is None:
-        return pipeline.empty_memory(story.size, **settings)
+        memory = pipeline.empty_memory(story.size, **settings)
+        if "policy" in request.settings and not (memory.config.slow or memory.config.per_layer):
+            log.warning("--policy: %s has no effect, this memory has no slow frames; give --slow", memory.config.policy)
+        return memory
     memory = load_memory(request.memory_in, pipeline.fingerprint)
     if pipeline.network.processes and not memory.is_compact:
         problem = f"--memory-in: {request.memory_in} has keys and values of all heads"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..memory.fields import check_keys, checked_fields, quoted
 from ..memory.files import read_text
+from ..memory.kinds import MEMORY, VIDEO
 from ..memory.memory import CHANGES, Memory
 from ..memory.view import ATTENDS
 from ..model.config import StudentCard
@@ -19,6 +20,11 @@ log = logging.getLogger("context_forcing")
 
 MAX_SEED = 2**63 - 1
 MAX_BLEND = 1000
+INSTEAD = {
+    kind: f"a story is a text file; did you mean {option}?"
+    for kind, option in ((VIDEO, "--like"), (MEMORY, "--memory-in"))
+}
+"""Remedies for other files in the place of a story."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +135,7 @@ def load_story(path: str | Path, parse: Callable[[str], Story] | None = None) ->
     Raises ValueError, one line, that names the file, the field, the value and the remedy.
     """
     path = Path(path)
-    text = read_text(path)
+    text = read_text(path, instead=INSTEAD)
     try:
         story = parse(text) if parse else parse_story(read_yaml(text))
         at = lambda spec: dataclasses.replace(spec, image=str(path.parent / spec.image))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ...memory.fields import brief, json_object, quoted
 from ...memory.files import MAX_TENSORS, atomic_path, read_text
+from ...memory.kinds import NUM_BYTES, kind_of
 
 SAFETENSORS = (".safetensors", ".sft")
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
@@ -116,11 +117,13 @@ def open_container(path: str | Path) -> Container:
 def _read_file(path: Path) -> tuple[str, Mapping, dict[str, str]]:
     try:
         with open(path, "rb") as f:
-            start = f.read(64)
+            start = f.read(NUM_BYTES)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    if kind := kind_of(start):
+        raise ValueError(f"{path}: is {kind}, not a model; give a file of weights")
     # First, because the length of a safetensors header can begin like any other file.
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size:
         return "safetensors", *read_safetensors(path)

@@ -213,7 +213,7 @@ def test_a_saved_memory_is_reported(generate, run, student, tmp_path, succeeded)
 
 REPORT_MISTAKES = {
     "no such memory": ("none.memory", ["-o", "r.png"], "none.memory: no such file"),
-    "no memory": ("text.memory", ["-o", "r.png"], "text.memory: not a whole safetensors file"),
+    "no memory": ("text.memory", ["-o", "r.png"], "text.memory: not a memory file; give"),
     "no png": ("kept.memory", ["-o", "r.jpg"], "--output: r.jpg does not end in .png"),
     "no folder": ("kept.memory", ["-o", "nowhere/r.png"], "--output: nowhere/r.png"),
     "no fps": ("kept.memory", ["-o", "r.png", "--fps", "0"], "--fps: 0 is not a number above 0"),

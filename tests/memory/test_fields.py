@@ -31,7 +31,7 @@ def test_lists_become_tuples_where_the_field_is_one():
         ({"name": "a", "": 3}, "example.'': unknown key"),
         ({}, "example.name: missing"),
         (["name"], "example: ['name'] is not a mapping"),
-        (None, "example: None is not a mapping"),
+        (None, "example: is empty; known keys are name, size"),
     ],
 )
 def test_refusals_name_the_key(raw, message):

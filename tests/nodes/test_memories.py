@@ -84,8 +84,8 @@ def test_load_memory_lists_the_files_and_refuses_others(host, graph, demo):
 
     (host.base / "input" / "damaged.safetensors").write_bytes(b"\x00" * 100)
     message = failure(host, load("damaged.safetensors [input]"))["exception_message"]
-    assert message.startswith("file: damaged.safetensors [input]: not a whole safetensors file")
-    assert "use another copy" in message and str(host.base) not in message
+    assert message.startswith("file: damaged.safetensors [input]: not a memory file")
+    assert "Save Memory" in message and str(host.base) not in message
 
 
 def test_a_saved_memory_has_the_permissions_of_a_new_file(host, graph, demo):

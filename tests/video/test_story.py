@@ -71,7 +71,7 @@ def test_with_seed_replaces_every_seed():
 @pytest.mark.parametrize(
     "raw, field, value",
     [
-        (None, "story", "None"),
+        (None, "story", "is empty"),
         ({"segments": [SEGMENT], "commit_attends": "sink"}, "commit_attends", "'sink' is not one of all, no sink"),
         ({"segments": [SEGMENT], "commit_attends": ["all"]}, "commit_attends", "['all']"),
         ({"segments": [SEGMENT], "commit_attends": None}, "commit_attends", "None"),
