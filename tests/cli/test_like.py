@@ -198,7 +198,7 @@ def test_report_prints_what_made_a_video(film, run, tmp_path, refused, succeeded
     for each in (made["revision"], made["student"], "student.safetensors", "policy clean", "seed 6", MEADOW):
         assert each in text.replace("- ", "-")
     refused(run("report", film, "-o", tmp_path / "film.png"), "--output")
-    refused(run("report", tmp_path / "part.memory"), "--output")
+    refused(run("report", tmp_path / "part.memory"), "part.memory: no such file")
 
 
 def test_foreign_videos(run, again, tagged, tmp_path, refused, succeeded):

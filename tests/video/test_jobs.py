@@ -94,8 +94,8 @@ def test_a_wrong_file_is_one_line(jobs_of, values, words):
 
 
 def test_other_texts_are_refused(tmp_path):
-    for raw in (None, [], "text"):
-        with pytest.raises(ValueError, match="is not a mapping"):
+    for raw, words in ((None, "is empty"), ([], "is not a mapping"), ("text", "is not a mapping")):
+        with pytest.raises(ValueError, match=words):
             parse_jobs(raw)
     (tmp_path / "jobs.yaml").write_bytes(b"\xff")
     with pytest.raises(ValueError, match="not UTF-8"):
