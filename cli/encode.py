@@ -53,7 +53,7 @@ def encode(
         retry=retry,
         negative_prompt=negative_prompt,
     )
-    kept = lambda: f"{output}: not finished; complete shards are kept, the same command continues"
+    kept = lambda: f"{output}: not finished; finished clips are kept, the same command continues"
     with on_interrupt(kept), hold_folder("output", output), open_engine(workers, ray, retries, device) as engine:
         if engine is None:
             encoder = SetEncoder(source, output, settings)
@@ -70,3 +70,5 @@ def encode(
         f"{output}: {encoder.num_clips} clips ({encoder.new_clips} new) of {len(encoder.sources)} sources,"
         f" {len(encoder.skipped)} skipped; the manifest lists all"
     )
+    if not encoder.num_clips:
+        raise ValueError(f"source: {source} gives no clip; the reasons are above")

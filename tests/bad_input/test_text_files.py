@@ -11,7 +11,7 @@ from context_forcing.memory import MemoryConfig, empty_memory
 from context_forcing.memory.fields import one_line
 from context_forcing.model.config import StudentCard
 from context_forcing.train import plan_stage
-from context_forcing.train.data.shards import read_manifest
+from context_forcing.train.data.manifest import read_manifest
 from context_forcing.train.data.sources import list_sources
 from context_forcing.train.presets import CONFIGS
 from context_forcing.video import provenance

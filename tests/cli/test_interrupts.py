@@ -21,7 +21,7 @@ COMMANDS = {
         encode.SetEncoder,
         "run",
         ["a.txt", "-o", "out"],
-        "out: not finished; complete shards are kept, the same",
+        "out: not finished; finished clips are kept, the same",
     ),
 }
 

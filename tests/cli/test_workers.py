@@ -9,7 +9,7 @@ from rich.console import Console
 from context_forcing.cli import workers as options
 from context_forcing.train.data.encode import EncodeSettings
 from context_forcing.train.data.encode_jobs import SourceJob
-from context_forcing.train.data.shards import read_manifest
+from context_forcing.train.data.manifest import read_manifest
 from context_forcing.train.data.sources import Source
 from context_forcing.workers import local
 from context_forcing.workers.engine import Engine, Progress
@@ -51,7 +51,7 @@ def test_workers_are_opened_tried_again_and_closed(prompts, tmp_path, run, opene
 
 def test_retries_have_the_end_that_the_option_says(prompts, tmp_path, run, opened):
     code, err = run("encode", prompts, "-o", tmp_path / "set", "--workers", 2, "--retries", 0, "--device", "cpu")
-    assert code == 0 and "0 clips (0 new) of 2 sources, 2 skipped" in err
+    assert code == 2 and "0 clips (0 new) of 2 sources, 2 skipped" in err
     reason = "its worker died 1 times, the last ended by SIGKILL"
     assert read_manifest(tmp_path / "set").skipped == {"a meadow": reason, "a desert": reason}
 
@@ -79,5 +79,5 @@ def test_the_table_says_what_runs_where_and_what_is_kept(tmp_path):
     assert rows == [
         ["job", "state", "kept", "seconds", "worker", "note"],
         ["[b]a.mp4", "running", "1", "0", "2", "attempt", "2"],
-        ["9", "jobs", "3", "finished", "1", "workers", "lost"],
+        ["9", "jobs", "3", "finished", "1", "worker", "lost"],
     ]

@@ -17,7 +17,7 @@ import yaml
 from safetensors import safe_open
 
 from context_forcing.memory.snapshot import load_memory
-from context_forcing.train.data.shards import read_manifest
+from context_forcing.train.data.manifest import read_manifest
 
 SOAK = int(os.environ.get("SOAK", "0"))
 """Rounds of every drill in the long form (make soak); 0 for the short form."""

@@ -10,7 +10,8 @@ import torch
 from context_forcing.memory.snapshot import load_memory, save_memory
 from context_forcing.model.checkpoints.student import StudentSource
 from context_forcing.train.checkpoints import Checkpoints, newest_checkpoint
-from context_forcing.train.data.shards import EncodedSet, Header, ShardWriter
+from context_forcing.train.data.manifest import Header
+from context_forcing.train.data.shards import EncodedSet, ShardWriter
 from context_forcing.train.evaluation.evaluate import Results
 from context_forcing.train.presets import load_config
 from context_forcing.train.stages.codec import VaeStage

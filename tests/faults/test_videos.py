@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from context_forcing import cli
-from context_forcing.train.data.shards import read_manifest
+from context_forcing.train.data.manifest import read_manifest
 from context_forcing.video.journal import Journal
 
 from ..train.videos import film, world_frames

@@ -14,7 +14,8 @@ from context_forcing.model.codecs.demo_text import encode_demo_text
 from context_forcing.model.segment import used_rows
 from context_forcing.train.data import encode as encode_module
 from context_forcing.train.data.encode import Encoder, EncodeSettings, SetEncoder, load_encoder
-from context_forcing.train.data.shards import NEGATIVE_TEXT, EncodedSet, read_manifest
+from context_forcing.train.data.manifest import read_manifest
+from context_forcing.train.data.shards import NEGATIVE_TEXT, EncodedSet
 
 from .videos import CAPTION, CLIP, LENGTHS, SETTINGS, contents, film, run, tensors, world_frames
 
@@ -112,7 +113,7 @@ def test_what_is_wrong_with_a_file_is_reported(videos, tmp_path):
     assert encoder.num_clips == 6, "the good ones are all there"
     reasons = {
         "junk.mp4": "does not decode", "empty.mp4": "does not decode", "cut.mp4": "does not decode",
-        "short.mp4": "too short: 12 frames at 16 frames/s, a clip takes 13",
+        "short.mp4": "too short: 12 frames at 16 frames/s, a clip takes 13 (0.81 s); --frames 3 takes 9",
         "mute.mp4": "no caption: there is no mute.txt", "blank.mp4": "blank.txt is empty", "latin.mp4": "not UTF-8",
     }  # fmt: skip
     assert encoder.skipped.keys() == reasons.keys()
@@ -144,6 +145,7 @@ def test_an_exception_at_any_clip_and_the_same_command_give_the_same_set(whole_v
     with pytest.raises(Stop):
         encoder.run(stop)
     kept = read_manifest(tmp_path / "set").entries
+    assert len(kept) == after == len(EncodedSet(tmp_path / "set", 0).entries), "clips of the running shard too"
     run(whole_videos, tmp_path / "set")
     assert read_manifest(tmp_path / "set").entries[: len(kept)] == kept
     assert contents(tmp_path / "set") == contents(whole_set)
@@ -255,6 +257,35 @@ def test_the_command_sums_up(videos, tmp_path, command):
     assert code == 0, err
     assert "skipped junk.mp4: does not decode" in err and "6 clips (2 new) of 4 sources, 1 skipped" in err
     assert EncodedSet(tmp_path / "set", 0).sample(0)[0].shape == (1, 16, 4, 4, 8)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_command_and_its_clips_stay(whole_videos, tmp_path, command, monkeypatch, number):
+    arguments, encoded, latents = (whole_videos, "-o", tmp_path / "set", "--frames", 4), [], Encoder.latents
+
+    def encode(encoder, pixels):
+        encoded.append(pixels)
+        if len(encoded) == 4:
+            os.kill(os.getpid(), number)
+        return latents(encoder, pixels)
+
+    monkeypatch.setattr(Encoder, "latents", encode)
+    assert command(*arguments)[0] == 130
+    assert len(EncodedSet(tmp_path / "set", 0).entries) == 3
+    code, err = command(*arguments)
+    assert code == 0 and "6 clips (3 new)" in err and len(encoded) == 4 + 3
+    assert command(whole_videos, "-o", tmp_path / "whole", "--frames", 4)[0] == 0
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+
+
+def test_a_set_without_clips_begins_again_with_other_settings(videos, tmp_path, command):
+    code, err = command(videos, "-o", tmp_path / "set", "--size", "64x32")
+    assert code == 2 and "0 clips (0 new) of 3 sources, 3 skipped" in err and "gives no clip" in err
+    code, err = command(videos, "-o", tmp_path / "set", "--size", "64x32", "--frames", 4)
+    assert code == 0 and "6 clips (6 new) of 3 sources, 0 skipped" in err
+    assert command(videos, "-o", tmp_path / "other", "--size", "64x32", "--frames", 4)[0] == 0
+    assert contents(tmp_path / "set") == contents(tmp_path / "other")
 
 
 BAD_COMMANDS = {

@@ -8,7 +8,8 @@ import torch
 
 from context_forcing.model.codecs.base import WAN_MEAN, WAN_STD
 from context_forcing.train.data.encode import EncodeSettings, SetEncoder, load_encoder
-from context_forcing.train.data.shards import EncodedSet, read_manifest
+from context_forcing.train.data.manifest import read_manifest
+from context_forcing.train.data.shards import EncodedSet
 from context_forcing.train.presets import load_config
 from context_forcing.video.reading import read_runs
 

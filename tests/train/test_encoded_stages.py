@@ -5,7 +5,8 @@ import torch
 
 from context_forcing.model.checkpoints.student import StudentSource
 from context_forcing.train import run_stage
-from context_forcing.train.data.shards import Header, ShardWriter
+from context_forcing.train.data.manifest import Header
+from context_forcing.train.data.shards import ShardWriter
 from context_forcing.train.presets import load_config
 from context_forcing.train.stages.distill import DistillStage
 from context_forcing.train.stages.teacher import TeacherStage

@@ -15,7 +15,8 @@ from context_forcing.train.data.batches import Batch, encoded_batch
 from context_forcing.train.data.clips import Clip, ShownBy, columns_shown_by, random_clip, to_latents, to_text
 from context_forcing.train.data.encode import EncodeSettings, load_encoder
 from context_forcing.train.data.layouts import Views, memory_layout
-from context_forcing.train.data.shards import EncodedSet, Header, ShardWriter
+from context_forcing.train.data.manifest import Header
+from context_forcing.train.data.shards import EncodedSet, ShardWriter
 from context_forcing.train.plan import plan
 from context_forcing.train.presets import load_config
 from context_forcing.train.stages.forced_loss import LossNoise, column_weights, training_loss

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from context_forcing.train.data import shards
-from context_forcing.train.data.shards import MANIFEST, EncodedSet, Header, ShardWriter, read_manifest
+from context_forcing.train.data.manifest import MANIFEST, Header, read_manifest
+from context_forcing.train.data.shards import EncodedSet, ShardWriter
 
 HEADER = Header(
     source="/videos", model="demo", vae="v", text_encoder="t", dtype="fp16", fps=16, size=(16, 16), frames=3
@@ -161,6 +162,62 @@ def test_an_error_while_writing_loses_nothing_that_was_complete(folder, tmp_path
     write(tmp_path)
     assert contents(tmp_path) == contents(folder)
     assert read_manifest(tmp_path).entries[: len(before)] == before
+
+
+@pytest.mark.parametrize("listed", range(1, 4))
+def test_a_kill_while_a_shard_is_continued_loses_no_clip_of_it(folder, tmp_path, monkeypatch, listed):
+    """After the shard is written again, before the manifest lists it."""
+    writer = ShardWriter(tmp_path, HEADER, 4 * A_CLIP)
+    for k in range(listed):
+        writer.add("s0", float(k), "caption 0", clip(k))
+    writer.flush()
+    before, replace = read_manifest(tmp_path).entries, os.replace
+
+    def fail(source, target):
+        if str(target).endswith(MANIFEST):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="cannot be written"):
+        patch.setattr(shards.os, "replace", fail)
+        write(tmp_path)
+    assert len(shards.open_shard(tmp_path / "shard-00000.safetensors").keys()) > 2 * listed
+    assert read_manifest(tmp_path).entries == before and len(before) == listed
+    write(tmp_path)
+    assert contents(tmp_path) == contents(folder)
+
+
+def test_a_failed_write_can_be_tried_again(tmp_path, monkeypatch):
+    """Lines that were written in part are written again, and none is there twice."""
+    writer = ShardWriter(tmp_path, HEADER, 9 * A_CLIP)
+    writer.add("s0", 0.0, "caption 0", clip(0))
+    writer.flush()
+    writer.finish("s0", 1)
+
+    def fail(file):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="cannot be written"):
+        patch.setattr(shards.os, "fsync", fail)
+        writer.finish("s1", 1)
+    with open(tmp_path / MANIFEST, "a") as file:
+        file.write('{"source": "s')
+    writer.flush()
+    lines = [json.loads(line) for line in (tmp_path / MANIFEST).read_text().splitlines()]
+    assert [line["source"] for line in lines[1:]] == ["s0", "s0", "s1"]
+
+
+def test_a_damaged_shard_is_not_continued(tmp_path):
+    writer = ShardWriter(tmp_path, HEADER, 4 * A_CLIP)
+    writer.add("s0", 0.0, "caption 0", clip(0))
+    writer.flush()
+    path = tmp_path / "shard-00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="shard-00000.safetensors: .* is damaged, it does not have its digest"):
+        write(tmp_path)
+    assert path.read_bytes() == content
 
 
 def test_a_set_can_be_read_while_it_is_written(tmp_path):

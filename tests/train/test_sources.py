@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from context_forcing.model.codecs.demo_text import encode_demo_text
-from context_forcing.train.data.shards import MANIFEST, EncodedSet, read_manifest
+from context_forcing.train.data.manifest import MANIFEST, read_manifest
+from context_forcing.train.data.shards import EncodedSet
 from context_forcing.train.data.sources import list_sources
 
 from .videos import CLIP, run

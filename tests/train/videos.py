@@ -5,7 +5,8 @@ import torch
 
 from context_forcing.train.data.clips import random_clip
 from context_forcing.train.data.encode import EncodeSettings, SetEncoder
-from context_forcing.train.data.shards import MANIFEST, open_shard
+from context_forcing.train.data.manifest import MANIFEST
+from context_forcing.train.data.shards import open_shard
 from context_forcing.train.world.camera import view
 from context_forcing.train.world.geometry import TOKEN
 from context_forcing.train.world.scene import panorama

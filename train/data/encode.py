@@ -22,12 +22,13 @@ from ...model.codecs.umt5 import load_umt5
 from ...model.codecs.wan_vae import load_wan_vae
 from ...model.device import dtype_named, pick_device
 from ...model.fingerprint import fingerprint
-from ...model.units import check_size, pixel_frames
+from ...model.units import FRAMES_PER_LATENT, check_size, pixel_frames
 from ...video.frames import to_pixels
 from ...video.reading import VideoError, check_video, read_runs
 from ..config import check_choice, check_range
+from .manifest import Header, Manifest
 from .parts import Parts
-from .shards import Header, Manifest, ShardWriter
+from .shards import ShardWriter
 from .sources import Source, list_sources
 
 WAN_FOLDERS = ("vae", "text_encoder", "tokenizer")
@@ -185,20 +186,22 @@ class SetEncoder:
 
     @torch.inference_mode()
     def add_sources(self, on_clip: Callable[[int], None]) -> None:
-        """The missing clips of all sources, into shards."""
-        for number, source in enumerate(self.sources):
-            on_clip(number)
-            if self.num_left == 0:
-                break
-            if not self.is_missing(source):
-                continue
-            try:
-                for _ in self.encode(source):
-                    on_clip(number)
-            except VideoError as error:
-                self.writer.skip(source.name, str(error))
-            self.parts.end(source)
-        self.writer.flush()
+        """The missing clips of all sources, into shards; after an interrupt or an error, those that are made."""
+        try:
+            for number, source in enumerate(self.sources):
+                on_clip(number)
+                if self.num_left == 0:
+                    break
+                if not self.is_missing(source):
+                    continue
+                try:
+                    for _ in self.encode(source):
+                        on_clip(number)
+                except VideoError as error:
+                    self.writer.skip(source.name, str(error))
+                self.parts.end(source)
+        finally:
+            self.writer.flush()
         on_clip(len(self.sources))
 
     @property
@@ -253,8 +256,10 @@ class SetEncoder:
             count += 1
             yield
         if not count:
+            seconds, most = clip_frames / fps, 1 + (rest - 1) // FRAMES_PER_LATENT
+            remedy = f"; --frames {most} takes {pixel_frames(most)}" if rest else ""
             raise VideoError(
-                f"too short: {rest} frames at {fps} frames/s, a clip takes {clip_frames} ({clip_frames / fps:.2f} s)"
+                f"too short: {rest} frames at {fps} frames/s, a clip takes {clip_frames} ({seconds:.2f} s){remedy}"
             )
         self.writer.finish(source.name, count)
 

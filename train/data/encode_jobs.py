@@ -19,7 +19,7 @@ from ...video.reading import VideoError
 from ...workers.engine import Engine, Progress
 from ...workers.job import Death, Loaded
 from .encode import Encoder, EncodeSettings, SetEncoder, load_encoder
-from .shards import Manifest, read_manifest
+from .manifest import Manifest, read_manifest
 from .sources import Source
 
 

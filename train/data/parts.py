@@ -16,7 +16,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ...model.units import pixel_frames
-from .shards import MANIFEST, Entry, Manifest, ShardWriter, open_shard, read_manifest
+from .manifest import MANIFEST, Entry, Manifest, read_manifest
+from .shards import ShardWriter, clip_tensors, open_shard
 from .sources import Source
 
 log = logging.getLogger("context_forcing")
@@ -80,9 +81,7 @@ class Parts:
 
     def tensors(self, entry: Entry) -> dict[str, Tensor]:
         """Latents and text of a clip, in the order in which a set has them."""
-        file = open_shard(self.of[entry.source].folder / entry.shard)
-        names = [name for name in ("latents", "text") if f"{entry.key}.{name}" in file.keys()]
-        return {name: file.get_tensor(f"{entry.key}.{name}").clone() for name in names}
+        return clip_tensors(self.of[entry.source].folder, entry)
 
     def end(self, source: Source) -> None:
         """A source is added. Deletes folders of parts whose clips are all in shards of the set."""

@@ -16,7 +16,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,75 +24,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, uint8
 
-from ...memory.fields import brief, checked_fields, json_object, quoted
+from ...memory.fields import brief, json_object, quoted
 from ...memory.files import atomic_path
+from .manifest import MANIFEST, Entry, Header, read_manifest
 
-MANIFEST = "manifest.jsonl"
 DIGESTS_KEY = "sha256"
 EMPTY_TEXT = "empty_text.safetensors"
 NEGATIVE_TEXT, PROMPT_KEY = "negative_text.safetensors", "prompt"
-VERSION = 1
 WINDOW = 4
 """Shards whose clips are shuffled together, so that few files are read at a time."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Header:
-    """Source and settings of a set. A set can only be continued with the same header."""
-
-    source: str
-    """The absolute path of the folder, table or prompt list."""
-    model: str
-    vae: str | None
-    """Fingerprint of the VAE; None in a set of prompts, as the fields below."""
-    text_encoder: str
-    """Fingerprint of the text encoder."""
-    dtype: str
-    fps: int | None = None
-    size: tuple[int, int] | None = None
-    """Width and height in pixels."""
-    frames: int | None = None
-    """Latent frames of a clip."""
-    version: int = VERSION
-
-    def __post_init__(self):
-        if self.version != VERSION:
-            raise ValueError(f"version {self.version} is not supported, only {VERSION}")
-
-    def check_same(self, other: "Header", folder: Path) -> None:
-        """Raises ValueError if `other` differs from this header of a set."""
-        for name, value in vars(self).items():
-            if value != getattr(other, name):
-                raise ValueError(
-                    f"{name}: {getattr(other, name)} now, {value} when {folder} was begun; continue it with the same"
-                    " value, or choose another folder"
-                )
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One clip or prompt of a set."""
-
-    source: str
-    start: float | None
-    """Seconds from the beginning of the video; None for a prompt."""
-    caption: str
-    shard: str
-    key: str
-
-
-@dataclass(kw_only=True)
-class Manifest:
-    """The complete part of a manifest."""
-
-    header: Header
-    entries: list[Entry] = field(default_factory=list)
-    finished: dict[str, int] = field(default_factory=dict)
-    """Number of clips of every finished source."""
-    skipped: dict[str, str] = field(default_factory=dict)
-    """Reason of every skipped source."""
-    num_bytes: int = 0
-    """Length of the complete part of the file."""
 
 
 def open_shard(path: Path):
@@ -106,51 +45,11 @@ def open_shard(path: Path):
         raise ValueError(f"{path}: not a whole safetensors file ({brief(error)}); encode into a new folder") from None
 
 
-def read_manifest(folder: str | Path) -> Manifest:
-    """The manifest of a set, also while it is written. Raises ValueError for a missing or damaged one.
-
-    A killed process leaves half a line, or not all lines of the last shard. They are not part of the result.
-    """
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        raise ValueError(f"{folder}: holds no {MANIFEST}; make a set with `context-forcing encode SOURCE -o {folder}`")
-    lines = path.read_bytes().splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()
-    manifest, offsets, offset = None, [], 0
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            if manifest is None:
-                manifest = Manifest(header=Header(**checked_fields(Header, record, "header")))
-            elif "key" in record:
-                manifest.entries.append(Entry(**record))
-                offsets.append(offset)
-            elif "skipped" in record:
-                manifest.skipped[record["source"]] = record["skipped"]
-            else:
-                manifest.finished[record["source"]] = record["clips"]
-                manifest.skipped.pop(record["source"], None)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: line {number} is damaged ({brief(error)}); encode into a new folder") from None
-        offset += len(line)
-    if manifest is None:
-        raise ValueError(f"{path}: has no header; delete it or encode into a new folder")
-    manifest.num_bytes = offset
-    if manifest.entries:
-        # Clip lines are appended before all others: after an incomplete shard there is nothing else.
-        last = manifest.entries[-1].shard
-        listed = [i for i, entry in enumerate(manifest.entries) if entry.shard == last]
-        if len(listed) < sum(key.endswith(".text") for key in open_shard(path.with_name(last)).keys()):
-            manifest.num_bytes = offsets[listed[0]]
-            del manifest.entries[listed[0] :]
-    return manifest
-
-
 class ShardWriter:
-    """Appends clips to a set, new or begun. A clip counts when its shard is complete and the manifest lists it.
+    """Appends clips to a set, new or begun. A clip counts when its shard is on the disk and the manifest lists it.
 
-    Clips after the last complete shard are lost with the process; `flush` completes a shard.
+    Other clips are lost with the process; `flush` writes them, and the next clip is added to their shard if that has
+    room. So a set is the same wherever it was interrupted. A set without clips begins again if its header is another.
     Raises ValueError for a set with another header, or a folder that cannot be written.
     """
 
@@ -158,6 +57,8 @@ class ShardWriter:
         self.folder, self.shard_bytes = Path(folder), shard_bytes
         self._pending: list[tuple[str, float | None, str, dict[str, Tensor]]] = []
         self._pending_bytes = 0
+        self._may_have_room = True
+        """Whether the last shard is to be looked at before a clip is added."""
         self._records: list[dict] = []
         """Records of sources that are not in the manifest file yet."""
         path = self.folder / MANIFEST
@@ -166,9 +67,14 @@ class ShardWriter:
             if not path.exists():
                 if next(self.folder.glob("shard-*.safetensors"), None):
                     raise ValueError(f"output: {folder} holds shards without a {MANIFEST}; choose another folder")
-                with atomic_path(path) as part:
-                    part.write_text(_line(dataclasses.asdict(header)), encoding="utf-8")
+                _begin(path, header)
             self.manifest = read_manifest(self.folder)
+            has_folders = any(each.is_dir() for each in self.folder.iterdir())  # what workers made is not lost
+            if self.manifest.header != header and not self.manifest.entries and not has_folders:
+                for name in (EMPTY_TEXT, NEGATIVE_TEXT):
+                    (self.folder / name).unlink(missing_ok=True)
+                _begin(path, header)
+                self.manifest = read_manifest(self.folder)
             self.manifest.header.check_same(header, self.folder)
             os.truncate(path, self.manifest.num_bytes)
         self._num_shards = len({entry.shard for entry in self.manifest.entries})
@@ -195,6 +101,8 @@ class ShardWriter:
 
     def add(self, source: str, start: float | None, caption: str, tensors: dict[str, Tensor]) -> None:
         """Add a clip: `text` [L, D] and, of a video, `latents` [C, T, H, W]. Writes the shard when it is full."""
+        if self._may_have_room:
+            self._reopen()
         self._pending.append((source, start, caption, tensors))
         self._pending_bytes += sum(tensor.nbytes for tensor in tensors.values())
         if self._pending_bytes >= self.shard_bytes:
@@ -217,6 +125,31 @@ class ShardWriter:
         if not self._pending:  # else the record must follow the clips
             self.flush()
 
+    def _reopen(self) -> None:
+        """If the last shard has room, its clips and the records after them are to be written again.
+
+        Raises ValueError if it is damaged.
+        """
+        listed, shard = self.manifest.entries, self.manifest.entries[-1].shard if self.manifest.entries else None
+        entries = [entry for entry in listed if entry.shard == shard]
+        clips = [(entry.source, entry.start, entry.caption, clip_tensors(self.folder, entry)) for entry in entries]
+        num_bytes = sum(tensor.nbytes for clip in clips for tensor in clip[-1].values())
+        if not shard or num_bytes >= self.shard_bytes:
+            self._may_have_room = False
+            return
+        digests = _digests(self.folder / shard)
+        for entry, clip in zip(entries, clips):
+            for part, tensor in clip[-1].items():
+                _check_digest(self.folder / shard, f"{entry.key}.{part}", tensor, digests)
+        lines = (self.folder / MANIFEST).read_bytes()[: self.manifest.num_bytes].splitlines(keepends=True)
+        written = [json.loads(line) for line in lines]
+        first = next(number for number, record in enumerate(written) if record.get("shard") == shard)
+        records, end = [record for record in written[first:] if "key" not in record], sum(map(len, lines[:first]))
+        before, num_shards = listed[: len(listed) - len(entries)], self._num_shards - 1
+        # No call between these lines: an interrupt finds all of them, or none.
+        self.manifest.entries, self.manifest.num_bytes, self._num_shards = before, end, num_shards
+        self._pending, self._pending_bytes, self._records, self._may_have_room = clips, num_bytes, records, False
+
     def flush(self) -> None:
         """Write the clips that are not in a shard yet, then all records."""
         name, entries, tensors = f"shard-{self._num_shards:05d}.safetensors", [], {}
@@ -227,13 +160,21 @@ class ShardWriter:
             digests = {key: _digest(tensor) for key, tensor in tensors.items()}
             self._save(name, tensors, {DIGESTS_KEY: json.dumps(digests)})
         path, records = self.folder / MANIFEST, [dataclasses.asdict(entry) for entry in entries] + self._records
-        with _one_line_errors(path), open(path, "a", encoding="utf-8") as file:
-            file.write("".join(map(_line, records)))
-            file.flush()
-            os.fsync(file.fileno())
-        self.manifest.entries += entries
-        self._num_shards += bool(entries)
-        self._pending, self._pending_bytes, self._records = [], 0, []
+        lines, end = "".join(map(_line, records)).encode(), self.manifest.num_bytes
+        with _one_line_errors(path):
+            if path.stat().st_size == end:
+                with open(path, "ab") as file:
+                    file.write(lines)
+                    file.flush()
+                    os.fsync(file.fileno())
+            else:  # a shard is written again, or lines were written in part
+                with atomic_path(path) as part:
+                    part.write_bytes(path.read_bytes()[:end] + lines)
+        listed, end, num_shards = self.manifest.entries + entries, end + len(lines), self._num_shards + bool(entries)
+        may_have_room = self._may_have_room or 0 < self._pending_bytes < self.shard_bytes
+        # No call between these lines: an interrupt finds all of them, or none.
+        self.manifest.entries, self.manifest.num_bytes, self._num_shards = listed, end, num_shards
+        self._pending, self._pending_bytes, self._records, self._may_have_room = [], 0, [], may_have_room
 
     def _save(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         # The clips of one video share their text, and safetensors does not write shared tensors.
@@ -244,6 +185,18 @@ class ShardWriter:
 
 def _line(record: dict) -> str:
     return json.dumps(record) + "\n"
+
+
+def _begin(path: Path, header: Header) -> None:
+    with atomic_path(path) as part:
+        part.write_text(_line(dataclasses.asdict(header)), encoding="utf-8")
+
+
+def clip_tensors(folder: Path, entry: Entry) -> dict[str, Tensor]:
+    """Latents and text of a clip, in the order in which a set has them."""
+    with open_shard(folder / entry.shard) as file:
+        names = [name for name in ("latents", "text") if f"{entry.key}.{name}" in file.keys()]
+        return {name: file.get_tensor(f"{entry.key}.{name}").clone() for name in names}
 
 
 @contextmanager
@@ -261,6 +214,28 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.cpu().contiguous().flatten().view(uint8).numpy().data).hexdigest()
 
 
+def _digests(path: Path) -> dict[str, str]:
+    """SHA-256 of the tensors of a shard; sets of version 0.1 have none."""
+    with open_shard(path) as file:
+        return json_object((file.metadata() or {}).get(DIGESTS_KEY, "{}"), path)
+
+
+def _in_whole_shards(folder: Path, entries: list[Entry]) -> list[Entry]:
+    """The clips without those of a last shard that is listed in part: it is being written, or the manifest was cut."""
+    listed = [entry for entry in entries if entry.shard == entries[-1].shard]
+    if listed:
+        with open_shard(folder / listed[0].shard) as file:
+            if len(listed) < sum(key.endswith(".text") for key in file.keys()):
+                return entries[: -len(listed)]
+    return entries
+
+
+def _check_digest(path: Path, name: str, tensor: Tensor, digests: dict[str, str]) -> None:
+    """Raises ValueError if a tensor of a shard is not what was written."""
+    if name in digests and _digest(tensor) != digests[name]:
+        raise ValueError(f"{path}: {name} is damaged, it does not have its digest; encode into a new folder")
+
+
 class EncodedSet:
     """Clips or prompts of a set by sample number, one text each.
 
@@ -273,14 +248,14 @@ class EncodedSet:
     def __init__(self, folder: str | Path, seed: int, num_frames: int | None = None):
         self.folder, self.seed, self.num_frames = Path(folder), seed, num_frames
         manifest = read_manifest(self.folder)
-        self.header, self.entries = manifest.header, manifest.entries
+        self.header, self.entries = manifest.header, _in_whole_shards(self.folder, manifest.entries)
         if not self.entries:
             raise ValueError(f"{self.folder}: the set has no clips; {MANIFEST} lists skipped sources and the reasons")
         self.by_shard: dict[str, list[int]] = {}
         for index, entry in enumerate(self.entries):
             self.by_shard.setdefault(entry.shard, []).append(index)
         self.open = lru_cache(maxsize=2 * WINDOW)(lambda shard: open_shard(self.folder / shard))
-        self.digests = lru_cache(maxsize=2 * WINDOW)(self._digests)
+        self.digests = lru_cache(maxsize=2 * WINDOW)(lambda shard: _digests(self.folder / shard))
         self.order = lru_cache(maxsize=2)(self._order)
         self._check_shards()
 
@@ -326,15 +301,8 @@ class EncodedSet:
         """Latents or text of a clip. Raises ValueError if they are not what was written."""
         name = f"{entry.key}.{part}"
         tensor, digests = self.open(entry.shard).get_tensor(name), self.digests(entry.shard)
-        if name in digests and _digest(tensor) != digests[name]:
-            path = self.folder / entry.shard
-            raise ValueError(f"{path}: {name} is damaged, it does not have its digest; encode into a new folder")
+        _check_digest(self.folder / entry.shard, name, tensor, digests)
         return tensor
-
-    def _digests(self, shard: str) -> dict[str, str]:
-        """SHA-256 of the tensors of a shard; sets of version 0.1 have none."""
-        metadata = self.open(shard).metadata() or {}
-        return json_object(metadata.get(DIGESTS_KEY, "{}"), self.folder / shard)
 
     @property
     def empty(self) -> Tensor:
