@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image
 
+from ..memory.fields import counted
 from ..memory.history import (  # fmt: skip
     FORGETTING,
     PARTS,
@@ -62,8 +63,8 @@ def summary(memory: Memory, fps: float, mass: Mass | None = None) -> str:
     elif memory.recalls:
         reads = sum(recall.num_reads for recall in memory.recalls)
         kept = (
-            f": slow frames were chosen from the film before each of {len(memory.recalls)} chunks;"
-            f" {reads} pass{'es' * (reads != 1)} read earlier chunks again"
+            ": slow frames were chosen from the film before every chunk; passes for that:"
+            f" {reads} in {counted(len(memory.recalls), 'chunk')}"
         )
     elif memory.decisions:
         kept = ", none of the frames that left fast was kept"
