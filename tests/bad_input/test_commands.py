@@ -97,6 +97,7 @@ def command(run, workplace, student, monkeypatch):
     monkeypatch.delenv("COMFYUI_PATH", raising=False)
     monkeypatch.setattr(GenerateJob, "run", lambda job, on_chunk: job.journal.close() or 9)
     monkeypatch.setattr(SetEncoder, "run", lambda encoder, *on_clip: None)
+    monkeypatch.setattr(SetEncoder, "num_clips", 1)
     monkeypatch.setattr(batch.Batch, "run", lambda *_: None)
     monkeypatch.setattr(local, "LocalWorkers", lambda *_: Here())
     monkeypatch.setattr(ray_workers, "RayWorkers", lambda *_: Here())

@@ -259,8 +259,17 @@ def test_the_command_sums_up(videos, tmp_path, command):
     assert EncodedSet(tmp_path / "set", 0).sample(0)[0].shape == (1, 16, 4, 4, 8)
 
 
+@pytest.fixture
+def interruptible():
+    """A shell's background commands ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_ends_the_command_and_its_clips_stay(whole_videos, tmp_path, command, monkeypatch, number):
     arguments, encoded, latents = (whole_videos, "-o", tmp_path / "set", "--frames", 4), [], Encoder.latents
 
