@@ -53,7 +53,7 @@ class Page:
     def seconds_after(self, node: str) -> float:
         """Seconds of the samplers that continue the memory of a node, along the longest branch."""
         seconds, waiting = {node: 0.0}, [node]
-        while waiting:  # no recursion: a storyboard may have more segments than Python has calls in calls
+        while waiting:  # a chain of segments can be longer than Python's recursion limit
             before = waiting.pop()
             for user in self.users(before):
                 if self._type(user) == SAMPLER:
